@@ -1,0 +1,186 @@
+"""The configuration: frozen dataclasses, every key documented where it is declared."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from omegaconf import MISSING
+
+FloatName = Literal["float32", "bfloat16"]
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: one sentence that names the key or file and the remedy (exit code 2)."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture. What a checkpoint decides has no default."""
+
+    d_model: int = MISSING  # width of the residual stream
+    d_ff: int = MISSING  # inner width of one SwiGLU expert
+    num_layers: int = MISSING
+    num_heads: int = MISSING  # query heads
+    num_kv_heads: int = MISSING  # key/value heads; divides num_heads
+    head_dim: int = MISSING
+    vocab_size: int = MISSING
+    num_experts: int = MISSING
+    num_experts_per_tok: int = MISSING  # top-k of the router
+    rope_theta: float = MISSING
+    norm_eps: float = MISSING
+    dispatch: Literal["dropless", "capacity"] = "dropless"
+    # Rows of an expert's buffer per sequence, as a multiple of the balanced load; dispatch=capacity only.
+    capacity_factor: float = 1.25
+    init_std: float = (
+        0.02  # of all matrices; those that write to the residual stream get init_std / sqrt(2 * num_layers)
+    )
+    attend_across_documents: bool = False  # let attention in packed rows cross document boundaries
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One source of text: exactly one of `path`, `hub` and `builtin`."""
+
+    name: str = MISSING  # appears in logs and evaluation tables
+    path: str | None = None  # file, glob or directory: txt, md, jsonl, json.gz, jsonl.zst, parquet
+    hub: str | None = None  # name on the Hugging Face hub, "name" or "name:config:split", streamed
+    builtin: Literal["python"] | None = (
+        None  # text that every installation carries: Python's own documentation and source
+    )
+    text_field: str = "text"  # field of a record that holds the text
+    weight: float = 1.0  # share of the training tokens, relative to the other sources
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Text, tokenizer and packing."""
+
+    sources: list[SourceConfig] = field(default_factory=list)
+    # A sentencepiece file; `mixtral` (v1, 32000) or `mixtral-v3` (32768), bundled with mistral-common; or `train`:
+    # a new sentencepiece model of model.vocab_size pieces trained on the sources.
+    tokenizer: str = "mixtral"
+    seq_len: int = MISSING  # tokens of a row that the model sees
+    holdout: float = 0.01  # share of each source's documents kept from training for evaluation
+    cache_dir: str = ""  # token caches; empty: $XDG_CACHE_HOME/mixtral_jax or ~/.cache/mixtral_jax
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    steps: int = MISSING  # optimizer steps of the whole run; the schedule ends here
+    batch_size: int = MISSING  # sequences of a step, over all devices
+    microbatches: int = 1  # parts of the batch whose gradients are accumulated before one update
+    remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes: nothing, all but products, all
+    log_every: int = 10  # steps
+    eval_every: int = 0  # steps; 0: only at the end
+    eval_batches: int = 8  # held-out batches per source and evaluation during training; the last one takes all
+    max_nonfinite_steps: int = 10  # skipped updates in a row before the run stops
+    stop_at_step: int | None = None  # end this invocation early, with a checkpoint; the schedule still aims at `steps`
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    learning_rate: float = 3e-4  # peak
+    final_learning_rate_ratio: float = 0.1  # learning rate at the last step / peak
+    warmup_steps: int = 100
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    decay_steps: int = 0  # linear decay at the end of schedule=wsd; 0: a fifth of train.steps
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # matrices only, never norm scales
+    clip_norm: float = 1.0  # of the global gradient; 0: no clipping
+
+
+@dataclass(frozen=True)
+class LossesConfig:
+    """Coefficients of the router's losses; see `mixtral_jax/training/losses.py` for the formulas."""
+
+    # Times E * sum_e f_e * P_e, which is 1 at perfect balance. Hugging Face's router_aux_loss_coef pools the layers and
+    # is top-k at balance: it equals this coefficient / num_experts_per_tok.
+    load_balance: float = 0.02
+    router_z: float = 1e-3  # times mean(logsumexp(router_logits)^2)
+    # Over what f is counted when microbatches > 1. `batch` is exact and costs one more forward pass; `microbatch` is
+    # cheaper and asks each part to balance on its own.
+    balance_over: Literal["batch", "microbatch"] = "batch"
+    selection_bias_rate: float = 0.0  # step of the bias of auxiliary-loss-free balancing (arXiv 2408.15664); 0: off
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; the product is the device count. One axis may be -1 and takes the rest."""
+
+    data: int = 1  # batch; parameters are replicated
+    fsdp: int = -1  # batch; parameters, gradients and optimizer state are split
+    expert: int = 1  # batch outside of the experts, experts inside
+    context: int = 1  # sequence
+    tensor: int = 1  # heads, d_ff and vocabulary
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are written and which are kept."""
+
+    every: int = 500  # steps; the last step is always saved
+    keep: int = 3  # newest ones kept
+    keep_every: int = 0  # steps; multiples of this are kept for ever; 0: none
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """Names of the float types; `mixtral_jax/precision.py` is the one table made of it."""
+
+    params: FloatName = "float32"
+    compute: FloatName = "float32"  # matrix products and activations
+    gradients: FloatName = "float32"  # accumulation over microbatches
+    optimizer: FloatName = "float32"  # first moment of AdamW; the second stays float32
+
+
+@dataclass(frozen=True)
+class KernelsConfig:
+    """Backends; `auto` chooses by platform, and what was chosen is printed at start."""
+
+    attention: Literal["auto", "blockwise", "cudnn", "splash"] = "auto"
+    experts: Literal["auto", "blocked", "ragged_dot"] = "auto"
+    block_size: int = 0  # rows of a block of the blocked expert products; 0: chosen from the expected load
+    loss_chunk: int = 512  # positions of a row whose logits exist at once
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """How perplexity is measured."""
+
+    # packed: rows as in training; document: every document from its start, cut at `context`;
+    # strided: every token is predicted once, with at least context - stride tokens before it.
+    mode: Literal["packed", "document", "strided"] = "packed"
+    context: int = 0  # tokens; 0: data.seq_len
+    stride: int = 0  # tokens; mode=strided only; 0: half of the context
+    batch_size: int = 8  # rows
+    max_tokens: int = 0  # per source; 0: all
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    run_dir: str = ""  # empty: runs/<name of the config file>
+    init_from: str = ""  # a checkpoint, run or import whose parameters start a new run
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    losses: LossesConfig = field(default_factory=LossesConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+# A run may be resumed with other values of these: they change where and how often, not what is learnt.
+RESUMABLE_KEYS = ("run_dir", "init_from", "mesh", "checkpoint", "kernels", "eval", "data.cache_dir",
+                  "train.log_every", "train.eval_every", "train.eval_batches", "train.max_nonfinite_steps",
+                  "train.stop_at_step", "train.steps")  # fmt: skip

@@ -1,0 +1,215 @@
+"""Reads YAML files and dotted overrides into a validated `Config`.
+
+Contradictions are `UserError`s whose sentence holds the fix.
+"""
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mixtral_jax.config import Config, SourceConfig, UserError
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Reads a YAML file, applies dotted overrides and validates the result.
+
+    Args:
+        path: the YAML file; it says only what differs from the defaults.
+        overrides: `section.key=value`, the value in YAML syntax.
+
+    Returns:
+        The validated configuration, `run_dir` filled in.
+
+    Raises:
+        UserError: unreadable file, unknown key, wrong type, missing value or contradiction.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"cannot read the config {path}: {getattr(error, 'strerror', error)}; name a YAML file"
+        ) from None
+    config = parse_config(text, overrides, where=str(path))
+    if not config.run_dir:
+        config = dataclasses.replace(config, run_dir=f"runs/{path.stem}")
+    return config
+
+
+def parse_config(text: str, overrides: list[str] | None = None, *, where: str = "the config") -> Config:
+    """Builds a validated configuration from YAML text and dotted overrides; see `load_config`."""
+    merged = _merge(OmegaConf.structured(Config), text, where)
+    for override in overrides or []:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"'{override}' is not an override: write key=value, such as train.steps=100")
+        try:
+            nested: Any = yaml.safe_load(value) if value else ""
+        except yaml.YAMLError:
+            raise UserError(f"the value of {key} is not YAML: {value!r}; quote it for the shell") from None
+        if isinstance(nested, str):
+            nested = _number(nested)
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        merged = _merge(merged, OmegaConf.to_yaml(OmegaConf.create(nested)), key)
+    try:
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{where}: {_sentence(error)}; add it to the file or the command line") from None
+    assert isinstance(config, Config)
+    validate(config)
+    return config
+
+
+def _number(text: str) -> Any:
+    """YAML 1.1 reads 3e-4 as a string; people mean a number."""
+    try:
+        return float(text) if "e" in text.lower() else text
+    except ValueError:
+        return text
+
+
+def _merge(base: Any, text: str, where: str) -> Any:
+    try:
+        loaded = OmegaConf.create(text) if text.strip() else OmegaConf.create()
+    except (yaml.YAMLError, OmegaConfBaseException, OSError) as error:
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        mark = getattr(error, "problem_mark", None)
+        line = f" in line {mark.line + 1}" if mark is not None else ""
+        raise UserError(f"{where} is not valid YAML{line}: {problem}; mend the syntax") from None
+    try:
+        return OmegaConf.merge(base, loaded)
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        raise UserError(f"{where}: {_sentence(error, where)}") from None
+
+
+def _sentence(error: Exception, where: str = "") -> str:
+    """One line out of OmegaConf's report: the problem and the whole key."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    full_key = next((line.split(":", 1)[1].strip() for line in lines if line.strip().startswith("full_key")), "")
+    head = lines[0].rstrip(".")
+    if "not in" in head and "Did you mean" not in head and full_key:
+        close = difflib.get_close_matches(full_key, all_keys(), n=1, cutoff=0.5)
+        head += f". Did you mean: '{close[0]}'?" if close else ". The keys are listed in docs/config.md"
+    return head if not full_key or full_key == where else f"{full_key}: {head}"
+
+
+def all_keys(cls: type = Config, prefix: str = "") -> list[str]:
+    """Lists every dotted key of the configuration."""
+    keys: list[str] = []
+    for entry in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(entry.type):
+            keys += all_keys(entry.type, f"{prefix}{entry.name}.")  # type: ignore[arg-type]
+        else:
+            keys.append(prefix + entry.name)
+    return keys
+
+
+def to_yaml(config: Config) -> str:
+    """Writes the resolved configuration, every key, as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def changed_keys(old: Config, new: Config) -> list[str]:
+    """Lists the dotted keys in which two configurations differ."""
+    left, right = _flatten(dataclasses.asdict(old)), _flatten(dataclasses.asdict(new))
+    return sorted(key for key in left | right if left.get(key) != right.get(key))
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+T = TypeVar("T")
+
+
+def replace(config: T, **changes: Any) -> T:
+    """Copies a frozen config with changes: `replace(config, model={"d_ff": 64}, seed=1)`."""
+    new = {
+        name: replace(getattr(config, name), **value) if isinstance(value, dict) else value
+        for name, value in changes.items()
+    }
+    return dataclasses.replace(config, **new)  # type: ignore[type-var]
+
+
+def _require(ok: bool, sentence: str) -> None:
+    if not ok:
+        raise UserError(sentence)
+
+
+def validate(config: Config) -> None:
+    """Raises `UserError` for values that contradict each other or cannot be."""
+    model, train, losses = config.model, config.train, config.losses
+    for section, names in (
+        (model, ("d_model", "d_ff", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size",
+                 "num_experts", "num_experts_per_tok", "rope_theta", "norm_eps", "capacity_factor")),
+        (config.data, ("seq_len",)),
+        (train, ("steps", "batch_size", "microbatches", "log_every", "max_nonfinite_steps")),
+        (config.optimizer, ("learning_rate", "eps")),
+        (config.checkpoint, ("every", "keep")),
+        (config.kernels, ("loss_chunk",)),
+        (config.eval, ("batch_size",)),
+    ):  # fmt: skip
+        for name in names:
+            value = getattr(section, name)
+            prefix = type(section).__name__.removesuffix("Config").lower()
+            _require(0 < value < float("inf"), f"{prefix}.{name} is {value}: it must be greater than 0")
+    _require(
+        model.num_heads * model.head_dim == model.d_model,
+        f"model.num_heads * model.head_dim is {model.num_heads} * {model.head_dim} = {model.num_heads * model.head_dim}, "
+        f"not model.d_model={model.d_model}: change one of the three",
+    )
+    _require(model.head_dim % 2 == 0, f"model.head_dim is {model.head_dim}: rotary embedding needs an even number")
+    _require(
+        model.num_heads % model.num_kv_heads == 0,
+        f"model.num_heads={model.num_heads} is not a multiple of model.num_kv_heads={model.num_kv_heads}: change one",
+    )
+    _require(
+        model.num_experts_per_tok <= model.num_experts,
+        f"model.num_experts_per_tok={model.num_experts_per_tok} is more than model.num_experts={model.num_experts}: "
+        "lower it",
+    )
+    _require(
+        train.batch_size % train.microbatches == 0,
+        f"train.batch_size={train.batch_size} is not a multiple of train.microbatches={train.microbatches}: change one",
+    )
+    _require(0 <= config.data.holdout < 1, f"data.holdout is {config.data.holdout}: it is a share from 0 to below 1")
+    for name in ("load_balance", "router_z", "selection_bias_rate"):
+        _require(
+            0 <= getattr(losses, name) < float("inf"), f"losses.{name} is {getattr(losses, name)}: it must be 0 or more"
+        )
+    for name in ("warmup_steps", "decay_steps", "weight_decay", "clip_norm", "final_learning_rate_ratio"):
+        value = getattr(config.optimizer, name)
+        _require(0 <= value < float("inf"), f"optimizer.{name} is {value}: it must be 0 or more")
+    sizes = dataclasses.asdict(config.mesh)
+    _require(list(sizes.values()).count(-1) <= 1, "only one mesh axis may be -1: give the others a size")
+    for name, size in sizes.items():
+        _require(size == -1 or size >= 1, f"mesh.{name} is {size}: it must be 1 or more, or -1 to take the rest")
+    _validate_sources(config.data.sources)
+    context, stride = config.eval.context or config.data.seq_len, config.eval.stride
+    _require(0 <= stride <= context, f"eval.stride={stride} is more than eval.context={context}: lower it")
+
+
+def _validate_sources(sources: list[SourceConfig]) -> None:
+    names = [source.name for source in sources]
+    for source in sources:
+        given = [key for key in ("path", "hub", "builtin") if getattr(source, key)]
+        _require(
+            len(given) == 1,
+            f"source '{source.name}' of data.sources names {' and '.join(given) or 'nothing'}: "
+            "give exactly one of path, hub and builtin",
+        )
+        _require(
+            0 < source.weight < float("inf"), f"source '{source.name}' has weight {source.weight}: it must be above 0"
+        )
+        _require(
+            names.count(source.name) == 1, f"data.sources names '{source.name}' twice: give every source its own name"
+        )

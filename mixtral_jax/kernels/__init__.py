@@ -1,0 +1,1 @@
+"""One function per heavy operation; the backend is named, never swapped silently."""

@@ -1,0 +1,33 @@
+"""THE table of float types: no other module of the package names one."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from mixtral_jax.config import PrecisionConfig
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Float type of every quantity that has a choice, and of those that have none."""
+
+    params: DTypeLike
+    compute: DTypeLike  # matrix products and activations
+    gradients: DTypeLike  # accumulation over microbatches
+    optimizer: DTypeLike  # first moment; the second is `full`
+    full: DTypeLike = jnp.float32  # router, softmax, norm statistics, logits, losses
+
+
+def make_precision(config: PrecisionConfig) -> Precision:
+    """Turns the names of the configuration into float types."""
+    names = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+    return Precision(
+        params=names[config.params],
+        compute=names[config.compute],
+        gradients=names[config.gradients],
+        optimizer=names[config.optimizer],
+    )
+
+
+FULL: DTypeLike = jnp.float32  # accumulators inside kernels

@@ -1,0 +1,1 @@
+"""Losses, optimizer, step, checkpoints and the loop."""
