@@ -162,9 +162,10 @@ def validate(config: Config) -> None:
             value = getattr(section, name)
             prefix = type(section).__name__.removesuffix("Config").lower()
             _require(0 < value < float("inf"), f"{prefix}.{name} is {value}: it must be greater than 0")
+    width = model.num_heads * model.head_dim
     _require(
-        model.num_heads * model.head_dim == model.d_model,
-        f"model.num_heads * model.head_dim is {model.num_heads} * {model.head_dim} = {model.num_heads * model.head_dim}, "
+        width == model.d_model,
+        f"model.num_heads * model.head_dim is {model.num_heads} * {model.head_dim} = {width}, "
         f"not model.d_model={model.d_model}: change one of the three",
     )
     _require(model.head_dim % 2 == 0, f"model.head_dim is {model.head_dim}: rotary embedding needs an even number")
