@@ -1,0 +1,78 @@
+"""Moves token rows to expert rows and back by gathers only: the backward pass is the inverse gather, no scatter-add.
+
+Both directions need the map from rows to assignments and its inverse. Assignment `t * k + j` is choice j of token t.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+@jax.custom_vjp
+def dispatch_rows(
+    x: Float[Array, "tokens d_model"], source: Int[Array, " rows"], row_of: Int[Array, "tokens k"]
+) -> Float[Array, "rows d_model"]:
+    """Gathers the token of every expert row.
+
+    Args:
+        x: token activations.
+        source: assignment of each row; `tokens * k` or more marks an empty row, which becomes zero.
+        row_of: row of each assignment; `rows` or more marks a dropped one.
+    """
+    k = row_of.shape[1]
+    return jnp.take(x, source // k, axis=0, mode="fill", fill_value=0)
+
+
+def _dispatch_fwd(x: Array, source: Array, row_of: Array) -> tuple[Array, Array]:
+    return dispatch_rows(x, source, row_of), row_of
+
+
+def _dispatch_bwd(row_of: Array, d_rows: Array) -> tuple[Array, None, None]:
+    return _sum_choices(d_rows, row_of), None, None
+
+
+dispatch_rows.defvjp(_dispatch_fwd, _dispatch_bwd)
+
+
+@jax.custom_vjp
+def combine_rows(
+    rows: Float[Array, "rows d_model"],
+    weights: Float[Array, "tokens k"],
+    source: Int[Array, " rows"],
+    row_of: Int[Array, "tokens k"],
+) -> Float[Array, "tokens d_model"]:
+    """Sums the weighted expert rows of every token, in the order of its choices; see `dispatch_rows` for the maps."""
+    weights = weights.astype(rows.dtype)
+    total = _choice(rows, row_of, 0) * weights[:, :1]
+    for j in range(1, row_of.shape[1]):
+        total = total + _choice(rows, row_of, j) * weights[:, j : j + 1]
+    return total
+
+
+def _combine_fwd(rows: Array, weights: Array, source: Array, row_of: Array) -> tuple[Array, tuple[Array, ...]]:
+    return combine_rows(rows, weights, source, row_of), (rows, weights, source, row_of)
+
+
+def _combine_bwd(residuals: tuple[Array, ...], d_y: Array) -> tuple[Array, Array, None, None]:
+    rows, weights, source, row_of = residuals
+    k = row_of.shape[1]
+    row_weight = jnp.take(weights.reshape(-1), source, mode="fill", fill_value=0).astype(rows.dtype)
+    d_rows = jnp.take(d_y, source // k, axis=0, mode="fill", fill_value=0) * row_weight[:, None]
+    d_weights = jnp.stack(
+        [jnp.sum(_choice(rows, row_of, j) * d_y, axis=-1, dtype=weights.dtype) for j in range(k)], axis=-1
+    )
+    return d_rows, d_weights, None, None
+
+
+combine_rows.defvjp(_combine_fwd, _combine_bwd)
+
+
+def _choice(rows: Array, row_of: Array, j: int) -> Array:
+    return jnp.take(rows, row_of[:, j], axis=0, mode="fill", fill_value=0)
+
+
+def _sum_choices(rows: Array, row_of: Array) -> Array:
+    total = _choice(rows, row_of, 0)
+    for j in range(1, row_of.shape[1]):
+        total = total + _choice(rows, row_of, j)
+    return total

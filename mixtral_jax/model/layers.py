@@ -1,0 +1,74 @@
+"""Parameters with logical axes, normalisation and rotary embedding."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from mixtral_jax.precision import FULL, Precision
+from mixtral_jax.runtime import Runtime
+from mixtral_jax.sharding import VOCAB_AXIS, Axes, spec
+
+
+def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes, std: float, precision: Precision) -> nnx.Param:
+    """Declares a normally distributed parameter together with its logical axes."""
+    assert len(shape) == len(axes), (shape, axes)
+    return nnx.Param(std * jax.random.normal(rngs.params(), shape, precision.params), axes=axes)
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * scale, in float32. Source: arXiv 1910.07467."""
+
+    def __init__(self, d_model: int, eps: float, precision: Precision):
+        axes: Any = (None,)
+        self.scale = nnx.Param(jnp.ones((d_model,), precision.params), axes=axes)
+        self.eps = eps
+        self.precision = precision
+
+    def __call__(self, x: Float[Array, "*batch d_model"]) -> Float[Array, "*batch d_model"]:
+        """Normalises the last axis."""
+        wide = x.astype(FULL)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return (wide * inverse * self.scale[...].astype(FULL)).astype(self.precision.compute)
+
+
+def embed(
+    table: Float[Array, "vocab d_model"], tokens: Int[Array, "batch seq"], runtime: Runtime
+) -> Float[Array, "batch seq d_model"]:
+    """Looks up token ids, each device in its own rows of the table."""
+
+    def local(table: Array, tokens: Array) -> Array:
+        row = tokens - jax.lax.axis_index(VOCAB_AXIS) * table.shape[0]
+        # Rows of other devices are out of range; a negative index would count from the end.
+        row = jnp.where(row < 0, table.shape[0], row)
+        return jax.lax.psum(jnp.take(table, row, axis=0, mode="fill", fill_value=0), VOCAB_AXIS)
+
+    return jax.shard_map(
+        local,
+        mesh=runtime.mesh,
+        in_specs=(spec(("vocab", None)), spec(("batch", "sequence"))),
+        out_specs=spec(("batch", "sequence", None)),
+        check_vma=False,
+    )(table.astype(runtime.precision.compute), tokens)
+
+
+def rotary_tables(
+    positions: Int[Array, "batch seq"], head_dim: int, theta: float
+) -> tuple[Float[Array, "batch seq half"], Float[Array, "batch seq half"]]:
+    """Computes cosine and sine of position * theta^(-2i / head_dim), for i below head_dim / 2."""
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=FULL) / head_dim)
+    angles = positions[..., None].astype(FULL) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(
+    x: Float[Array, "batch seq heads head_dim"],
+    cos: Float[Array, "batch seq half"],
+    sin: Float[Array, "batch seq half"],
+) -> Float[Array, "batch seq heads head_dim"]:
+    """Rotates element i of a head with element i + head_dim / 2, Hugging Face's layout. Source: arXiv 2104.09864."""
+    first, second = jnp.split(x.astype(FULL), 2, axis=-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

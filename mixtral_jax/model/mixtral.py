@@ -1,0 +1,156 @@
+"""The decoder: embedding, scanned layers, final norm and output matrix."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from mixtral_jax.config import ModelConfig
+from mixtral_jax.model.attention import Attention
+from mixtral_jax.model.layers import RMSNorm, embed, parameter, rotary_tables
+from mixtral_jax.model.moe import MoE, RouterOutput, SelectionBias
+from mixtral_jax.precision import FULL
+from mixtral_jax.runtime import Runtime
+from mixtral_jax.sharding import Axes, constrain, named_sharding
+
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+RESIDUAL = ("batch", "sequence", None)
+
+
+class DecoderLayer(nnx.Module):
+    """x + attention(norm(x)), then + experts(norm(x))."""
+
+    def __init__(self, config: ModelConfig, runtime: Runtime, *, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config.d_model, config.norm_eps, runtime.precision)
+        self.attention = Attention(config, runtime, rngs=rngs)
+        self.moe_norm = RMSNorm(config.d_model, config.norm_eps, runtime.precision)
+        self.moe = MoE(config, runtime, rngs=rngs)
+        self.mesh = runtime.mesh
+
+    def __call__(
+        self, x: Array, segment_ids: Array, attention_ids: Array, rotary: tuple[Array, Array]
+    ) -> tuple[Array, RouterOutput]:
+        """Runs the layer; `attention_ids` say who may see whom, `segment_ids` 0 marks padding."""
+        x = x + constrain(self.attention(self.attention_norm(x), attention_ids, rotary), self.mesh, RESIDUAL)
+        y, router = self.moe(self.moe_norm(x), segment_ids > 0)
+        return constrain(x + y, self.mesh, RESIDUAL), router
+
+
+class Mixtral(nnx.Module):
+    """A decoder-only mixture-of-experts language model."""
+
+    def __init__(self, config: ModelConfig, runtime: Runtime, *, rngs: nnx.Rngs):
+        d, v = config.d_model, config.vocab_size
+
+        @nnx.split_rngs(splits=config.num_layers)
+        @nnx.vmap
+        def make_layers(rngs: nnx.Rngs) -> DecoderLayer:
+            return DecoderLayer(config, runtime, rngs=rngs)
+
+        self.embedding = parameter(rngs, (v, d), ("vocab", "d_model"), config.init_std, runtime.precision)
+        self.layers = make_layers(rngs)  # every parameter has a leading axis `layers`
+        self.final_norm = RMSNorm(d, config.norm_eps, runtime.precision)
+        self.lm_head = parameter(rngs, (d, v), ("d_model", "vocab"), config.init_std, runtime.precision)
+        self.config = config
+        self.runtime = runtime
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch seq"],
+        segment_ids: Int[Array, "batch seq"],
+        positions: Int[Array, "batch seq"],
+    ) -> tuple[Float[Array, "batch seq d_model"], RouterOutput]:
+        """Runs the decoder up to the final norm.
+
+        Args:
+            tokens: token ids.
+            segment_ids: document of each position, 1 and up; 0 is padding.
+            positions: place of each token in its document, for the rotary embedding.
+
+        Returns:
+            Final activations, and what every layer's router decided, stacked over layers.
+        """
+        config, runtime = self.config, self.runtime
+        x = embed(self.embedding[...], tokens, runtime)
+        rotary = rotary_tables(positions, config.head_dim, config.rope_theta)
+        attention_ids = (segment_ids > 0).astype(segment_ids.dtype) if config.attend_across_documents else segment_ids
+        graph, stacked = nnx.split(self.layers)
+
+        def body(x: Array, layer_state: Any) -> tuple[Array, RouterOutput]:
+            return nnx.merge(graph, layer_state)(x, segment_ids, attention_ids, rotary)
+
+        if runtime.remat != "none":
+            body = jax.checkpoint(body, policy=REMAT_POLICIES[runtime.remat], prevent_cse=False)
+        x, router = jax.lax.scan(body, x, stacked)
+        return self.final_norm(x), router
+
+    def head(self) -> Float[Array, "d_model vocab"]:
+        """Returns the output matrix in the compute type."""
+        return self.lm_head[...].astype(self.runtime.precision.compute)
+
+    def logits(self, x: Float[Array, "batch seq d_model"]) -> Float[Array, "batch seq vocab"]:
+        """Computes all logits of final activations in float32; for short sequences (losses go by chunks)."""
+        return jnp.einsum("bsd,dv->bsv", x, self.head(), preferred_element_type=FULL)
+
+
+class Architecture:
+    """A model without its arrays: shapes, logical axes, and the way from plain arrays to a callable `Mixtral`.
+
+    The arrays live in a plain nested dict {"params": ..., "selection_bias": ...}, which is what is trained, saved,
+    sharded, imported and exported.
+    """
+
+    def __init__(self, config: ModelConfig, runtime: Runtime):
+        self.config = config
+        self.runtime = runtime
+        abstract = nnx.eval_shape(lambda: Mixtral(config, runtime, rngs=nnx.Rngs(0)))
+        split: Any = nnx.split(abstract, nnx.Param, SelectionBias)
+        self._graph, self._params, self._bias = split
+
+    def init(self, seed: int) -> dict[str, Any]:
+        """Creates the arrays from a seed, each device only its own part; the same numbers on every mesh."""
+
+        def create(key: Array) -> dict[str, Any]:
+            model = Mixtral(self.config, self.runtime, rngs=nnx.Rngs(params=key))
+            params, bias = nnx.state(model, nnx.Param), nnx.state(model, SelectionBias)
+            return {"params": nnx.to_pure_dict(params), "selection_bias": nnx.to_pure_dict(bias)}
+
+        return jax.jit(create, out_shardings=self.shardings())(jax.random.key(seed))
+
+    def abstract(self) -> dict[str, Any]:
+        """Returns the tree of shapes, types and shardings."""
+        shapes = {"params": nnx.to_pure_dict(self._params), "selection_bias": nnx.to_pure_dict(self._bias)}
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.shardings())
+
+    def axes(self) -> dict[str, Any]:
+        """Returns the tree of logical axes."""
+
+        def named(path: Any, variable: nnx.Variable) -> Axes:
+            own: Axes = variable.get_metadata("axes")
+            return ("layers", *own) if getattr(path[0], "key", None) == "layers" else own
+
+        is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
+        trees = [
+            jax.tree_util.tree_map_with_path(named, state, is_leaf=is_variable) for state in (self._params, self._bias)
+        ]
+        return {"params": nnx.to_pure_dict(trees[0]), "selection_bias": nnx.to_pure_dict(trees[1])}
+
+    def shardings(self) -> dict[str, Any]:
+        """Returns the tree of shardings on the runtime's mesh."""
+        mesh = self.runtime.mesh
+        return jax.tree.map(
+            lambda axes: named_sharding(mesh, axes), self.axes(), is_leaf=lambda x: isinstance(x, tuple)
+        )
+
+    def bind(self, arrays: dict[str, Any]) -> Mixtral:
+        """Puts arrays into a model that can be called."""
+        states = [
+            jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(arrays[name]))
+            for state, name in ((self._params, "params"), (self._bias, "selection_bias"))
+        ]
+        return nnx.merge(self._graph, *states)

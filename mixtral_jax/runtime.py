@@ -1,0 +1,83 @@
+"""Where and how a model runs: the mesh, the float types and the kernels, resolved once at start."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+from jax.sharding import Mesh
+
+from mixtral_jax.config import Config, UserError
+from mixtral_jax.precision import Precision, make_precision
+from mixtral_jax.sharding import axis_size, make_mesh
+
+AttentionBackend = Literal["blockwise", "cudnn", "splash"]
+ExpertsBackend = Literal["blocked", "ragged_dot"]
+
+AUTO_ATTENTION: dict[str, AttentionBackend] = {"cpu": "blockwise", "gpu": "cudnn", "tpu": "splash"}
+AUTO_EXPERTS: dict[str, ExpertsBackend] = {"cpu": "blocked", "gpu": "ragged_dot", "tpu": "ragged_dot"}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Everything about execution that is not the architecture; static under jit."""
+
+    mesh: Mesh
+    precision: Precision
+    attention: AttentionBackend
+    experts: ExpertsBackend
+    block_size: int  # rows; 0: chosen from the expected load
+    loss_chunk: int  # positions
+    remat: Literal["none", "dots", "full"]
+
+    def describe(self) -> str:
+        """Says in one line what was chosen."""
+        device = self.mesh.devices.flat[0]
+        axes = " x ".join(f"{name} {size}" for name, size in self.mesh.shape.items() if size > 1) or "one device"
+        return (
+            f"{self.mesh.size} x {device.device_kind} ({axes}); attention: {self.attention}, experts: {self.experts}, "
+            f"compute: {jax.numpy.dtype(self.precision.compute).name}, remat: {self.remat}"
+        )
+
+
+def make_runtime(config: Config, mesh: Mesh | None = None) -> Runtime:
+    """Resolves `auto` by platform and checks that shapes divide over the mesh.
+
+    Raises:
+        UserError: a kernel that the platform lacks, or a size that the mesh does not divide.
+    """
+    mesh = make_mesh(config.mesh) if mesh is None else mesh
+    platform = mesh.devices.flat[0].platform
+    attention = AUTO_ATTENTION[platform] if config.kernels.attention == "auto" else config.kernels.attention
+    experts = AUTO_EXPERTS[platform] if config.kernels.experts == "auto" else config.kernels.experts
+    if (attention == "cudnn" and platform != "gpu") or (attention == "splash" and platform == "gpu"):
+        raise UserError(f"kernels.attention={attention} does not run on {platform}: use auto or blockwise")
+    _check_divides(config, mesh)
+    return Runtime(
+        mesh=mesh,
+        precision=make_precision(config.precision),
+        attention=attention,
+        experts=experts,
+        block_size=config.kernels.block_size,
+        loss_chunk=config.kernels.loss_chunk,
+        remat=config.train.remat,
+    )
+
+
+def _check_divides(config: Config, mesh: Mesh) -> None:
+    model, train = config.model, config.train
+    for key, value, axis in (
+        ("train.batch_size / train.microbatches", train.batch_size // train.microbatches, "batch"),
+        ("data.seq_len", config.data.seq_len, "sequence"),
+        ("model.d_model", model.d_model, "d_model"),
+        ("model.d_ff", model.d_ff, "d_ff"),
+        ("model.num_heads", model.num_heads, "heads"),
+        ("model.num_kv_heads", model.num_kv_heads, "kv_heads"),
+        ("model.vocab_size", model.vocab_size, "vocab"),
+        ("model.num_experts", model.num_experts, "experts"),
+    ):
+        size = axis_size(mesh, axis)
+        if value % size:
+            raise UserError(
+                f"{key} = {value} does not divide over the {size} devices of mesh axis '{axis}': "
+                f"make it a multiple of {size} or change the mesh"
+            )

@@ -1,0 +1,117 @@
+"""All losses: the only place that applies coefficients, masks and the pooling over layers.
+
+Every term is a sum over this part of the batch divided by a count over the whole batch, so the parts' losses and
+gradients add up to the whole batch's, however it was split.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float
+
+from mixtral_jax.config import LossesConfig
+from mixtral_jax.kernels.cross_entropy import cross_entropy_sum
+from mixtral_jax.model.mixtral import Mixtral
+from mixtral_jax.model.moe import RouterOutput
+from mixtral_jax.precision import FULL
+
+Batch = dict[str, Array]
+
+
+@struct.dataclass
+class Counts:
+    """Denominators, over the whole batch."""
+
+    targets: Float[Array, ""]  # tokens to predict
+    tokens: Float[Array, ""]  # tokens that are not padding
+
+
+@struct.dataclass
+class RouterSums:
+    """What one part of the batch adds to the statistics of the routers, by layer."""
+
+    assignments: Float[Array, "layers experts"]
+    probs: Float[Array, "layers experts"]
+    logsumexp_squared: Float[Array, " layers"]
+    entropy: Float[Array, " layers"]  # nats
+    dropped: Float[Array, " layers"]  # assignments
+
+
+@struct.dataclass
+class Losses:
+    """The parts of the loss: what is reported; `total` is what is minimised."""
+
+    total: Float[Array, ""]
+    cross_entropy: Float[Array, ""]  # nats per target
+    load_balance: Float[Array, ""]  # 1 at perfect balance
+    router_z: Float[Array, ""]
+
+
+def count(batch: Batch) -> Counts:
+    """Counts targets and tokens of a batch."""
+    return Counts(jnp.sum(batch["loss_mask"], dtype=FULL), jnp.sum(batch["segment_ids"] > 0, dtype=FULL))
+
+
+def router_sums(router: RouterOutput, batch: Batch) -> RouterSums:
+    """Sums the router's statistics over the tokens that are not padding."""
+    valid = (batch["segment_ids"] > 0).astype(FULL)
+    num_experts = router.router_logits.shape[-1]
+    logsumexp = jax.nn.logsumexp(router.router_logits, axis=-1)
+    probs = jnp.exp(router.router_logits - logsumexp[..., None])
+    entropy = logsumexp - jnp.sum(probs * router.router_logits, axis=-1)
+    chosen = jnp.sum(jax.nn.one_hot(router.expert_indices, num_experts, dtype=FULL), axis=-2)
+    return RouterSums(
+        assignments=jnp.einsum("lbse,bs->le", chosen, valid),
+        probs=jnp.einsum("lbse,bs->le", probs, valid),
+        logsumexp_squared=jnp.einsum("lbs,bs->l", jnp.square(logsumexp), valid),
+        entropy=jnp.einsum("lbs,bs->l", entropy, valid),
+        dropped=router.dropped,
+    )
+
+
+def expert_load(assignments: Float[Array, "layers experts"]) -> Float[Array, "layers experts"]:
+    """Turns counts into each expert's share of its layer's assignments; a layer without any gets zeros."""
+    return assignments / jnp.maximum(jnp.sum(assignments, axis=-1, keepdims=True), 1)
+
+
+def load_balance_loss(
+    load: Float[Array, "layers experts"], probs: Float[Array, "layers experts"], tokens: Float[Array, ""]
+) -> Float[Array, ""]:
+    """Computes the mean over layers of E * sum_e f_e * P_e: 1 at perfect balance, E when one expert takes all.
+
+    Args:
+        load: f, each expert's share of the assignments; no gradient flows through it.
+        probs: sums of the router's probabilities over tokens.
+        tokens: tokens that make P a mean.
+
+    Source: arXiv 2101.03961, equation 4, with f over the k assignments of a token.
+    """
+    num_experts = load.shape[-1]
+    products = jax.lax.stop_gradient(load) * probs / jnp.maximum(tokens, 1)
+    return num_experts * jnp.mean(jnp.sum(products, axis=-1))
+
+
+def compute_losses(
+    model: Mixtral, batch: Batch, counts: Counts, load: Float[Array, "layers experts"] | None, config: LossesConfig
+) -> tuple[Losses, RouterSums]:
+    """Computes this part of the batch's share of every loss.
+
+    Args:
+        model: the decoder.
+        batch: tokens, targets, segment_ids, positions, loss_mask of this part, each [batch, seq].
+        counts: of the whole batch.
+        load: f over the whole batch; None counts it over this part.
+        config: coefficients.
+    """
+    x, router = model(batch["tokens"], batch["segment_ids"], batch["positions"])
+    runtime = model.runtime
+    nats = cross_entropy_sum(
+        x, model.head(), batch["targets"], batch["loss_mask"], mesh=runtime.mesh, chunk=runtime.loss_chunk
+    )
+    sums = router_sums(router, batch)
+    load = expert_load(sums.assignments) if load is None else load
+    cross_entropy = nats / jnp.maximum(counts.targets, 1)
+    load_balance = load_balance_loss(load, sums.probs, counts.tokens)
+    router_z = jnp.mean(sums.logsumexp_squared) / jnp.maximum(counts.tokens, 1)
+    total = cross_entropy + config.load_balance * load_balance + config.router_z * router_z
+    return Losses(total, cross_entropy, load_balance, router_z), sums

@@ -1,0 +1,81 @@
+"""AdamW with clipping and the learning-rate schedules."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from mixtral_jax.config import OptimizerConfig, UserError
+from mixtral_jax.precision import Precision
+from mixtral_jax.sharding import Axes
+
+Schedule = Callable[[Any], Any]
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> Schedule:
+    """Builds learning rate as a function of the step.
+
+    Args:
+        config: peak, warm-up and shape: `cosine` falls to the final ratio at the last step; `wsd` stays and falls
+            linearly over the last decay_steps; `constant` stays.
+        steps: of the whole run.
+
+    Raises:
+        UserError: warm-up and decay that do not fit in the run.
+    """
+    peak, final = config.learning_rate, config.learning_rate * config.final_learning_rate_ratio
+    warmup = config.warmup_steps
+    decay = config.decay_steps or max(1, steps // 5)
+    if warmup >= steps:
+        raise UserError(f"optimizer.warmup_steps={warmup} leaves nothing of train.steps={steps}: lower it")
+    start = optax.linear_schedule(peak / max(1, warmup), peak, max(1, warmup - 1))
+    if config.schedule == "cosine":
+        rest = optax.cosine_decay_schedule(peak, max(1, steps - warmup), config.final_learning_rate_ratio)
+    elif config.schedule == "constant":
+        rest = optax.constant_schedule(peak)
+    else:
+        if warmup + decay > steps:
+            raise UserError(
+                f"optimizer.warmup_steps={warmup} + optimizer.decay_steps={decay} exceed train.steps={steps}: lower one"
+            )
+        falling = optax.linear_schedule(peak, final, decay)
+        rest = optax.join_schedules([optax.constant_schedule(peak), falling], [steps - warmup - decay])
+    return optax.join_schedules([start, rest], [warmup]) if warmup else rest
+
+
+def decay_mask(axes: Any) -> Any:
+    """Says which parameters decay: matrices, never norm scales; `axes` is the tree of logical axes."""
+
+    def is_matrix(entry: Axes) -> bool:
+        return len([axis for axis in entry if axis != "layers"]) >= 2
+
+    return jax.tree.map(is_matrix, axes, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def make_optimizer(config: OptimizerConfig, precision: Precision, axes: Any) -> optax.GradientTransformation:
+    """Builds clipping, Adam and decoupled decay; the step multiplies by the learning rate itself.
+
+    Source: arXiv 1711.05101.
+    """
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps, mu_dtype=precision.optimizer)
+    return optax.chain(clip, adam, optax.add_decayed_weights(config.weight_decay, mask=decay_mask(axes)))
+
+
+def optimizer_shardings(optimizer: optax.GradientTransformation, params: Any, replicated: Any) -> Any:
+    """Gives every moment its parameter's sharding.
+
+    Args:
+        optimizer: as made above.
+        params: abstract parameters with shardings.
+        replicated: sharding of the rest (counters).
+    """
+    abstract = jax.eval_shape(optimizer.init, params)
+    return optax.tree_map_params(
+        optimizer,
+        lambda _, param: param.sharding,
+        abstract,
+        params,
+        transform_non_params=lambda _: replicated,
+    )

@@ -1,0 +1,185 @@
+"""One pure training step over a mesh: losses, accumulated gradients, update, statistics."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from mixtral_jax.config import Config
+from mixtral_jax.model.mixtral import Architecture
+from mixtral_jax.precision import FULL
+from mixtral_jax.sharding import named_sharding
+from mixtral_jax.training.losses import (
+    Batch,
+    Counts,
+    Losses,
+    RouterSums,
+    compute_losses,
+    count,
+    expert_load,
+    router_sums,
+)
+from mixtral_jax.training.optimizer import make_optimizer, make_schedule, optimizer_shardings
+
+TrainState = dict[str, Any]
+Metrics = dict[str, Array]
+
+BATCH_KEYS = ("tokens", "targets", "segment_ids", "positions", "loss_mask")
+
+
+class Trainable:
+    """The training step of a configuration, and the shape and birth of its state."""
+
+    def __init__(self, architecture: Architecture, config: Config):
+        self.architecture = architecture
+        self.config = config
+        self.optimizer = make_optimizer(config.optimizer, architecture.runtime.precision, architecture.axes()["params"])
+        self.schedule = make_schedule(config.optimizer, config.train.steps)
+        mesh = architecture.runtime.mesh
+        self.replicated = NamedSharding(mesh, PartitionSpec())
+        self.batch_sharding = named_sharding(mesh, ("batch", "sequence"))
+        self.step = jax.jit(
+            self._step,
+            in_shardings=(self.shardings(), {key: self.batch_sharding for key in BATCH_KEYS}),
+            out_shardings=(self.shardings(), self.replicated),
+            donate_argnums=0,
+        )
+
+    def shardings(self) -> TrainState:
+        """Returns the state's tree of shardings."""
+        arrays = self.architecture.abstract()
+        counters = {name: self.replicated for name in ("step", "skipped", "skipped_in_a_row")}
+        opt_state = optimizer_shardings(self.optimizer, arrays["params"], self.replicated)
+        return {**self.architecture.shardings(), "opt_state": opt_state, **counters}
+
+    def start(self, arrays: dict[str, Any]) -> TrainState:
+        """Builds the state before the first step around a model's arrays, which it takes over."""
+
+        def create(arrays: dict[str, Any]) -> TrainState:
+            zero = jnp.zeros((), jnp.int32)
+            counters = {"step": zero, "skipped": zero, "skipped_in_a_row": zero}
+            return {**arrays, "opt_state": self.optimizer.init(arrays["params"]), **counters}
+
+        return jax.jit(create, out_shardings=self.shardings(), donate_argnums=0)(arrays)
+
+    def abstract(self) -> TrainState:
+        """Returns the state's tree of shapes, types and shardings."""
+        shapes = jax.eval_shape(self.start, self.architecture.abstract())
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.shardings())
+
+    def put(self, batch: dict[str, Any]) -> Batch:
+        """Spreads a global batch, the same on every host, over the devices."""
+        return {
+            key: jax.make_array_from_callback(batch[key].shape, self.batch_sharding, batch[key].__getitem__)
+            for key in BATCH_KEYS
+        }
+
+    def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        grads, losses, sums, counts = self._gradients(state, batch)
+        grad_norm = optax.global_norm(grads)
+        finite = jnp.isfinite(losses.total) & jnp.isfinite(grad_norm)
+        learning_rate = jnp.asarray(self.schedule(state["step"]), FULL)
+
+        updates, opt_state = self.optimizer.update(grads, state["opt_state"], state["params"])
+        params = jax.tree.map(lambda p, u: (p - learning_rate * u).astype(p.dtype), state["params"], updates)
+        load = expert_load(sums.assignments)
+        new = {
+            "params": params,
+            "opt_state": opt_state,
+            "selection_bias": self._move_bias(state["selection_bias"], load),
+        }
+        kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, {key: state[key] for key in new})
+        skip = 1 - finite.astype(jnp.int32)
+        state = {
+            **kept,
+            "step": state["step"] + 1,
+            "skipped": state["skipped"] + skip,
+            "skipped_in_a_row": (state["skipped_in_a_row"] + 1) * skip,
+        }
+        metrics = {
+            "loss": losses.total,
+            "cross_entropy": losses.cross_entropy,
+            "load_balance_loss": losses.load_balance,
+            "router_z_loss": losses.router_z,
+            "learning_rate": learning_rate,
+            "grad_norm": grad_norm,
+            "skipped_updates": state["skipped"],
+            "skipped_in_a_row": state["skipped_in_a_row"],
+            **router_metrics(sums, counts, load),
+        }
+        return state, metrics
+
+    def _gradients(self, state: TrainState, batch: Batch) -> tuple[Any, Losses, RouterSums, Counts]:
+        """Sums losses and gradients over the microbatches."""
+        config, bias = self.config, state["selection_bias"]
+        counts = count(batch)
+
+        def loss(params: Any, part: Batch, load: Array | None) -> tuple[Array, tuple[Losses, RouterSums]]:
+            model = self.architecture.bind({"params": params, "selection_bias": bias})
+            losses, sums = compute_losses(model, part, counts, load, config.losses)
+            return losses.total, (losses, sums)
+
+        gradient = jax.grad(loss, has_aux=True)
+        if config.train.microbatches == 1:
+            grads, (losses, sums) = gradient(state["params"], batch, None)
+            return grads, losses, sums, counts
+
+        parts = {key: self._split(value) for key, value in batch.items()}
+        load = None
+        if config.losses.balance_over == "batch" and config.losses.load_balance > 0:
+            load = self._whole_load(state, parts)
+
+        def body(carry: Any, part: Batch) -> tuple[Any, None]:
+            new = gradient(state["params"], part, load)
+            return jax.tree.map(lambda total, x: total + x.astype(total.dtype), carry, new), None
+
+        shapes = jax.eval_shape(gradient, state["params"], jax.tree.map(lambda x: x[0], parts), load)
+        dtype = self.architecture.runtime.precision.gradients
+        zeros = (
+            jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), shapes[0]),
+            jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[1]),
+        )
+        (grads, (losses, sums)), _ = jax.lax.scan(body, zeros, parts)
+        return grads, losses, sums, counts
+
+    def _whole_load(self, state: TrainState, parts: Batch) -> Array:
+        """Counts the experts' load over all microbatches: the price of balancing over the batch is a forward pass."""
+        model = self.architecture.bind({"params": state["params"], "selection_bias": state["selection_bias"]})
+
+        def body(total: Array, part: Batch) -> tuple[Array, None]:
+            _, router = model(part["tokens"], part["segment_ids"], part["positions"])
+            return total + router_sums(router, part).assignments, None
+
+        config = self.config.model
+        zero = jnp.zeros((config.num_layers, config.num_experts), FULL)
+        return expert_load(jax.lax.scan(body, zero, parts)[0])
+
+    def _split(self, x: Array) -> Array:
+        """[batch, seq] to [microbatches, batch / microbatches, seq] without moving rows between devices."""
+        parts = self.config.train.microbatches
+        x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+        sharding = named_sharding(self.architecture.runtime.mesh, (None, "batch", "sequence"))
+        return jax.lax.with_sharding_constraint(x, sharding)
+
+    def _move_bias(self, bias: Any, load: Array) -> Any:
+        """Raises the bias of experts below the mean load, lowers the others'. Source: arXiv 2408.15664, algorithm 1."""
+        rate = self.config.losses.selection_bias_rate
+        if not rate:
+            return bias
+        return jax.tree.map(lambda b: b + rate * jnp.sign(1 / load.shape[-1] - load), bias)
+
+
+def router_metrics(sums: RouterSums, counts: Counts, load: Array) -> Metrics:
+    """Summarises the routers: entropy in nats, worst overload, dead experts and the share of dropped assignments."""
+    num_experts = load.shape[-1]
+    assigned = jnp.maximum(jnp.sum(sums.assignments), 1)
+    return {
+        "router_entropy": jnp.mean(sums.entropy) / jnp.maximum(counts.tokens, 1),
+        "max_violation": jnp.max(load) * num_experts - 1,
+        "dead_experts": jnp.sum(sums.assignments == 0, dtype=FULL),
+        "dropped_share": jnp.sum(sums.dropped) / assigned,
+        "expert_load": load,
+    }
