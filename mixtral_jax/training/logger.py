@@ -34,7 +34,7 @@ class MetricsLogger:
             total_steps: optimizer steps of the whole run.
             resume_step: step of the checkpoint from which the run goes on; what an earlier process logged after it is
                 dropped, so no step appears twice. 0: the run starts anew.
-            descriptions: metric name -> what TensorBoard says about its chart, such as the peak behind `mfu`.
+            descriptions: metric name -> what TensorBoard's legend adds about it, such as the peak behind `mfu`.
             is_main: whether this process writes.
 
         Raises:

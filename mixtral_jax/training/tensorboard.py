@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, UInt8
 from tensorboardX import SummaryWriter
-from tensorboardX.proto.summary_pb2 import Summary, SummaryMetadata
 
-# Group of charts -> name of the metric -> what the chart's information sign says. A name that has a slash, such as
-# `epoch/english`, is its own group; any other goes to `other`.
+# Group of charts -> name of the metric -> what it is. A name that has a slash, such as `epoch/english`, brings its own
+# group; any other goes to `other`.
 CHARTS: dict[str, dict[str, str]] = {
     "loss": {
         "loss": "cross-entropy + coefficients * router losses: what training minimises",
@@ -34,6 +33,12 @@ CHARTS: dict[str, dict[str, str]] = {
         "device_memory_gib": "of the fullest device, now",
         "device_memory_peak_gib": "of the fullest device, highest so far",
     },
+    "expert_load_max": {
+        "layer_NN": "share of the layer's assignments * number of experts, of the busiest expert: 1 is uniform",
+    },
+    "expert_load_min": {
+        "layer_NN": "the same of the expert that got least",
+    },
     "router": {
         "router_entropy": "nats, mean over tokens and layers; log(experts) is undecided",
         "max_violation": "load of the busiest expert / uniform load - 1, highest over layers",
@@ -42,7 +47,6 @@ CHARTS: dict[str, dict[str, str]] = {
     },
 }
 _GROUPS = {name: group for group, charts in CHARTS.items() for name in charts}
-RELATIVE_LOAD = "share of the layer's assignments * number of experts: 1 is uniform"
 _CELL = 16  # pixels of an expert in the picture
 
 
@@ -56,15 +60,14 @@ class TensorBoard:
             directory: where the event files lie; made if missing.
             resume_step: step of the checkpoint from which the run goes on; TensorBoard hides events of later steps
                 that an earlier process wrote. 0: hides all earlier ones.
-            descriptions: what to say about a metric of this run instead of the text of `CHARTS`.
+            descriptions: what to add about a metric of this run to the text of `CHARTS`.
         """
-        self._descriptions = {name: text for charts in CHARTS.values() for name, text in charts.items()}
-        self._descriptions |= descriptions
         first_step = resume_step + 1 if resume_step else 0
         # The suffix keeps two processes of one second apart, in the order in which TensorBoard reads.
         self._writer = SummaryWriter(
             str(directory), purge_step=first_step, filename_suffix=f".from_step_{first_step:09d}"
         )
+        self._writer.add_text("about", _legend(descriptions), first_step)
 
     def write(self, step: int, scalars: Mapping[str, int | float], vectors: Mapping[str, np.ndarray]) -> None:
         """Writes one step.
@@ -78,25 +81,25 @@ class TensorBoard:
         for name, value in scalars.items():
             if math.isfinite(value):
                 tag = name if "/" in name else f"{_GROUPS.get(name, 'other')}/{name}"
-                self._add_scalar(tag, float(value), step, self._descriptions.get(name, ""))
+                self._writer.add_scalar(tag, value, step)
         for name, load in vectors.items():
             self._writer.add_image(name, load_picture(load), step, dataformats="HWC")
             for layer, shares in enumerate(load * load.shape[-1]):
                 for end, share in (("max", shares.max()), ("min", shares.min())):
                     if math.isfinite(share):
-                        self._add_scalar(f"{name}_{end}/layer_{layer:02d}", float(share), step, RELATIVE_LOAD)
+                        self._writer.add_scalar(f"{name}_{end}/layer_{layer:02d}", share, step)
         self._writer.flush()
 
     def close(self) -> None:
         """Writes what is left and closes the file."""
         self._writer.close()
 
-    def _add_scalar(self, tag: str, value: float, step: int, description: str) -> None:
-        # The writer's own add_scalar leaves out the plugin's name where there is a description; readers complain.
-        plugin = SummaryMetadata.PluginData(plugin_name="scalars")
-        metadata = SummaryMetadata(plugin_data=plugin, summary_description=description)
-        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value, metadata=metadata)])
-        self._writer.file_writer.add_summary(summary, step)
+
+def _legend(descriptions: Mapping[str, str]) -> str:
+    """Explains the charts in a table, which TensorBoard shows among its texts."""
+    rows = [f"| {group}/{name} | {text}{'; ' + descriptions[name] if name in descriptions else ''} |"
+            for group, charts in CHARTS.items() for name, text in charts.items()]  # fmt: skip
+    return "\n".join(["| chart | what it shows |", "|---|---|", *rows])
 
 
 def load_picture(load: Float[np.ndarray, "layers experts"]) -> UInt8[np.ndarray, "height width 3"]:
