@@ -13,7 +13,7 @@ from mixtral_jax.evaluation.perplexity import Evaluation, Result
 
 
 def results_table(evaluation: Evaluation, baselines: Mapping[str, Result] | None = None) -> Table:
-    """Makes a table: a row for each source, one for all together, one for each baseline.
+    """Makes a table: a row for each source, one for all together, one for each baseline on all of it.
 
     Args:
         evaluation: what was measured.
@@ -32,7 +32,7 @@ def results_table(evaluation: Evaluation, baselines: Mapping[str, Result] | None
         table.add_row(name, *_cells(result), end_section=number == last)
     table.add_row("total", *_cells(evaluation.total), style="bold", end_section=True)
     for name, result in (baselines or {}).items():
-        table.add_row(f"total, {name} model", *_cells(result), style="dim")
+        table.add_row(f"{name} model", *_cells(result), style="dim")
     return table
 
 
