@@ -64,9 +64,6 @@ def flops_per_token(model: ModelConfig, seq_len: int) -> float:
     return 6.0 * (multiplied + attention)
 
 
-MFU_FORMULA = "model FLOP/s / (devices * peak FLOP/s of one)"
-
-
 def speed(tokens: int, seconds: float, flops: float, num_devices: int, peak: PeakFlops) -> dict[str, float]:
     """Turns a measured stretch of work into the rates that are logged.
 

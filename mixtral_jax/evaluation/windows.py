@@ -34,7 +34,7 @@ class Documents(Protocol):
         ...
 
     def tokens(self, index: int) -> np.ndarray:
-        """Returns the token ids of a document: the start sign, its text, the end sign."""
+        """Returns the token ids of a document: the start sign, its text and, unless its tail was cut, the end sign."""
         ...
 
     def num_bytes(self, index: int) -> int:
