@@ -9,7 +9,7 @@ from jaxtyping import Int64
 from mixtral_jax.config import Config, UserError
 from mixtral_jax.data.cache_files import cache_directory
 from mixtral_jax.data.packing import Batch, num_rows, pack_rows
-from mixtral_jax.data.row_order import choose_sources, shuffled_rows
+from mixtral_jax.data.row_order import choose_sources, rows_dealt, shuffled_rows
 from mixtral_jax.data.sources import check_source
 from mixtral_jax.data.splits import Documents, split_documents
 from mixtral_jax.data.token_cache import open_or_build
@@ -96,6 +96,14 @@ class TrainingData:
                 whole = batch.setdefault(name, np.empty((len(chosen), self._seq_len), part.dtype))
                 whole[here] = part
         return batch
+
+    def progress(self, steps: int) -> dict[str, float]:
+        """Says how much of each source the first so many steps take: `tokens_seen/NAME` and `epoch/NAME`."""
+        seen: dict[str, float] = {}
+        dealt = rows_dealt(steps * self._batch_size, self._weights)
+        for name, rows, size in zip(self.source_names, dealt, self._rows, strict=True):
+            seen |= {f"tokens_seen/{name}": rows * self._seq_len, f"epoch/{name}": rows / size}
+        return seen
 
 
 def targets_per_source(batch: Batch, num_sources: int) -> Int64[np.ndarray, "sources"]:

@@ -39,6 +39,16 @@ def choose_sources(
     return source, left
 
 
+def rows_dealt(rows: int, weights: list[float]) -> list[int]:
+    """Counts how many of the first so many rows of a run each source gives; see `choose_sources`."""
+    counts = []
+    for index in range(len(weights) - 1):
+        share = max(1, round(SHARES * weights[index] / sum(weights[index:])))
+        counts.append(rows * share + SHARES // 2 >> 24)
+        rows -= counts[-1]
+    return [*counts, rows]
+
+
 def shuffled_rows(rows: Int64[np.ndarray, "rows"], size: int, seed: int, source: int) -> Int64[np.ndarray, "rows"]:
     """Shuffles the rows of a source anew in every epoch.
 

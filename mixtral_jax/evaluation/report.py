@@ -2,14 +2,27 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from mixtral_jax.config import UserError
-from mixtral_jax.evaluation.perplexity import Evaluation, Result
+from mixtral_jax.config import EvalConfig, UserError
+from mixtral_jax.console import ProgressLine
+from mixtral_jax.evaluation.perplexity import Evaluation, Result, Score, measure
+from mixtral_jax.evaluation.windows import Documents, num_batches
+
+
+def measure_with_progress(score: Score, texts: Sequence[Documents], eval: EvalConfig, seq_len: int) -> Evaluation:
+    """Measures like `measure`, with a progress bar over the batches of all sources."""
+    before: dict[str, int] = {}
+    total = 0
+    for documents in texts:
+        before[documents.name] = total
+        total += num_batches(documents, eval, seq_len)
+    with ProgressLine("evaluate", total, plain_line_seconds=30) as progress:
+        return measure(score, texts, eval, seq_len, lambda name, done, _: progress.update(before[name] + done, name))
 
 
 def results_table(evaluation: Evaluation, baselines: Mapping[str, Result] | None = None) -> Table:

@@ -5,9 +5,8 @@ from rich.panel import Panel
 from rich.text import Text
 
 from mixtral_jax.config import Config
-from mixtral_jax.console import ProgressLine
-from mixtral_jax.evaluation.perplexity import Result, measure, uniform_nats, unigram_nats
-from mixtral_jax.evaluation.report import results_table
+from mixtral_jax.evaluation.perplexity import Result, uniform_nats, unigram_nats
+from mixtral_jax.evaluation.report import measure_with_progress, results_table
 from mixtral_jax.evaluation.scoring import make_scorer
 from mixtral_jax.inference.sample import sample
 from mixtral_jax.training.trainer import Outcome
@@ -19,9 +18,10 @@ TEMPERATURE = 0.8
 
 def summarize(config: Config, outcome: Outcome, console: Console) -> None:
     """Measures the held-out text beside two simple models, samples one continuation and names the next commands."""
-    resume = "python train.py ... (the same command)"
     if not outcome.finished:
-        console.print(f"stopped at step {outcome.step} of {config.train.steps}; {resume} goes on", soft_wrap=True)
+        console.print(
+            f"stopped at step {outcome.step} of {config.train.steps}; the same command goes on", soft_wrap=True
+        )
         return
     if any(documents.num_documents for documents in outcome.heldout):
         _show_perplexity(config, outcome, console)
@@ -41,17 +41,14 @@ def _show_perplexity(config: Config, outcome: Outcome, console: Console) -> None
     pairs = [pair for pair in zip(outcome.training, outcome.heldout, strict=True) if pair[1].num_documents]
     texts = [heldout for _, heldout in pairs]
     score = make_scorer(outcome.architecture)(outcome.state)
-    with ProgressLine("evaluate", len(texts)) as progress:
-        evaluation = measure(
-            score, texts, config.eval, config.data.seq_len,
-            lambda name, done, total: progress.update(done, name, total),
-        )  # fmt: skip
+    evaluation = measure_with_progress(score, texts, config.eval, config.data.seq_len)
     total = evaluation.total
     nats = {
         "unigram": sum(unigram_nats(a, b, config.model.vocab_size, config.eval.max_tokens) for a, b in pairs),
         "uniform": sum(uniform_nats(b, config.model.vocab_size, config.eval.max_tokens) for b in texts),
     }
-    console.print(results_table(evaluation, {name: Result(total.tokens, total.bytes, sum_) for name, sum_ in nats.items()}))
+    baselines = {name: Result(total.tokens, total.bytes, sum_) for name, sum_ in nats.items()}
+    console.print(results_table(evaluation, baselines))
 
 
 def _show_sample(config: Config, outcome: Outcome, console: Console) -> None:

@@ -30,6 +30,7 @@ from mixtral_jax.training.run_dir import RunDirectory
 from mixtral_jax.training.signals import StopRequest
 from mixtral_jax.training.step import Trainable, TrainState
 
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 IN_FLIGHT = 2  # steps that the host may run ahead of the device
 
 
@@ -172,7 +173,7 @@ class Trainer:
             "step": step,
             "config": to_yaml(self.config),
             "data_fingerprint": self.data.fingerprint,
-            "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")},
+            "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
         }
         self.checkpoints.save(step, state, meta, {"tokenizer.model": self.tokenizer.model_bytes})
 
