@@ -112,7 +112,8 @@ class Trainer:
         config = self.config
         self.peak = peak_flops(self.runtime.precision.compute)
         self.flops = flops_per_token(config.model, config.data.seq_len)
-        mfu = f"model FLOP/s / (devices * peak FLOP/s of one); {self.flops / 1e6:,.1f} MFLOP a token; peak {self.peak.source}"
+        work = f"{self.flops / 1e6:,.1f} MFLOP a token"
+        mfu = f"model FLOP/s / (devices * peak FLOP/s of one); {work}; peak {self.peak.source}"
         self.say(f"MFU = {mfu}")
         with MetricsLogger(
             path, config.train.steps, resume_step=step, descriptions={"mfu": mfu}, is_main=jax.process_index() == 0
