@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import logging
 import os
 
 import pyarrow as pa
@@ -111,12 +112,22 @@ def test_truncated_and_false_compression_are_named(tmp_path, suffix):
     assert complaint(path).startswith(f"cannot read {path}: ")
 
 
-def test_damaged_parquet_and_missing_column_are_named(tmp_path):
+def test_damaged_parquet_and_missing_column_are_named(tmp_path, caplog):
     path = write_records(tmp_path / "a.parquet", TEXTS)
     assert complaint(path, text_field="body") == f"{path} has no column 'body': set text_field to one that holds text"
     assert complaint(path, text_field="id") == f"{path}, row 1: the field 'id' holds int, not text: set text_field"
     path.write_bytes(path.read_bytes()[:-10])
+    logging.getLogger("datasets").addHandler(caplog.handler)
     assert complaint(path).startswith(f"cannot read {path}: Parquet magic bytes not found")
+    logging.getLogger("datasets").removeHandler(caplog.handler)
+    assert not caplog.text  # the library would log what it raises
+
+
+def test_parquet_leaves_no_file_in_the_home(tmp_path, monkeypatch):
+    path = write_records(tmp_path / "a.parquet", TEXTS)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "home")
+    assert read(path) == TEXTS
+    assert not (tmp_path / "home").exists()
 
 
 def test_nothing_to_read_is_said(tmp_path):
@@ -147,6 +158,25 @@ def test_an_unreachable_hub_is_one_sentence(monkeypatch):
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="not written as name or name:config:split"):
         check_source(SourceConfig(name="far", hub="a:b:c:d"))
+
+
+def test_a_hubs_records_are_streamed_and_their_trouble_told(monkeypatch):
+    asked = []
+
+    def load_dataset(repository, config, *, split, streaming, cache_dir):
+        asked.append((repository, config, split, streaming))
+        yield from [{"text": "one"}, {"text": " "}, {"text": "two"}]
+        if config:
+            raise OSError("the line went dead\nand more")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *args, **kwargs: None)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert list(iter_documents(SourceConfig(name="far", hub="a/b"))) == ["one", "two"]
+    with pytest.raises(UserError, match=r"^source 'far': cannot read 'a/b:c:test' .*\(the line went dead\)"):
+        list(iter_documents(SourceConfig(name="far", hub="a/b:c:test")))
+    with pytest.raises(UserError, match=r"'a/b' has no field 'body' \(it has text\): set text_field of source 'far'"):
+        list(iter_documents(SourceConfig(name="far", hub="a/b", text_field="body")))
+    assert asked[:2] == [("a/b", None, "train", True), ("a/b", "c", "test", True)]
 
 
 def test_the_fingerprint_follows_files_and_field_but_not_the_name(tmp_path):

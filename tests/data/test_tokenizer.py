@@ -93,15 +93,31 @@ def test_training_gives_exactly_the_vocabulary_once_and_the_same_each_time(train
     assert again.fingerprint == tokenizer.fingerprint
     monkeypatch.setattr(tokenizer_training, "_train", lambda *args: pytest.fail("trained again"))
     assert load_tokenizer(data, 300).model_bytes == tokenizer.model_bytes
-    assert tokenizer.encode("12345")[-5:] == [tokenizer.encode(digit)[-1] for digit in "12345"]
 
 
-def test_text_with_tabs_is_learnt_from(tmp_path):
-    (tmp_path / "a.txt").write_text("column\tcolumn\tcolumn\n" * 100)
+def test_text_with_the_trainers_own_mark_is_learnt_from(tmp_path):
+    (tmp_path / "a.txt").write_text("column\tcolumn\u2585column\n" * 100)
     data = DataConfig(
         sources=[SourceConfig(name="a", path=str(tmp_path / "a.txt"))], tokenizer="train", cache_dir=str(tmp_path)
     )
     assert len(load_tokenizer(data, 274).encode("column")) <= 2
+
+
+def test_digits_are_single_tokens(tmp_path):
+    (tmp_path / "a.txt").write_text("2024 and 2024 " * 100)
+    data = DataConfig(
+        sources=[SourceConfig(name="a", path=str(tmp_path / "a.txt"))], tokenizer="train", cache_dir=str(tmp_path)
+    )
+    tokenizer = load_tokenizer(data, 272)
+    assert len(tokenizer.encode("and")) == 1
+    assert len(tokenizer.encode("2024")) == 5  # with the space before them
+
+
+def test_a_mistake_in_the_sources_is_still_one_sentence(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{')
+    sources = [SourceConfig(name="a", path=str(tmp_path / "a.jsonl"))]
+    assert "a.jsonl, line 2 is not a JSON record" in complaint("train", 300, sources=sources, cache_dir=str(tmp_path))
+    assert not list(tmp_path.glob("*.model"))
 
 
 def test_the_sample_takes_the_same_from_every_file_and_stays_in_its_budget(tmp_path):
