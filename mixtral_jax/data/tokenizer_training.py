@@ -40,7 +40,7 @@ def train_model(data: DataConfig, vocab_size: int) -> bytes:
     target = cache_directory(data.cache_dir) / f"tokenizer-{key}.model"
     with locked(target):
         if not target.exists():
-            with Console(stderr=True).status(f"training a tokenizer of {vocab_size} tokens on the sources"):
+            with Console().status(f"training a tokenizer of {vocab_size} tokens on the sources"):
                 write_file(target, _train(data, vocab_size))
         return target.read_bytes()
 

@@ -13,6 +13,8 @@ from mixtral_jax.training.manifest import write_atomically
 
 CONFIG = "config.yaml"
 LOCK = "lock"
+# A config.yaml that a person wrote must not be taken for a run's, and overwritten.
+MARK = "# Every key of this run, as resolved by train.py.\n"
 
 
 class RunDirectory:
@@ -31,7 +33,7 @@ class RunDirectory:
         try:
             path.mkdir(parents=True, exist_ok=True)
             foreign = [entry.name for entry in path.iterdir() if entry.name != LOCK]
-            if foreign and not (path / CONFIG).exists():
+            if foreign and not _is_run(path):
                 raise UserError(
                     f"run_dir {path} holds {min(foreign)} and no run: name a new or empty directory as run_dir"
                 )
@@ -55,7 +57,7 @@ class RunDirectory:
     def write_config(self) -> None:
         """Writes the resolved configuration; called when nothing can be wrong with the input any more."""
         try:
-            write_atomically(self.path / CONFIG, to_yaml(self.config).encode())
+            write_atomically(self.path / CONFIG, (MARK + to_yaml(self.config)).encode())
         except OSError as error:
             raise self._unwritable(error) from None
 
@@ -95,6 +97,11 @@ def _value(config: Config, key: str) -> object:
     for name in key.split("."):
         value = getattr(value, name)
     return value
+
+
+def _is_run(path: Path) -> bool:
+    file = path / CONFIG
+    return file.is_file() and file.read_bytes().startswith(MARK.encode())
 
 
 def _read_holder(lock: int) -> str:
