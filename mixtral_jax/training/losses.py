@@ -13,7 +13,7 @@ from mixtral_jax.config import LossesConfig
 from mixtral_jax.kernels.cross_entropy import cross_entropy_sum
 from mixtral_jax.model.mixtral import Mixtral
 from mixtral_jax.model.moe import RouterOutput
-from mixtral_jax.precision import FULL
+from mixtral_jax.precision import EXACT_PRODUCT, FULL
 
 Batch = dict[str, Array]
 
@@ -61,10 +61,10 @@ def router_sums(router: RouterOutput, batch: Batch) -> RouterSums:
     entropy = logsumexp - jnp.sum(probs * router.router_logits, axis=-1)
     chosen = jnp.sum(jax.nn.one_hot(router.expert_indices, num_experts, dtype=FULL), axis=-2)
     return RouterSums(
-        assignments=jnp.einsum("lbse,bs->le", chosen, valid),
-        probs=jnp.einsum("lbse,bs->le", probs, valid),
-        logsumexp_squared=jnp.einsum("lbs,bs->l", jnp.square(logsumexp), valid),
-        entropy=jnp.einsum("lbs,bs->l", entropy, valid),
+        assignments=jnp.einsum("lbse,bs->le", chosen, valid, precision=EXACT_PRODUCT),
+        probs=jnp.einsum("lbse,bs->le", probs, valid, precision=EXACT_PRODUCT),
+        logsumexp_squared=jnp.einsum("lbs,bs->l", jnp.square(logsumexp), valid, precision=EXACT_PRODUCT),
+        entropy=jnp.einsum("lbs,bs->l", entropy, valid, precision=EXACT_PRODUCT),
         dropped=router.dropped,
     )
 
