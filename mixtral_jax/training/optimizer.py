@@ -18,8 +18,8 @@ def make_schedule(config: OptimizerConfig, steps: int) -> Schedule:
 
     Args:
         config: peak, warm-up and shape: `cosine` falls to the final ratio at the last step; `wsd` stays and falls
-            linearly over the last decay_steps; `constant` stays.
-        steps: of the whole run.
+            linearly over the last decay_steps; `constant` stays. Warm-up ends with one step at the peak.
+        steps: of the whole run; the last one is steps - 1.
 
     Raises:
         UserError: warm-up and decay that do not fit in the run.
@@ -29,9 +29,11 @@ def make_schedule(config: OptimizerConfig, steps: int) -> Schedule:
     decay = config.decay_steps or max(1, steps // 5)
     if warmup >= steps:
         raise UserError(f"optimizer.warmup_steps={warmup} leaves nothing of train.steps={steps}: lower it")
-    start = optax.linear_schedule(peak / max(1, warmup), peak, max(1, warmup - 1))
+    peak_step = max(0, warmup - 1)
+    length = max(1, steps - 1 - peak_step)
+    start = optax.linear_schedule(peak / max(1, warmup), peak, max(1, peak_step))
     if config.schedule == "cosine":
-        rest = optax.cosine_decay_schedule(peak, max(1, steps - warmup), config.final_learning_rate_ratio)
+        rest = optax.cosine_decay_schedule(peak, length, config.final_learning_rate_ratio)
     elif config.schedule == "constant":
         rest = optax.constant_schedule(peak)
     else:
@@ -40,8 +42,8 @@ def make_schedule(config: OptimizerConfig, steps: int) -> Schedule:
                 f"optimizer.warmup_steps={warmup} + optimizer.decay_steps={decay} exceed train.steps={steps}: lower one"
             )
         falling = optax.linear_schedule(peak, final, decay)
-        rest = optax.join_schedules([optax.constant_schedule(peak), falling], [steps - warmup - decay])
-    return optax.join_schedules([start, rest], [warmup]) if warmup else rest
+        rest = optax.join_schedules([optax.constant_schedule(peak), falling], [length - decay])
+    return optax.join_schedules([start, rest], [peak_step])
 
 
 def decay_mask(axes: Any) -> Any:
