@@ -55,13 +55,22 @@ def decay_mask(axes: Any) -> Any:
     return jax.tree.map(is_matrix, axes, is_leaf=lambda x: isinstance(x, tuple))
 
 
+def widen(tree: Any, precision: Precision) -> Any:
+    """Casts gradients or parameters to the type in which norms, moments and updates are computed."""
+    return jax.tree.map(lambda x: x.astype(precision.full), tree)
+
+
 def make_optimizer(config: OptimizerConfig, precision: Precision, axes: Any) -> optax.GradientTransformation:
     """Builds clipping, Adam and decoupled decay; the step multiplies by the learning rate itself.
+
+    It takes gradients in `precision.full`, see `widen`.
 
     Source: arXiv 1711.05101.
     """
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps, mu_dtype=precision.optimizer)
+    moments = optax.scale_by_adam(config.beta1, config.beta2, config.eps, mu_dtype=precision.optimizer)
+    # optax gives the second moment the type of the parameters; ours is `full` whatever they are.
+    adam = optax.GradientTransformation(lambda params: moments.init(widen(params, precision)), moments.update)
     return optax.chain(clip, adam, optax.add_decayed_weights(config.weight_decay, mask=decay_mask(axes)))
 
 
