@@ -1,10 +1,11 @@
 """The sparse mixture of experts: a float32 router, two dispatch strategies and portable expert parallelism."""
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx, struct
+from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
@@ -18,8 +19,7 @@ from mixtral_jax.runtime import Runtime
 from mixtral_jax.sharding import spec
 
 
-@struct.dataclass
-class RouterOutput:
+class RouterOutput(NamedTuple):
     """What the router of one layer (or, stacked, of all) decided."""
 
     router_logits: Float[Array, "*layers batch seq experts"]

@@ -4,9 +4,10 @@ Every term is a sum over this part of the batch divided by a count over the whol
 gradients add up to the whole batch's, however it was split.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float
 
 from mixtral_jax.config import LossesConfig
@@ -18,16 +19,14 @@ from mixtral_jax.precision import EXACT_PRODUCT, FULL
 Batch = dict[str, Array]
 
 
-@struct.dataclass
-class Counts:
+class Counts(NamedTuple):
     """Denominators, over the whole batch."""
 
     targets: Float[Array, ""]  # tokens to predict
     tokens: Float[Array, ""]  # tokens that are not padding
 
 
-@struct.dataclass
-class RouterSums:
+class RouterSums(NamedTuple):
     """What one part of the batch adds to the statistics of the routers, by layer."""
 
     assignments: Float[Array, "layers experts"]
@@ -37,8 +36,7 @@ class RouterSums:
     dropped: Float[Array, " layers"]  # assignments
 
 
-@struct.dataclass
-class Losses:
+class Losses(NamedTuple):
     """The parts of the loss: what is reported; `total` is what is minimised."""
 
     total: Float[Array, ""]
