@@ -134,12 +134,12 @@ class Trainer:
                 pending.append((step, metrics))
                 ends = step == last or stop.requested
                 saves = ends or step % config.checkpoint.every == 0
-                evaluates = bool(config.train.eval_every) and step % config.train.eval_every == 0 and not ends
+                evaluates = bool(config.train.eval_every) and step % config.train.eval_every == 0
                 while len(pending) > (0 if saves or evaluates else IN_FLIGHT):
                     self._report(*pending.popleft())
                 if saves:
                     self._save(step, state)
-                if evaluates:
+                if evaluates and not stop.requested:  # who asks to stop has little time
                     self._evaluate(step, state)
                 if saves or evaluates:  # their time is not training's
                     self.clock, self.clock_step = time.monotonic(), step
