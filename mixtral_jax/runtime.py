@@ -6,9 +6,9 @@ from typing import Literal
 import jax
 from jax.sharding import Mesh
 
-from mixtral_jax.config import Config, UserError
+from mixtral_jax.config import Config, FloatName, UserError
 from mixtral_jax.precision import Precision, make_precision
-from mixtral_jax.sharding import axis_size, make_mesh
+from mixtral_jax.sharding import RULES, axis_size, make_mesh
 
 AttentionBackend = Literal["blockwise", "cudnn", "splash"]
 ExpertsBackend = Literal["blocked", "ragged_dot"]
@@ -47,20 +47,36 @@ def make_runtime(config: Config, mesh: Mesh | None = None) -> Runtime:
     """
     mesh = make_mesh(config.mesh) if mesh is None else mesh
     platform = mesh.devices.flat[0].platform
-    attention = AUTO_ATTENTION[platform] if config.kernels.attention == "auto" else config.kernels.attention
     experts = AUTO_EXPERTS[platform] if config.kernels.experts == "auto" else config.kernels.experts
-    if (attention == "cudnn" and platform != "gpu") or (attention == "splash" and platform == "gpu"):
-        raise UserError(f"kernels.attention={attention} does not run on {platform}: use auto or blockwise")
     _check_divides(config, mesh)
     return Runtime(
         mesh=mesh,
         precision=make_precision(config.precision),
-        attention=attention,
+        attention=choose_attention(config.kernels.attention, platform, config.precision.compute),
         experts=experts,
         block_size=config.kernels.block_size,
         loss_chunk=config.kernels.loss_chunk,
         remat=config.train.remat,
     )
+
+
+def choose_attention(
+    name: Literal["auto", "blockwise", "cudnn", "splash"], platform: str, compute: FloatName
+) -> AttentionBackend:
+    """Resolves `auto` by platform and type.
+
+    Raises:
+        UserError: a kernel that the platform lacks or that lacks the type.
+    """
+    if name == "auto":
+        return "blockwise" if platform == "gpu" and compute == "float32" else AUTO_ATTENTION[platform]
+    if (name == "cudnn" and platform != "gpu") or (name == "splash" and platform == "gpu"):
+        raise UserError(f"kernels.attention={name} does not run on {platform}: use auto or blockwise")
+    if name == "cudnn" and compute == "float32":
+        raise UserError(
+            "kernels.attention=cudnn does not compute in float32: set precision.compute=bfloat16, or use auto"
+        )
+    return name
 
 
 def _check_divides(config: Config, mesh: Mesh) -> None:
@@ -77,7 +93,13 @@ def _check_divides(config: Config, mesh: Mesh) -> None:
     ):
         size = axis_size(mesh, axis)
         if value % size:
+            axes = " * ".join(f"mesh.{name}" for name in RULES[axis])
             raise UserError(
-                f"{key} = {value} does not divide over the {size} devices of mesh axis '{axis}': "
+                f"{key} = {value} does not divide over the {size} devices of {axes}: "
                 f"make it a multiple of {size} or change the mesh"
             )
+    if model.dispatch == "capacity" and mesh.shape["context"] > 1:
+        raise UserError(
+            f"model.dispatch=capacity gives experts room by whole sequences, "
+            f"which mesh.context={mesh.shape['context']} splits: use dropless or mesh.context=1"
+        )
