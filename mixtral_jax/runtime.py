@@ -48,7 +48,18 @@ def make_runtime(config: Config, mesh: Mesh | None = None) -> Runtime:
     mesh = make_mesh(config.mesh) if mesh is None else mesh
     platform = mesh.devices.flat[0].platform
     experts = AUTO_EXPERTS[platform] if config.kernels.experts == "auto" else config.kernels.experts
-    _check_divides(config, mesh)
+    model = config.model
+    check_divides(mesh, "d_model", "model.d_model", model.d_model)
+    check_divides(mesh, "d_ff", "model.d_ff", model.d_ff)
+    check_divides(mesh, "heads", "model.num_heads", model.num_heads)
+    check_divides(mesh, "kv_heads", "model.num_kv_heads", model.num_kv_heads)
+    check_divides(mesh, "vocab", "model.vocab_size", model.vocab_size)
+    check_divides(mesh, "experts", "model.num_experts", model.num_experts)
+    if model.dispatch == "capacity" and mesh.shape["context"] > 1:
+        raise UserError(
+            f"model.dispatch=capacity gives experts room by whole sequences, "
+            f"which mesh.context={mesh.shape['context']} splits: use dropless or mesh.context=1"
+        )
     return Runtime(
         mesh=mesh,
         precision=make_precision(config.precision),
@@ -79,27 +90,11 @@ def choose_attention(
     return name
 
 
-def _check_divides(config: Config, mesh: Mesh) -> None:
-    model, train = config.model, config.train
-    for key, value, axis in (
-        ("train.batch_size / train.microbatches", train.batch_size // train.microbatches, "batch"),
-        ("data.seq_len", config.data.seq_len, "sequence"),
-        ("model.d_model", model.d_model, "d_model"),
-        ("model.d_ff", model.d_ff, "d_ff"),
-        ("model.num_heads", model.num_heads, "heads"),
-        ("model.num_kv_heads", model.num_kv_heads, "kv_heads"),
-        ("model.vocab_size", model.vocab_size, "vocab"),
-        ("model.num_experts", model.num_experts, "experts"),
-    ):
-        size = axis_size(mesh, axis)
-        if value % size:
-            axes = " * ".join(f"mesh.{name}" for name in RULES[axis])
-            raise UserError(
-                f"{key} = {value} does not divide over the {size} devices of {axes}: "
-                f"make it a multiple of {size} or change the mesh"
-            )
-    if model.dispatch == "capacity" and mesh.shape["context"] > 1:
+def check_divides(mesh: Mesh, axis: str, key: str, value: int) -> None:
+    """Raises `UserError` when the devices of a logical axis do not divide a size that the configuration gives."""
+    size = axis_size(mesh, axis)
+    if value % size:
         raise UserError(
-            f"model.dispatch=capacity gives experts room by whole sequences, "
-            f"which mesh.context={mesh.shape['context']} splits: use dropless or mesh.context=1"
+            f"{key} is {value}, which does not divide over the {size} devices of "
+            f"{' * '.join(f'mesh.{name}' for name in RULES[axis])}: make it a multiple of {size} or change the mesh"
         )

@@ -3,11 +3,11 @@
 import jax
 import pytest
 from jax.sharding import PartitionSpec
-from tiny import mesh_of, tiny_config
 
 from mixtral_jax.config import MeshConfig, UserError
 from mixtral_jax.runtime import choose_attention, make_runtime
 from mixtral_jax.sharding import MESH_AXES, RULES, axis_size, make_mesh, spec
+from tests.tiny import mesh_of, tiny_config, tiny_trainable
 
 
 def refusal(call, *arguments) -> str:
@@ -45,19 +45,19 @@ def test_specs_come_from_the_table():
     ("changes", "sizes", "sentence"),
     [
         ({"train": {"batch_size": 6}}, {"data": 2, "expert": 2},
-         "train.batch_size / train.microbatches = 6 does not divide over the 4 devices of mesh.data * mesh.fsdp * "
-         "mesh.expert: make it a multiple of 4 or change the mesh"),
+         "train.batch_size / train.microbatches is 6, which does not divide over the 4 devices of mesh.data * "
+         "mesh.fsdp * mesh.expert: make it a multiple of 4 or change the mesh"),
         ({"train": {"microbatches": 4}}, {"fsdp": 4},
-         "train.batch_size / train.microbatches = 2 does not divide over the 4 devices of mesh.data * mesh.fsdp * "
-         "mesh.expert: make it a multiple of 4 or change the mesh"),
+         "train.batch_size / train.microbatches is 2, which does not divide over the 4 devices of mesh.data * "
+         "mesh.fsdp * mesh.expert: make it a multiple of 4 or change the mesh"),
         ({"data": {"seq_len": 31}}, {"context": 2},
-         "data.seq_len = 31 does not divide over the 2 devices of mesh.context: "
+         "data.seq_len is 31, which does not divide over the 2 devices of mesh.context: "
          "make it a multiple of 2 or change the mesh"),
         ({"model": {"num_experts": 3}}, {"expert": 2},
-         "model.num_experts = 3 does not divide over the 2 devices of mesh.expert: "
+         "model.num_experts is 3, which does not divide over the 2 devices of mesh.expert: "
          "make it a multiple of 2 or change the mesh"),
         ({}, {"tensor": 4},
-         "model.num_kv_heads = 2 does not divide over the 4 devices of mesh.tensor: "
+         "model.num_kv_heads is 2, which does not divide over the 4 devices of mesh.tensor: "
          "make it a multiple of 4 or change the mesh"),
         ({"model": {"dispatch": "capacity"}}, {"context": 2},
          "model.dispatch=capacity gives experts room by whole sequences, which mesh.context=2 splits: "
@@ -65,7 +65,7 @@ def test_specs_come_from_the_table():
     ],
 )  # fmt: skip
 def test_shapes_that_the_mesh_does_not_divide_are_refused(changes, sizes, sentence):
-    assert refusal(make_runtime, tiny_config(**changes), mesh_of(**sizes)) == sentence
+    assert refusal(tiny_trainable, tiny_config(**changes), mesh_of(**sizes)) == sentence
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
-from tiny import packed_ids
 
 from mixtral_jax.kernels import attention as kernels
+from tests import oracles
+from tests.tiny import packed_ids
 
 DOCUMENTS = {
     "one document": [[50], [50]],

@@ -5,7 +5,8 @@ import functools
 import jax
 import numpy as np
 import pytest
-from tiny import mesh_of, tiny_architecture, tiny_config, tiny_trainable, train
+
+from tests.tiny import mesh_of, tiny_architecture, tiny_config, tiny_trainable, train
 
 DISPATCH = {
     "dropless": (),

@@ -5,11 +5,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
-from tiny import tiny_architecture, tiny_batch, tiny_config, tiny_trainable
 
 from mixtral_jax.training.step import Trainable
+from tests import oracles
+from tests.tiny import tiny_architecture, tiny_batch, tiny_config, tiny_trainable
 
 # Large coefficients, so that a mistake in the router's losses shows.
 # Adam's first step divides each gradient by itself, which magnifies rounding near zero: a larger eps avoids that.
