@@ -18,21 +18,21 @@ class ModelConfig:
 
     d_model: int = MISSING  # width of the residual stream
     d_ff: int = MISSING  # inner width of one SwiGLU expert
-    num_layers: int = MISSING
+    num_layers: int = MISSING  # decoder layers
     num_heads: int = MISSING  # query heads
     num_kv_heads: int = MISSING  # key/value heads; divides num_heads
-    head_dim: int = MISSING
-    vocab_size: int = MISSING
-    num_experts: int = MISSING
+    head_dim: int = MISSING  # num_heads * head_dim is d_model
+    vocab_size: int = MISSING  # rows of the embedding; at least the tokenizer's pieces
+    num_experts: int = MISSING  # experts of every layer
     num_experts_per_tok: int = MISSING  # top-k of the router
-    rope_theta: float = MISSING
-    norm_eps: float = MISSING
+    rope_theta: float = MISSING  # base of the rotary embedding
+    norm_eps: float = MISSING  # of RMSNorm
+    # How tokens reach experts: `dropless` computes every assignment; `capacity` drops those beyond a full buffer.
     dispatch: Literal["dropless", "capacity"] = "dropless"
     # Rows of an expert's buffer per sequence, as a multiple of the balanced load; dispatch=capacity only.
     capacity_factor: float = 1.25
-    init_std: float = (
-        0.02  # of all matrices; those that write to the residual stream get init_std / sqrt(2 * num_layers)
-    )
+    # Of all matrices; those that write to the residual stream get init_std / sqrt(2 * num_layers).
+    init_std: float = 0.02
     attend_across_documents: bool = False  # let attention in packed rows cross document boundaries
 
 
@@ -43,9 +43,8 @@ class SourceConfig:
     name: str = MISSING  # appears in logs and evaluation tables
     path: str | None = None  # file, glob or directory: txt, md, jsonl, json.gz, jsonl.zst, parquet
     hub: str | None = None  # name on the Hugging Face hub, "name" or "name:config:split", streamed
-    builtin: Literal["python"] | None = (
-        None  # text that every installation carries: Python's own documentation and source
-    )
+    # `python`: what every installation carries, the documentation and source of the standard library.
+    builtin: Literal["python"] | None = None
     text_field: str = "text"  # field of a record that holds the text
     weight: float = 1.0  # share of the training tokens, relative to the other sources
 
@@ -54,7 +53,7 @@ class SourceConfig:
 class DataConfig:
     """Text, tokenizer and packing."""
 
-    sources: list[SourceConfig] = field(default_factory=list)
+    sources: list[SourceConfig] = field(default_factory=list)  # what to read, see data.sources[]
     # A sentencepiece file; `mixtral` (v1, 32000) or `mixtral-v3` (32768), bundled with mistral-common; or `train`:
     # a new sentencepiece model of model.vocab_size pieces trained on the sources.
     tokenizer: str = "mixtral"
@@ -71,7 +70,7 @@ class TrainConfig:
     batch_size: int = MISSING  # sequences of a step, over all devices
     microbatches: int = 1  # parts of the batch whose gradients are accumulated before one update
     remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes: nothing, all but products, all
-    log_every: int = 10  # steps
+    log_every: int = 10  # steps between lines of metrics.jsonl
     eval_every: int = 0  # steps; 0: only at the end
     eval_batches: int = 8  # held-out batches per source and evaluation during training; the last one takes all
     max_nonfinite_steps: int = 10  # skipped updates in a row before the run stops
@@ -84,12 +83,13 @@ class OptimizerConfig:
 
     learning_rate: float = 3e-4  # peak
     final_learning_rate_ratio: float = 0.1  # learning rate at the last step / peak
-    warmup_steps: int = 100
+    warmup_steps: int = 100  # linear, from learning_rate / warmup_steps
+    # After the warm-up: `cosine` falls to the end, `wsd` stays and falls linearly in decay_steps, `constant` stays.
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     decay_steps: int = 0  # linear decay at the end of schedule=wsd; 0: a fifth of train.steps
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
+    beta1: float = 0.9  # decay of Adam's first moment
+    beta2: float = 0.95  # decay of Adam's second moment
+    eps: float = 1e-8  # in Adam's denominator
     weight_decay: float = 0.1  # matrices only, never norm scales
     clip_norm: float = 1.0  # of the global gradient; 0: no clipping
 
@@ -132,7 +132,7 @@ class CheckpointConfig:
 class PrecisionConfig:
     """Names of the float types; `mixtral_jax/precision.py` is the one table made of it."""
 
-    params: FloatName = "float32"
+    params: FloatName = "float32"  # master weights
     compute: FloatName = "float32"  # matrix products and activations
     gradients: FloatName = "float32"  # accumulation over microbatches
     optimizer: FloatName = "float32"  # first moment of AdamW; the second stays float32
@@ -142,7 +142,9 @@ class PrecisionConfig:
 class KernelsConfig:
     """Backends; `auto` chooses by platform, and what was chosen is printed at start."""
 
+    # Portable blocks, cuDNN on CUDA, splash on TPU.
     attention: Literal["auto", "blockwise", "cudnn", "splash"] = "auto"
+    # Products over rows sorted by expert: blocks with a dynamic count, or XLA's ragged_dot.
     experts: Literal["auto", "blocked", "ragged_dot"] = "auto"
     block_size: int = 0  # rows of a block of the blocked expert products; 0: chosen from the expected load
     loss_chunk: int = 512  # positions of a row whose logits exist at once
@@ -167,7 +169,7 @@ class Config:
 
     run_dir: str = ""  # empty: runs/<name of the config file>
     init_from: str = ""  # a checkpoint, run or import whose parameters start a new run
-    seed: int = 0
+    seed: int = 0  # of parameters, split and shuffle
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

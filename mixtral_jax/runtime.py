@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from mixtral_jax.config import Config, UserError
 from mixtral_jax.precision import Precision, make_precision
-from mixtral_jax.sharding import axis_size, make_mesh
+from mixtral_jax.sharding import RULES, axis_size, make_mesh
 
 AttentionBackend = Literal["blockwise", "cudnn", "splash"]
 ExpertsBackend = Literal["blocked", "ragged_dot"]
@@ -51,7 +51,13 @@ def make_runtime(config: Config, mesh: Mesh | None = None) -> Runtime:
     experts = AUTO_EXPERTS[platform] if config.kernels.experts == "auto" else config.kernels.experts
     if (attention == "cudnn" and platform != "gpu") or (attention == "splash" and platform == "gpu"):
         raise UserError(f"kernels.attention={attention} does not run on {platform}: use auto or blockwise")
-    _check_divides(config, mesh)
+    model = config.model
+    check_divides(mesh, "d_model", "model.d_model", model.d_model)
+    check_divides(mesh, "d_ff", "model.d_ff", model.d_ff)
+    check_divides(mesh, "heads", "model.num_heads", model.num_heads)
+    check_divides(mesh, "kv_heads", "model.num_kv_heads", model.num_kv_heads)
+    check_divides(mesh, "vocab", "model.vocab_size", model.vocab_size)
+    check_divides(mesh, "experts", "model.num_experts", model.num_experts)
     return Runtime(
         mesh=mesh,
         precision=make_precision(config.precision),
@@ -63,21 +69,11 @@ def make_runtime(config: Config, mesh: Mesh | None = None) -> Runtime:
     )
 
 
-def _check_divides(config: Config, mesh: Mesh) -> None:
-    model, train = config.model, config.train
-    for key, value, axis in (
-        ("train.batch_size / train.microbatches", train.batch_size // train.microbatches, "batch"),
-        ("data.seq_len", config.data.seq_len, "sequence"),
-        ("model.d_model", model.d_model, "d_model"),
-        ("model.d_ff", model.d_ff, "d_ff"),
-        ("model.num_heads", model.num_heads, "heads"),
-        ("model.num_kv_heads", model.num_kv_heads, "kv_heads"),
-        ("model.vocab_size", model.vocab_size, "vocab"),
-        ("model.num_experts", model.num_experts, "experts"),
-    ):
-        size = axis_size(mesh, axis)
-        if value % size:
-            raise UserError(
-                f"{key} = {value} does not divide over the {size} devices of mesh axis '{axis}': "
-                f"make it a multiple of {size} or change the mesh"
-            )
+def check_divides(mesh: Mesh, axis: str, key: str, value: int) -> None:
+    """Raises `UserError` when the devices of a logical axis do not divide a size that the configuration gives."""
+    size = axis_size(mesh, axis)
+    if value % size:
+        raise UserError(
+            f"{key} is {value}, which does not divide over the {size} devices of mesh axis '{axis}' "
+            f"({' * '.join(RULES[axis])}): make it a multiple of {size} or change the mesh"
+        )

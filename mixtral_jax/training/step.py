@@ -11,6 +11,7 @@ from jaxtyping import Array
 from mixtral_jax.config import Config
 from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.precision import FULL
+from mixtral_jax.runtime import check_divides
 from mixtral_jax.sharding import named_sharding
 from mixtral_jax.training.losses import (
     Batch,
@@ -38,7 +39,10 @@ class Trainable:
         self.config = config
         self.optimizer = make_optimizer(config.optimizer, architecture.runtime.precision, architecture.axes()["params"])
         self.schedule = make_schedule(config.optimizer, config.train.steps)
-        mesh = architecture.runtime.mesh
+        mesh, train = architecture.runtime.mesh, config.train
+        rows = train.batch_size // train.microbatches
+        check_divides(mesh, "batch", "train.batch_size / train.microbatches", rows)
+        check_divides(mesh, "sequence", "data.seq_len", config.data.seq_len)
         self.replicated = NamedSharding(mesh, PartitionSpec())
         self.batch_sharding = named_sharding(mesh, ("batch", "sequence"))
         self.step = jax.jit(

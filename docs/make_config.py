@@ -1,0 +1,51 @@
+"""Writes docs/config.md from the comments in mixtral_jax/config.py: `python docs/make_config.py`."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+HEAD = """# Every key of the configuration
+
+A YAML file says only what differs from these defaults; `section.key=value` on the command line overrides it. A key
+without a default must be given. This page is made from `mixtral_jax/config.py` by `python docs/make_config.py`.
+"""
+
+
+def comment_of(lines: list[str], node: ast.AnnAssign) -> str:
+    """Joins the comment lines above a field and the comment behind it."""
+    above: list[str] = []
+    index = node.lineno - 2
+    while index >= 0 and lines[index].strip().startswith("#"):
+        above.insert(0, lines[index].strip().lstrip("# "))
+        index -= 1
+    behind = lines[node.end_lineno - 1][node.end_col_offset :].strip().lstrip("# ")
+    return " ".join([*above, behind]).strip()
+
+
+def make_page() -> str:
+    """Renders the page."""
+    source = (ROOT / "mixtral_jax" / "config.py").read_text(encoding="utf-8")
+    lines = source.splitlines()
+    classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+    sections = {"": classes["Config"]}
+    for node in classes["Config"].body:
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation) in classes:
+            sections[node.target.id + "."] = classes[ast.unparse(node.annotation)]  # type: ignore[union-attr]
+    sections["data.sources[]."] = classes["SourceConfig"]
+    out = [HEAD]
+    for prefix, node in sections.items():
+        fields = [f for f in node.body if isinstance(f, ast.AnnAssign) and ast.unparse(f.annotation) not in classes]
+        out += [f"## {prefix.rstrip('.') or 'top level'}", "", ast.get_docstring(node) or "", ""]
+        out += ["| key | type | default | meaning |", "|---|---|---|---|"]
+        for entry in fields:
+            default = ast.unparse(entry.value) if entry.value else ""
+            default = {"MISSING": "(none)", "field(default_factory=list)": "[]"}.get(default, default)
+            kind = ast.unparse(entry.annotation).replace("|", "\\|")
+            name = entry.target.id  # type: ignore[union-attr]
+            out.append(f"| `{prefix}{name}` | {kind} | `{default}` | {comment_of(lines, entry)} |")
+        out.append("")
+    return "\n".join(out)
+
+
+if __name__ == "__main__":
+    (ROOT / "docs" / "config.md").write_text(make_page(), encoding="utf-8")

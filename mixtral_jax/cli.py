@@ -1,0 +1,23 @@
+"""What the entry scripts share: one sentence and exit code 2 for a user's mistake."""
+
+import os
+import sys
+from collections.abc import Callable
+
+from mixtral_jax.config import UserError
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """Calls `main` with the command line's arguments and turns a `UserError` into a sentence and exit code 2."""
+    # Nothing here uses a hub unless a source names one; libraries must not wait for a network at start.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, is done
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

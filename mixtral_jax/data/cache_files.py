@@ -1,0 +1,95 @@
+"""The directory of caches: where it is, one builder at a time, nothing half-written under its final name."""
+
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from mixtral_jax.config import UserError
+
+log = logging.getLogger(__name__)
+
+
+def cache_directory(configured: str) -> Path:
+    """Makes and names the directory of caches: the configured one, or the user's own (`XDG_CACHE_HOME`).
+
+    Raises:
+        UserError: the directory cannot be made.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    directory = Path(configured or f"{home}/mixtral_jax").expanduser()
+    with explained(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+@contextlib.contextmanager
+def explained(directory: Path) -> Iterator[None]:
+    """Turns the system's refusal to write below a directory of caches into a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write the data cache {directory}: {error.strerror or error}; free space there or set "
+            "data.cache_dir to another directory"
+        ) from None
+
+
+@contextlib.contextmanager
+def locked(target: Path) -> Iterator[None]:
+    """Holds the right to build `target`; a second process waits until the first is done, or dead."""
+    with explained(target.parent):
+        lock = open(target.with_name(target.name + ".lock"), "w")  # noqa: SIM115
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.warning("waiting for another process that builds %s", target)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def building(target: Path) -> Iterator[Path]:
+    """Gives a directory to fill and renames it to `target` when all went well; needs the lock of `target`.
+
+    Leftovers of a builder that was killed, and a `target` that is no longer good, are removed.
+    """
+    partial = target.with_name(target.name + ".partial")
+    with explained(target.parent):
+        try:
+            for stale in (partial, target):
+                if stale.exists():
+                    shutil.rmtree(stale)
+            partial.mkdir()
+            yield partial
+            for file in partial.iterdir():
+                _flush(file)
+            partial.rename(target)
+            _flush(target.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_file(target: Path, data: bytes) -> None:
+    """Writes a whole file or nothing."""
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    with explained(target.parent):
+        try:
+            partial.write_bytes(data)
+            _flush(partial)
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """Brings a file or a directory's entries to the disk, so that a rename never outlives the data."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,65 @@
+"""Packing: rows of a fixed length over the concatenation of documents, with everything a model needs beside the tokens.
+
+Row i holds the tokens from i * seq_len on, and one more as the last target, so every token is a target in exactly one
+row, save the first of each document, which nothing before it can predict.
+"""
+
+import numpy as np
+from jaxtyping import Int64
+
+from mixtral_jax.data.splits import Documents
+
+# tokens, targets, segment_ids and positions: int32 [rows, seq_len]; loss_mask: bool [rows, seq_len];
+# source_ids: int32 [rows], in batches for training.
+Batch = dict[str, np.ndarray]
+
+
+def num_rows(documents: Documents, seq_len: int) -> int:
+    """Rows of `seq_len` tokens that hold every target of some documents; the last row may end in padding."""
+    return -(-max(0, documents.num_tokens - 1) // seq_len)
+
+
+def pack_rows(documents: Documents, rows: Int64[np.ndarray, "rows"], seq_len: int) -> Batch:
+    """Builds rows: tokens, the targets that follow them, and where documents begin and end.
+
+    Args:
+        documents: the text.
+        rows: which rows, each from 0 to below `num_rows`.
+        seq_len: tokens of a row.
+
+    Returns:
+        All [rows, seq_len]: `tokens` and `targets`, int32; `segment_ids`, int32, 1 for the first document of the row
+        and so on, 0 for padding; `positions`, int32, 0 at the begin of a document or of the row; `loss_mask`, bool,
+        where the target is a token of the same document.
+    """
+    columns = np.arange(seq_len + 1)
+    row_starts = rows * seq_len
+    places = row_starts[:, None] + columns
+    padding = places >= documents.num_tokens
+    row_ends = np.minimum(row_starts + seq_len, documents.num_tokens - 1)  # place of the last token, inclusive
+    first = np.searchsorted(documents.offsets, row_starts, side="right") - 1
+    last = np.searchsorted(documents.offsets, row_ends, side="right") - 1
+
+    # Mark where each further document of a row begins; counting the marks numbers the documents.
+    counts = last - first
+    row_of = np.repeat(np.arange(len(rows)), counts)
+    document_of = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts) + first[row_of] + 1
+    begins = np.zeros(places.shape, np.int32)
+    begins[row_of, documents.offsets[document_of] - row_starts[row_of]] = 1
+    segments = np.cumsum(begins, axis=1, dtype=np.int32)
+
+    shifts = documents.starts - documents.offsets[:-1]
+    document = first[:, None] + segments
+    tokens = documents.buffer[np.where(padding, 0, places + shifts[document])].astype(np.int32)
+    begins[:, 0] = row_starts == documents.offsets[first]
+    tokens[begins.astype(bool)] = documents.bos_id
+    tokens[padding] = 0
+    begin_of = np.maximum.accumulate(np.where(begins, columns, 0), axis=1)
+    positions = np.where(padding, 0, columns - begin_of)
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "segment_ids": np.where(padding, 0, segments + 1)[:, :-1].astype(np.int32),
+        "positions": positions[:, :-1].astype(np.int32),
+        "loss_mask": (segments[:, :-1] == segments[:, 1:]) & ~padding[:, 1:],
+    }

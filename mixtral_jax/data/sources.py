@@ -1,0 +1,267 @@
+"""Reads a source of text: its documents, one string each, in a fixed order."""
+
+import contextlib
+import glob
+import hashlib
+import io
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from mixtral_jax.config import SourceConfig, UserError
+from mixtral_jax.data.python_corpus import python_documents, python_files
+
+PLAIN, RECORDS, TABLES = (".txt", ".md"), (".jsonl", ".json"), (".parquet",)
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+SUFFIXES = TABLES + tuple(base + end for base in PLAIN + RECORDS for end in ("", *COMPRESSIONS))
+HUB_TIMEOUT = 10.0  # seconds that the hub may take to say whether it knows a name
+
+
+def _ignore(_: int) -> None:
+    """Takes progress that nobody shows."""
+
+
+def iter_documents(source: SourceConfig, on_bytes: Callable[[int], None] = _ignore) -> Iterator[str]:
+    """Yields the documents of a source, always in the same order; white space alone is no document.
+
+    Args:
+        source: where the text lies; a text file is one document, a record (JSON line, parquet row) is one document.
+        on_bytes: is told how many bytes of the source's files were consumed since it was last called.
+
+    Yields:
+        The text of one document, as it stands in the file.
+
+    Raises:
+        UserError: missing or unreadable file, malformed record (named by file and line), missing field, no text at all.
+    """
+    empty = True
+    for part in document_parts(source, on_bytes):
+        for text in part:
+            if text.strip():
+                empty = False
+                yield text
+    if empty:
+        raise UserError(f"source '{source.name}' ({_place(source)}) holds no text: name files that do")
+
+
+def document_parts(source: SourceConfig, on_bytes: Callable[[int], None] = _ignore) -> Iterator[Iterator[str]]:
+    """Yields, for each file of a source, an iterator over its documents; other sources are one part."""
+    if source.builtin:
+        yield python_documents(on_bytes)
+    elif source.hub:
+        yield _hub_documents(source)
+    else:
+        for file in source_files(source):
+            yield _file_documents(file, source.text_field, on_bytes)
+
+
+def check_source(source: SourceConfig) -> None:
+    """Raises `UserError` when a source's files are missing or the hub cannot be reached, before anything slow."""
+    if source.hub:
+        _check_hub(source)
+    else:
+        source_files(source)
+
+
+def source_files(source: SourceConfig) -> list[Path]:
+    """Lists the files of a source in the order in which they are read; a hub's source has none here.
+
+    Raises:
+        UserError: nothing there, or a file of a kind that cannot be read.
+    """
+    if source.hub:
+        return []
+    if source.builtin:
+        return python_files()
+    where = f"source '{source.name}' of data.sources"
+    path = Path(source.path or "").expanduser()
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file() and _kind(file))
+        if not files:
+            raise UserError(f"{where}: the directory {path} holds no file that ends in {_list(SUFFIXES)}")
+        return files
+    files = [path] if path.exists() else sorted(Path(name) for name in glob.glob(str(path), recursive=True))
+    files = [file for file in files if not file.is_dir()]
+    if not files:
+        raise UserError(f"{where}: nothing matches the path {path}: name a file, a directory or a glob")
+    for file in files:
+        if not _kind(file):
+            raise UserError(f"{where}: cannot read files such as {file}: the name must end in {_list(SUFFIXES)}")
+    return files
+
+
+def source_fingerprint(source: SourceConfig) -> str:
+    """Digests what decides the documents of a source, without reading them.
+
+    Files count by path, size and time of modification: a corpus of terabytes is checked in no time, and the worst that
+    a touched or moved file costs is one more tokenization. What a run was trained on is told by the content hash in the
+    token cache instead. A hub's source counts by name, for nothing else can be known offline.
+    """
+    files: list[tuple[str, int, int]] = []
+    for file in source_files(source):
+        stat = file.stat()
+        files.append((str(file.resolve()), stat.st_size, stat.st_mtime_ns))
+    facts = [source.builtin, source.hub, None if source.builtin else source.text_field, files]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def total_bytes(source: SourceConfig) -> int | None:
+    """Adds up the sizes of a source's files in bytes; None where there are none to add up."""
+    return None if source.hub else sum(file.stat().st_size for file in source_files(source))
+
+
+def _place(source: SourceConfig) -> str:
+    return source.path or source.hub or f"builtin {source.builtin}"
+
+
+def _list(names: tuple[str, ...]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+def _kind(file: Path) -> str | None:
+    """Suffix that tells the format, without that of the compression; None: unknown."""
+    name = file.name.lower()
+    suffix = next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
+    for end in COMPRESSIONS:
+        suffix = suffix.removesuffix(end) if suffix else None
+    return suffix
+
+
+def _file_documents(file: Path, field: str, on_bytes: Callable[[int], None]) -> Iterator[str]:
+    kind = _kind(file)
+    try:
+        if kind in TABLES:
+            yield from _table_documents(file, field)
+            on_bytes(file.stat().st_size)
+            return
+        with open(file, "rb") as raw, _decompressed(raw, file) as stream:
+            if kind in RECORDS:
+                yield from _record_documents(stream, raw, file, field, on_bytes)
+            else:
+                yield _decode(stream.read(), str(file))
+                on_bytes(raw.tell())
+    except OSError as error:  # missing, forbidden, truncated, not really compressed
+        raise UserError(f"cannot read {file}: {error.strerror or error}; mend or leave out the file") from None
+
+
+def _decompressed(raw: IO[bytes], file: Path) -> contextlib.AbstractContextManager[IO[bytes]]:
+    compression = COMPRESSIONS.get(file.suffix.lower())
+    if compression is None:
+        return contextlib.nullcontext(raw)
+    # pyarrow's reader notices a truncated stream; that of the zstandard package does not.
+    from pyarrow import CompressedInputStream
+
+    return io.BufferedReader(CompressedInputStream(raw, compression), 1 << 20)  # type: ignore[arg-type]
+
+
+def _record_documents(
+    stream: IO[bytes], raw: IO[bytes], file: Path, field: str, on_bytes: Callable[[int], None]
+) -> Iterator[str]:
+    told = 0
+    for number, line in enumerate(stream, start=1):
+        if line.isspace():
+            continue
+        where = f"{file}, line {number}"
+        try:
+            record = json.loads(_decode(line, where))
+        except (ValueError, RecursionError) as error:
+            problem = getattr(error, "msg", "cannot be parsed")
+            raise UserError(f"{where} is not a JSON record ({problem}): mend or remove the line") from None
+        if not isinstance(record, dict):
+            raise UserError(f"{where} holds a JSON {type(record).__name__}: every line must hold one object")
+        if field not in record:
+            raise UserError(f"{where} has no field '{field}' (it has {', '.join(record) or 'none'}): set text_field")
+        yield _checked(record[field], field, where)
+        position = raw.tell()
+        on_bytes(position - told)
+        told = position
+
+
+def _table_documents(file: Path, field: str) -> Iterator[str]:
+    import datasets
+    from pyarrow import ArrowException
+
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it also raises
+    with tempfile.TemporaryDirectory() as scratch:  # for its lock file, which would land in the user's home
+        try:
+            rows = datasets.load_dataset(
+                "parquet", data_files=[str(file)], split="train", streaming=True, columns=[field], cache_dir=scratch
+            )
+            if field not in rows.features:
+                raise UserError(f"{file} has no column '{field}': set text_field to one that holds text")
+            number = 0
+            for table in rows.with_format("arrow").iter(batch_size=1000):
+                for value in table[field].to_pylist():
+                    number += 1
+                    yield _checked(value, field, f"{file}, row {number}")
+        except (ArrowException, ValueError) as error:
+            problem = str(error).splitlines()[0].rstrip(".")
+            raise UserError(f"cannot read {file}: {problem}; mend or leave out the file") from None
+
+
+def _decode(data: bytes, where: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} is not UTF-8 (byte {error.start}): convert the file to UTF-8") from None
+
+
+def _checked(value: Any, field: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{where}: the field '{field}' holds {type(value).__name__}, not text: set text_field")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{where}: the field '{field}' holds half of a surrogate pair: mend the text") from None
+    return value
+
+
+def _hub_name(source: SourceConfig) -> tuple[str, str | None, str]:
+    """Repository, configuration and split out of "name" or "name:config:split"."""
+    parts = (source.hub or "").split(":")
+    if len(parts) > 3 or not parts[0]:
+        raise UserError(f"source '{source.name}': hub '{source.hub}' is not written as name or name:config:split")
+    repository, config, split = parts + [""] * (3 - len(parts))
+    return repository, config or None, split or "train"
+
+
+def _hub_trouble(source: SourceConfig, error: Exception) -> UserError:
+    problem = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    return UserError(
+        f"source '{source.name}': cannot read '{source.hub}' from the data hub ({problem}): check the name and the "
+        "network, or download the files and give their path"
+    )
+
+
+def _check_hub(source: SourceConfig) -> None:
+    from huggingface_hub import HfApi
+
+    repository, _, _ = _hub_name(source)
+    try:
+        HfApi().dataset_info(repository, timeout=HUB_TIMEOUT)
+    except Exception as error:  # every cause, from no network to no such name, leaves the user the same choice
+        raise _hub_trouble(source, error) from None
+
+
+def _hub_documents(source: SourceConfig) -> Iterator[str]:
+    import datasets
+
+    _check_hub(source)  # the library itself tries for half a minute before it gives up
+    repository, config, split = _hub_name(source)
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            rows = datasets.load_dataset(repository, config, split=split, streaming=True, cache_dir=scratch)
+            for number, record in enumerate(rows):
+                if source.text_field not in record:
+                    raise UserError(
+                        f"'{source.hub}' has no field '{source.text_field}' (it has {', '.join(record)}): "
+                        f"set text_field of source '{source.name}'"
+                    )
+                yield _checked(record[source.text_field], source.text_field, f"'{source.hub}', record {number}")
+        except UserError:
+            raise
+        except Exception as error:
+            raise _hub_trouble(source, error) from None

@@ -1,0 +1,167 @@
+"""Token cache: one source, tokenized once, as memory-mapped files with document boundaries.
+
+A cache is a directory: `tokens` (BOS, text, EOS of one document after the other), `document_starts` (num_documents + 1
+places in `tokens`), `document_bytes` (UTF-8 bytes of each document's text), all little-endian, and `index.json`.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int64, Integer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from mixtral_jax.config import SourceConfig, UserError
+from mixtral_jax.data.cache_files import building, locked
+from mixtral_jax.data.sources import iter_documents, source_fingerprint, total_bytes
+from mixtral_jax.data.tokenizer import Tokenizer
+
+FORMAT = 1  # raise it when the files, or what the sources yield, change
+BATCH = 1 << 22  # characters that are encoded at once
+
+log = logging.getLogger(__name__)
+
+
+class TokenCache:
+    """The tokens of one source; see the head of the file."""
+
+    def __init__(self, directory: Path, name: str, index: dict[str, Any]):
+        """Maps the files of a cache whose `index` was checked."""
+        self.directory = directory
+        self.name = name
+        self.num_documents: int = index["num_documents"]
+        self.num_tokens: int = index["num_tokens"]
+        self.fingerprint: str = index["content"]  # of the tokens and boundaries themselves
+        self.tokens: Integer[np.ndarray, tokens] = np.memmap(directory / "tokens", index["dtype"], "r")
+        self.document_starts: Int64[np.ndarray, documents + 1] = np.memmap(directory / "document_starts", "<i8", "r")
+        self.document_bytes: Int64[np.ndarray, documents] = np.memmap(directory / "document_bytes", "<i8", "r")
+
+    def document(self, index: int) -> Integer[np.ndarray, "_"]:
+        """The tokens of a document, BOS and EOS included, as they lie on the disk."""
+        return self.tokens[self.document_starts[index] : self.document_starts[index + 1]]
+
+
+def open_or_build(source: SourceConfig, tokenizer: Tokenizer, cache_dir: Path) -> TokenCache:
+    """Opens the token cache of a source, building it first where there is none that is whole and up to date.
+
+    The cache's name is a digest of the source, the tokenizer and the format, so a changed file or tokenizer gets a new
+    one; `index.json` holds the sizes, so a truncated one is seen and built again. One process builds, others wait.
+
+    Args:
+        source: the text.
+        tokenizer: turns it into tokens.
+        cache_dir: the directory of caches; it exists.
+
+    Returns:
+        The open cache.
+
+    Raises:
+        UserError: trouble in the source (see `iter_documents`), or no room for the cache.
+    """
+    key = _key(source, tokenizer)
+    target = cache_dir / f"tokens-{key[:24]}"
+    with locked(target):
+        index, problem = _read_index(target, key)
+        if problem:
+            log.warning("the token cache %s is damaged (%s): building it again", target, problem)
+        if index is None:
+            with building(target) as partial:
+                _build(source, tokenizer, partial, key)
+            if _key(source, tokenizer) != key:
+                raise UserError(f"the files of source '{source.name}' changed while they were read: start again")
+            index, problem = _read_index(target, key)
+            if index is None:
+                raise UserError(f"the token cache {target} cannot be read back ({problem}): check the disk")
+    return TokenCache(target, source.name, index)
+
+
+def _key(source: SourceConfig, tokenizer: Tokenizer) -> str:
+    return hashlib.sha256(f"{FORMAT} {source_fingerprint(source)} {tokenizer.fingerprint}".encode()).hexdigest()
+
+
+def _read_index(directory: Path, key: str) -> tuple[dict[str, Any] | None, str]:
+    """The index of a whole cache, or None and what is wrong with it (nothing, if there is no cache)."""
+    if not directory.exists():
+        return None, ""
+    try:
+        index = json.loads((directory / "index.json").read_text())
+        if index["key"] != key:
+            return None, "it belongs to other text or another tokenizer"
+        for name, size in index["sizes"].items():
+            if (found := (directory / name).stat().st_size) != size:
+                return None, f"{name} has {found} bytes instead of {size}"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return None, f"{type(error).__name__}: {error}"
+    return index, ""
+
+
+def _build(source: SourceConfig, tokenizer: Tokenizer, directory: Path, key: str) -> None:
+    dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
+    digests = {name: hashlib.sha256() for name in ("tokens", "document_starts", "document_bytes")}
+    num_tokens = num_documents = 0
+    with contextlib.ExitStack() as stack:
+        files = {name: stack.enter_context(open(directory / name, "wb")) for name in digests}
+        progress = stack.enter_context(_progress(source))
+
+        def write(name: str, array: np.ndarray) -> None:
+            data = array.tobytes()
+            digests[name].update(data)
+            files[name].write(data)
+
+        write("document_starts", np.zeros(1, "<i8"))
+        for batch in _batches(source, progress):
+            encoded = tokenizer.encode_batch(batch)
+            ends = num_tokens + np.cumsum([len(ids) + 2 for ids in encoded])
+            parts = [part for ids in encoded for part in ([tokenizer.bos_id], ids, [tokenizer.eos_id])]
+            write("tokens", np.concatenate(parts).astype(dtype))
+            write("document_starts", ends.astype("<i8"))
+            write("document_bytes", np.array([len(text.encode()) for text in batch], "<i8"))
+            num_tokens = int(ends[-1])
+            num_documents += len(batch)
+            progress.update(progress.task_ids[0], documents=num_documents, tokens=num_tokens / 1e6)
+    sha256 = {name: digest.hexdigest() for name, digest in digests.items()}
+    index = {
+        "key": key,
+        "source": source.name,
+        "num_documents": num_documents,
+        "num_tokens": num_tokens,
+        "dtype": dtype,
+        "content": hashlib.sha256(json.dumps([dtype, sha256]).encode()).hexdigest(),
+        "sha256": sha256,
+        "sizes": {name: (directory / name).stat().st_size for name in digests},
+    }
+    (directory / "index.json").write_text(json.dumps(index, indent=1))
+
+
+def _batches(source: SourceConfig, progress: Progress) -> Iterator[list[str]]:
+    """Documents by the batch, so that neither the corpus is held in memory nor a core waits."""
+    task = progress.task_ids[0]
+    batch: list[str] = []
+    characters = 0
+    for text in iter_documents(source, lambda count: progress.advance(task, count)):
+        batch.append(text)
+        characters += len(text)
+        if characters >= BATCH:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _progress(source: SourceConfig) -> Progress:
+    progress = Progress(
+        TextColumn("tokenizing {task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[documents]:,} documents, {task.fields[tokens]:.1f}M tokens"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+    progress.add_task(source.name, total=total_bytes(source), documents=0, tokens=0.0)
+    return progress

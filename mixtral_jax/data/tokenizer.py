@@ -1,0 +1,160 @@
+"""Text to token ids and back: a sentencepiece model, from a file, from a package or trained on the sources."""
+
+import hashlib
+import importlib.util
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+from jaxtyping import Bool, Int64
+
+from mixtral_jax.config import DataConfig, UserError
+from mixtral_jax.data.cache_files import write_file
+from mixtral_jax.data.tokenizer_training import train_model
+
+SPACE = "\u2581"  # how sentencepiece writes a space
+# Files inside the wheel of mistral-common.
+BUNDLED = {"mixtral": "tokenizer.model.v1", "mixtral-v3": "mistral_instruct_tokenizer_240323.model.v3"}
+CHUNK = 1 << 14  # characters of a long document that are encoded at once
+LONE_SPACE = re.compile(rf"(?<=[^\s{SPACE}]) (?=\w)")
+
+
+class Tokenizer:
+    """A sentencepiece model.
+
+    `decode(encode(text)) == text` for every text without U+2581, which sentencepiece takes for a space, if the model
+    neither normalizes nor lacks byte fallback (Mixtral's do not, nor do those trained here).
+    """
+
+    def __init__(self, model_bytes: bytes, where: str = "the tokenizer"):
+        """Loads a serialized model.
+
+        Args:
+            model_bytes: content of a sentencepiece `.model` file.
+            where: what to call it in an error.
+
+        Raises:
+            UserError: it is no sentencepiece model, or one without the tokens that begin and end a document.
+        """
+        self._processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self._processor.LoadFromSerializedProto(model_bytes)
+        except RuntimeError:
+            model_bytes = b""
+        if not model_bytes:
+            raise UserError(f"{where} is not a sentencepiece model: set data.tokenizer to a tokenizer.model file")
+        self.model_bytes = model_bytes
+        self.fingerprint = hashlib.sha256(model_bytes).hexdigest()
+        self.vocab_size: int = self._processor.vocab_size()
+        self.bos_id: int = self._processor.bos_id()
+        self.eos_id: int = self._processor.eos_id()
+        if min(self.bos_id, self.eos_id) < 0:
+            raise UserError(f"{where} has no token for the begin or the end of a document: use one with both")
+        ids = range(self.vocab_size)
+        pieces: list[str] = [self._processor.id_to_piece(index) for index in ids]
+        silent = [self._processor.is_control(index) for index in ids]
+        byte = [self._processor.is_byte(index) or self._processor.is_unknown(index) for index in ids]
+        # UTF-8 bytes of text that a token stands for (an unknown character counts as one), and which begin a word.
+        self.token_bytes: Int64[np.ndarray, vocab] = np.array(
+            [
+                0 if quiet else 1 if single else len(piece.replace(SPACE, " ").encode())
+                for piece, quiet, single in zip(pieces, silent, byte, strict=True)
+            ],
+            dtype=np.int64,
+        )
+        self.begins_word: Bool[np.ndarray, vocab] = np.array([piece.startswith(SPACE) for piece in pieces])
+        # A long text may be cut at a lone space, which the space that the model puts before every text replaces, if no
+        # piece reaches over the cut.
+        self._cuttable = not any(re.search(f"[^{SPACE}]{SPACE}", piece) for piece in pieces) and (
+            self.encode("a b") == self.encode("a") + self.encode("b")
+        )
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "Tokenizer":
+        """Loads a sentencepiece `.model` file; `UserError` when there is none."""
+        try:
+            data = Path(path).expanduser().read_bytes()
+        except OSError as error:
+            choices = ", ".join([*BUNDLED, "train"])
+            raise UserError(
+                f"cannot read the tokenizer {path}: {error.strerror}; set data.tokenizer to a sentencepiece file or "
+                f"one of {choices}"
+            ) from None
+        return cls(data, f"the tokenizer {path}")
+
+    def save(self, path: str | Path) -> None:
+        """Writes the model as a sentencepiece file, whole or not at all."""
+        write_file(Path(path), self.model_bytes)
+
+    def encode(self, text: str) -> list[int]:
+        """Encodes a text without BOS and EOS; control tokens written out in the text stay text."""
+        return self._processor.encode(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Int64[np.ndarray, "_"]]:
+        """Encodes texts like `encode`, on all cores.
+
+        The threads are the library's own, so nothing is copied between processes. Long texts are cut where that does
+        not change the result: it keeps all cores at work and is faster (merging takes longer than linear time).
+        """
+        chunks: list[str] = []
+        counts: list[int] = []
+        for text in texts:
+            cut = _cut(text) if self._cuttable else [text]
+            chunks += cut
+            counts.append(len(cut))
+        encoded = (np.array(ids, np.int64) for ids in self._processor.encode(chunks, num_threads=_cores()))
+        return [np.concatenate([next(encoded) for _ in range(count)]) for count in counts]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Turns tokens into text; control tokens vanish."""
+        return self._processor.decode([int(token) for token in ids])
+
+
+def load_tokenizer(data: DataConfig, vocab_size: int) -> Tokenizer:
+    """Loads, or trains, the tokenizer that the configuration names.
+
+    Args:
+        data: `tokenizer` is a sentencepiece file, `mixtral`, `mixtral-v3` or `train`; the latter uses `sources`.
+        vocab_size: rows of the model's embedding.
+
+    Returns:
+        The tokenizer; its vocabulary fits the model.
+
+    Raises:
+        UserError: not there, no sentencepiece model, larger than the model's vocabulary, too little text to train on.
+    """
+    if data.tokenizer == "train":
+        return Tokenizer(train_model(data, vocab_size))
+    if data.tokenizer in BUNDLED:
+        spec = importlib.util.find_spec("mistral_common")
+        if spec is None or not spec.submodule_search_locations:
+            raise UserError(
+                f"data.tokenizer={data.tokenizer} comes with mistral-common, which is not installed: install it or "
+                "name a sentencepiece file"
+            )
+        tokenizer = Tokenizer.from_file(Path(spec.submodule_search_locations[0]) / "data" / BUNDLED[data.tokenizer])
+    else:
+        tokenizer = Tokenizer.from_file(data.tokenizer)
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"data.tokenizer={data.tokenizer} has {tokenizer.vocab_size} tokens but model.vocab_size is {vocab_size}: "
+            f"set model.vocab_size={tokenizer.vocab_size} or choose a smaller tokenizer (data.tokenizer=train)"
+        )
+    return tokenizer
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cut(text: str) -> list[str]:
+    """Cuts a text at lone spaces, which are dropped, into chunks a little longer than `CHUNK`."""
+    chunks = []
+    start = 0
+    while len(text) - start > CHUNK and (space := LONE_SPACE.search(text, start + CHUNK)):
+        chunks.append(text[start : space.start()])
+        start = space.end()
+    return [*chunks, text[start:]]

@@ -1,0 +1,81 @@
+"""A checkpoint made ready for evaluation: its architecture on today's devices, its arrays, its tokenizer, its texts."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mixtral_jax.config import Config, SourceConfig, UserError
+from mixtral_jax.config_loading import parse_config, replace
+from mixtral_jax.data.cache_files import cache_directory
+from mixtral_jax.data.sources import check_source
+from mixtral_jax.data.splits import Documents, split_documents
+from mixtral_jax.data.token_cache import open_or_build
+from mixtral_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mixtral_jax.evaluation.windows import window_sizes
+from mixtral_jax.model.mixtral import Architecture
+from mixtral_jax.runtime import check_divides, make_runtime
+from mixtral_jax.training.checkpoint import find_checkpoint
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """What evaluation needs of a checkpoint."""
+
+    config: Config  # of the checkpoint, with the overrides
+    trained_on: list[SourceConfig]
+    step: int
+    architecture: Architecture
+    arrays: dict[str, Any]
+    tokenizer: Tokenizer
+
+
+def load_model(path: str, overrides: list[str]) -> LoadedModel:
+    """Restores the parameters of a run or checkpoint onto the devices at hand.
+
+    Args:
+        path: a run directory, its `checkpoints` or one checkpoint.
+        overrides: `section.key=value` on top of the checkpoint's configuration.
+
+    Raises:
+        UserError: no checkpoint there, a bad override, another tokenizer than the checkpoint's.
+    """
+    checkpoints, step = find_checkpoint(Path(path))
+    text = checkpoints.read_meta(step)["config"]
+    saved = parse_config(text, where=f"the configuration in {path}")
+    # The mesh of the training run says nothing about the devices of today.
+    config = parse_config(text, ["mesh={data: 1, fsdp: -1, expert: 1, context: 1, tensor: 1}", *overrides], where=path)
+    if config.model.vocab_size != saved.model.vocab_size:
+        raise UserError(f"model.vocab_size belongs to the checkpoint, where it is {saved.model.vocab_size}: leave it")
+    tokenizer = Tokenizer(checkpoints.read_file(step, "tokenizer.model"), f"the tokenizer in {path}")
+    if any(override.startswith("data.tokenizer=") for override in overrides):
+        named = load_tokenizer(config.data, config.model.vocab_size)
+        if named.fingerprint != tokenizer.fingerprint:
+            raise UserError(f"data.tokenizer={config.data.tokenizer} is not the tokenizer of {path}: leave it out")
+    if config.eval.mode != "packed":  # windows that share a row must not see each other
+        config = replace(config, model={"attend_across_documents": False})
+    runtime = make_runtime(config)
+    context, _ = window_sizes(config.eval, config.data.seq_len)
+    check_divides(runtime.mesh, "sequence", "eval.context", context)
+    architecture = Architecture(config.model, runtime)
+    arrays, _ = checkpoints.restore(step, architecture.abstract(), partial=True)
+    return LoadedModel(config, saved.data.sources, step, architecture, arrays, tokenizer)
+
+
+def evaluation_texts(loaded: LoadedModel) -> list[Documents]:
+    """Opens the texts to measure: of a source that was trained on, the held-out part; of any other, all.
+
+    Raises:
+        UserError: a source that cannot be read.
+    """
+    config = loaded.config
+    for source in config.data.sources:
+        check_source(source)
+    trained = [(source.path, source.hub, source.builtin, source.text_field) for source in loaded.trained_on]
+    texts = []
+    for source in config.data.sources:
+        cache = open_or_build(source, loaded.tokenizer, cache_directory(config.data.cache_dir))
+        seen = (source.path, source.hub, source.builtin, source.text_field) in trained
+        holdout = config.data.holdout if seen else 0.0
+        training, heldout = split_documents(cache, holdout, config.seed, loaded.tokenizer)
+        texts.append(heldout if seen else training)
+    return texts

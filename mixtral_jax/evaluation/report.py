@@ -1,0 +1,114 @@
+"""An evaluation as a table for people and as JSON for scripts."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from mixtral_jax.config import EvalConfig, UserError
+from mixtral_jax.console import ProgressLine
+from mixtral_jax.evaluation.perplexity import Evaluation, Result, Score, measure
+from mixtral_jax.evaluation.windows import Documents, num_batches
+
+
+def measure_with_progress(score: Score, texts: Sequence[Documents], eval: EvalConfig, seq_len: int) -> Evaluation:
+    """Measures like `measure`, with a progress bar over the batches of all sources."""
+    before: dict[str, int] = {}
+    total = 0
+    for documents in texts:
+        before[documents.name] = total
+        total += num_batches(documents, eval, seq_len)
+    with ProgressLine("evaluate", total, plain_line_seconds=30) as progress:
+        return measure(score, texts, eval, seq_len, lambda name, done, _: progress.update(before[name] + done, name))
+
+
+def results_table(evaluation: Evaluation, baselines: Mapping[str, Result] | None = None) -> Table:
+    """Makes a table: a row for each source, one for all together, one for each baseline on all of it.
+
+    Args:
+        evaluation: what was measured.
+        baselines: results of simpler models on the same text, by name.
+
+    Returns:
+        A table that a rich console prints.
+    """
+    cut = f", stride {evaluation.stride:,}" if evaluation.mode == "strided" else ""
+    table = Table(caption=f"{evaluation.mode} mode, context {evaluation.context:,} tokens{cut}")
+    table.add_column("held-out text")
+    for name in ("tokens", "bytes", "nats/token", "perplexity", "bits/byte"):
+        table.add_column(name, justify="right")
+    last = len(evaluation.sources) - 1
+    for number, (name, result) in enumerate(evaluation.sources.items()):
+        table.add_row(name, *_cells(result), end_section=number == last)
+    table.add_row("total", *_cells(evaluation.total), style="bold", end_section=True)
+    for name, result in (baselines or {}).items():
+        table.add_row(f"{name} model", *_cells(result), style="dim")
+    return table
+
+
+def results_json(
+    evaluation: Evaluation,
+    *,
+    tokenizer: str,
+    checkpoint_step: int,
+    baselines: Mapping[str, Result] | None = None,
+) -> dict[str, Any]:
+    """Makes the object that scripts may rely on.
+
+    Args:
+        evaluation: what was measured.
+        tokenizer: its fingerprint: perplexities compare only where it is the same.
+        checkpoint_step: of the parameters that were measured.
+        baselines: results of simpler models on the same text, by name.
+
+    Returns:
+        `sources` (by name), `total` and `baselines` (by name), each with `tokens`, `bytes`, `nats_per_token`,
+        `perplexity` and `bits_per_byte`; `mode`, `context`, `stride`, `tokenizer`, `checkpoint_step`.
+    """
+    return {
+        "sources": {name: _numbers(result) for name, result in evaluation.sources.items()},
+        "total": _numbers(evaluation.total),
+        "baselines": {name: _numbers(result) for name, result in (baselines or {}).items()},
+        "mode": evaluation.mode,
+        "context": evaluation.context,
+        "stride": evaluation.stride,
+        "tokenizer": tokenizer,
+        "checkpoint_step": checkpoint_step,
+    }
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON file whole or not at all.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    fresh = path.with_name(f"{path.name}.tmp")
+    try:
+        fresh.write_text(json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(fresh, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; give another file to --json") from None
+
+
+def _cells(result: Result) -> list[str]:
+    return [
+        f"{result.tokens:,}",
+        f"{result.bytes:,}",
+        f"{result.nats_per_token:.4f}",
+        f"{result.perplexity:,.2f}",
+        f"{result.bits_per_byte:.4f}",
+    ]
+
+
+def _numbers(result: Result) -> dict[str, int | float]:
+    return {
+        "tokens": result.tokens,
+        "bytes": result.bytes,
+        "nats_per_token": result.nats_per_token,
+        "perplexity": result.perplexity,
+        "bits_per_byte": result.bits_per_byte,
+    }

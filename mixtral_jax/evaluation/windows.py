@@ -1,0 +1,168 @@
+"""Documents -> rows in which every token of a document, but its first, is predicted exactly once.
+
+The first token is the start sign, which nothing precedes. The end sign does count: a model must learn to stop.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from mixtral_jax.config import EvalConfig
+
+
+@runtime_checkable
+class Documents(Protocol):
+    """Tokenised documents of one source."""
+
+    @property
+    def name(self) -> str:
+        """The source's name in tables."""
+        ...
+
+    @property
+    def num_documents(self) -> int:
+        """Documents of the source."""
+        ...
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all documents, start and end signs included."""
+        ...
+
+    def tokens(self, index: int) -> np.ndarray:
+        """Returns the token ids of a document: the start sign, its text and, unless its tail was cut, the end sign."""
+        ...
+
+    def num_bytes(self, index: int) -> int:
+        """Returns the length of a document's text in UTF-8 bytes."""
+        ...
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of one document that the model sees at once."""
+
+    document: np.ndarray  # tokens of the whole document
+    begin: int  # first input
+    end: int  # one past the last input
+    counted_from: int  # first input whose successor is predicted here and in no other window
+
+
+def window_sizes(eval: EvalConfig, seq_len: int) -> tuple[int, int]:
+    """Resolves the zeros of the configuration.
+
+    Args:
+        eval: how to cut.
+        seq_len: tokens of a training row.
+
+    Returns:
+        Context and stride, in tokens; the stride of the modes that have none is the context.
+    """
+    context = eval.context or seq_len
+    return context, (eval.stride or math.ceil(context / 2)) if eval.mode == "strided" else context
+
+
+def num_selected(documents: Documents, max_tokens: int) -> int:
+    """Counts the documents that are evaluated: the first ones, whole, until `max_tokens` are predicted; 0: all."""
+    if not max_tokens:
+        return documents.num_documents
+    predicted = 0
+    for index in range(documents.num_documents):
+        predicted += len(documents.tokens(index)) - 1
+        if predicted >= max_tokens:
+            return index + 1
+    return documents.num_documents
+
+
+def evaluation_batches(documents: Documents, eval: EvalConfig, seq_len: int) -> Iterator[dict[str, np.ndarray]]:
+    """Cuts documents into batches of one fixed shape.
+
+    - packed: documents follow one another through the rows as in training; one that crosses the end of a row goes on
+      in the next without memory of the last.
+    - document: every document from its start, in successive windows of `context` tokens.
+    - strided: a window of `context` tokens moves on by `stride`; a token is predicted in the first window that
+      reaches it, so after at least context - stride tokens, or all from the start of its document.
+
+    In the last two modes a row holds as many whole windows as fit, each a segment of its own: attention must stop at
+    segments also for a model that was trained to attend across documents.
+
+    Args:
+        documents: one source.
+        eval: mode, context, stride, rows of a batch and the limit of tokens.
+        seq_len: tokens of a training row; the context where `eval` sets none.
+
+    Yields:
+        Arrays [batch_size, context]: `tokens` and `targets` (int32), `segment_ids` (int32, from 1 in each row; 0 is
+        padding), `positions` (int32, from 0 in each segment) and `loss_mask` (bool: predict this target).
+    """
+    context, _ = window_sizes(eval, seq_len)
+    rows = _rows(documents, eval, seq_len)
+    while chosen := list(islice(rows, eval.batch_size)):
+        shape = (eval.batch_size, context)
+        batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
+        batch["loss_mask"] = np.zeros(shape, bool)
+        for row, windows in enumerate(chosen):
+            start = 0
+            for segment, window in enumerate(windows, 1):
+                size = window.end - window.begin
+                targets = window.document[window.begin + 1 : window.end + 1]  # one less where the document ends
+                here, predicted = slice(start, start + size), slice(start, start + len(targets))
+                batch["tokens"][row, here] = window.document[window.begin : window.end]
+                batch["targets"][row, predicted] = targets
+                batch["segment_ids"][row, here] = segment
+                batch["positions"][row, here] = np.arange(size)
+                batch["loss_mask"][row, start + window.counted_from - window.begin : predicted.stop] = True
+                start += size
+        yield batch
+
+
+def num_batches(documents: Documents, eval: EvalConfig, seq_len: int) -> int:
+    """Counts the batches of `evaluation_batches`, for a progress bar."""
+    return math.ceil(sum(1 for _ in _rows(documents, eval, seq_len)) / eval.batch_size)
+
+
+def _rows(documents: Documents, eval: EvalConfig, seq_len: int) -> Iterator[list[Window]]:
+    """Puts windows into rows, in order."""
+    context, stride = window_sizes(eval, seq_len)
+    row: list[Window] = []
+    room = context
+    for index in range(num_selected(documents, eval.max_tokens)):
+        document = documents.tokens(index)
+        if eval.mode == "packed":
+            windows = _cut(document, room, context)
+        else:
+            windows = _slide(document, context, stride)
+        for window in windows:
+            size = window.end - window.begin
+            if size > room:
+                yield row
+                row, room = [], context
+            row.append(window)
+            room -= size
+            if not room:
+                yield row
+                row, room = [], context
+    if row:
+        yield row
+
+
+def _cut(document: np.ndarray, room: int, context: int) -> Iterator[Window]:
+    """Fills the room that is left in a row, then whole rows; the end sign takes a place, as in training."""
+    begin, end = 0, min(room, len(document))
+    while begin < len(document):
+        yield Window(document, begin, end, counted_from=begin)
+        begin, end = end, min(end + context, len(document))
+
+
+def _slide(document: np.ndarray, context: int, stride: int) -> Iterator[Window]:
+    """Moves a window over the document; the end sign is never an input, since nothing follows it."""
+    begin = predicted = 0
+    last = len(document) - 1
+    while predicted < last:
+        end = min(begin + context, last)
+        yield Window(document, begin, end, counted_from=predicted)
+        begin, predicted = begin + stride, end

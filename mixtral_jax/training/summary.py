@@ -1,0 +1,65 @@
+"""What a person sees at the end of a run: how well it learnt, a sample, and what to do next."""
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+
+from mixtral_jax.config import Config
+from mixtral_jax.evaluation.perplexity import Result, uniform_nats, unigram_nats
+from mixtral_jax.evaluation.report import measure_with_progress, results_table
+from mixtral_jax.evaluation.scoring import make_scorer
+from mixtral_jax.inference.sample import sample
+from mixtral_jax.training.trainer import Outcome
+
+PROMPT_TOKENS = 32
+NEW_TOKENS = 96
+TEMPERATURE = 0.8
+
+
+def summarize(config: Config, outcome: Outcome, console: Console) -> None:
+    """Measures the held-out text beside two simple models, samples one continuation and names the next commands."""
+    if not outcome.finished:
+        console.print(
+            f"stopped at step {outcome.step} of {config.train.steps}; the same command goes on", soft_wrap=True
+        )
+        return
+    if any(documents.num_documents for documents in outcome.heldout):
+        _show_perplexity(config, outcome, console)
+        _show_sample(config, outcome, console)
+    console.print(
+        Text.assemble(
+            ("the run lies in ", ""), (config.run_dir, "bold"), "\n",
+            f"  measure it      python eval.py {config.run_dir}\n",
+            f"  look at it      tensorboard --logdir {config.run_dir}/tensorboard\n",
+            f"  train longer    the same command with train.steps={2 * config.train.steps}",
+        ),
+        soft_wrap=True,
+    )  # fmt: skip
+
+
+def _show_perplexity(config: Config, outcome: Outcome, console: Console) -> None:
+    pairs = [pair for pair in zip(outcome.training, outcome.heldout, strict=True) if pair[1].num_documents]
+    texts = [heldout for _, heldout in pairs]
+    score = make_scorer(outcome.architecture)(outcome.state)
+    evaluation = measure_with_progress(score, texts, config.eval, config.data.seq_len)
+    total = evaluation.total
+    nats = {
+        "unigram": sum(unigram_nats(a, b, config.model.vocab_size, config.eval.max_tokens) for a, b in pairs),
+        "uniform": sum(uniform_nats(b, config.model.vocab_size, config.eval.max_tokens) for b in texts),
+    }
+    baselines = {name: Result(total.tokens, total.bytes, sum_) for name, sum_ in nats.items()}
+    console.print(results_table(evaluation, baselines))
+
+
+def _show_sample(config: Config, outcome: Outcome, console: Console) -> None:
+    documents = next(documents for documents in outcome.heldout if documents.num_documents)
+    prompt = [int(token) for token in documents.tokens(0)[:PROMPT_TOKENS]]
+    drawn = sample(
+        outcome.architecture, outcome.state, prompt,
+        new_tokens=NEW_TOKENS, temperature=TEMPERATURE, seed=config.seed, stop=outcome.tokenizer.eos_id,
+    )  # fmt: skip
+    # Decoded together: a tokenizer's pieces lose spaces and parts of characters when decoded alone.
+    head = outcome.tokenizer.decode(prompt)
+    whole = outcome.tokenizer.decode(prompt + drawn)
+    text = Text.assemble((head, "dim"), (whole[len(head) :], "bold"))
+    console.print(Panel(text, title=f"held-out text, then {len(drawn)} sampled tokens (temperature {TEMPERATURE})"))

@@ -1,0 +1,194 @@
+"""The fit loop: where the state comes from, what happens every step, and what is saved, measured and said."""
+
+import dataclasses
+import importlib.metadata
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from mixtral_jax.config import Config, UserError
+from mixtral_jax.config_loading import to_yaml
+from mixtral_jax.data.pipeline import TrainingData, open_documents
+from mixtral_jax.data.prefetch import Prefetcher
+from mixtral_jax.data.splits import Documents
+from mixtral_jax.data.tokenizer import Tokenizer
+from mixtral_jax.evaluation.perplexity import measure
+from mixtral_jax.evaluation.scoring import make_scorer
+from mixtral_jax.hardware import memory_in_use, peak_flops
+from mixtral_jax.metrics import MFU_FORMULA, flops_per_token, speed
+from mixtral_jax.model.mixtral import Architecture
+from mixtral_jax.runtime import make_runtime
+from mixtral_jax.training.checkpoint import Checkpoints, find_checkpoint
+from mixtral_jax.training.logger import MetricsLogger
+from mixtral_jax.training.run_dir import RunDirectory
+from mixtral_jax.training.signals import StopRequest
+from mixtral_jax.training.step import Trainable, TrainState
+
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+IN_FLIGHT = 2  # steps that the host may run ahead of the device
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run leaves behind."""
+
+    step: int
+    finished: bool  # False: a signal or train.stop_at_step came before train.steps
+    architecture: Architecture
+    state: TrainState
+    tokenizer: Tokenizer
+    training: list[Documents]
+    heldout: list[Documents]
+
+
+class Trainer:
+    """One run of one configuration in this process."""
+
+    def __init__(self, config: Config, say: Callable[[str], None] = print):
+        """Checks what can be checked without data.
+
+        Raises:
+            UserError: the configuration does not fit the devices.
+        """
+        self.config = config
+        self.say = say
+        self.runtime = make_runtime(config)
+        self.trainable = Trainable(Architecture(config.model, self.runtime), config)
+        self.score = make_scorer(self.trainable.architecture)
+
+    def run(self) -> Outcome:
+        """Trains from wherever the run stands to `train.steps`, a signal or `train.stop_at_step`.
+
+        Raises:
+            UserError: anything that the user can mend.
+        """
+        with RunDirectory.open(Path(self.config.run_dir), self.config) as run_dir:
+            self.say(self.runtime.describe())
+            self.tokenizer, training, self.heldout = open_documents(self.config)
+            self.data = TrainingData(self.config, training)
+            self.checkpoints = Checkpoints(run_dir.path / "checkpoints", self.config.checkpoint, warn=self.say)
+            state, step = self._first_state()
+            if step < self.config.train.steps:
+                state, step = self._train(run_dir.path, state, step)
+            return Outcome(
+                step=step,
+                finished=step >= self.config.train.steps,
+                architecture=self.trainable.architecture,
+                state=state,
+                tokenizer=self.tokenizer,
+                training=training,
+                heldout=self.heldout,
+            )
+
+    def _first_state(self) -> tuple[TrainState, int]:
+        """Takes, in this order: the run's newest good checkpoint, the parameters of init_from, fresh parameters."""
+        step = self.checkpoints.latest()
+        if step is not None:
+            if self.checkpoints.read_meta(step)["data_fingerprint"] != self.data.fingerprint:
+                raise UserError(
+                    f"{self.config.run_dir} was trained on other data than data.sources gives now (files or tokenizer "
+                    "changed): restore them or choose another run_dir"
+                )
+            state, _ = self.checkpoints.restore(step, self.trainable.abstract())
+            self.say(f"resumed from step {step} of {self.config.run_dir}")
+            return state, step
+        architecture = self.trainable.architecture
+        if not self.config.init_from:
+            return self.trainable.start(architecture.init(self.config.seed)), 0
+        source, step = find_checkpoint(Path(self.config.init_from))
+        arrays, _ = source.restore(step, architecture.abstract(), partial=True)
+        self.say(f"parameters from step {step} of {self.config.init_from}")
+        return self.trainable.start(arrays), 0
+
+    def _train(self, path: Path, state: TrainState, step: int) -> tuple[TrainState, int]:
+        """Opens the log and loops; the log closes before anything else is said."""
+        config = self.config
+        self.peak = peak_flops(self.runtime.precision.compute)
+        self.flops = flops_per_token(config.model, config.data.seq_len)
+        mfu = f"{MFU_FORMULA}; {self.flops / 1e6:,.1f} MFLOP a token; peak {self.peak.source}"
+        self.say(f"MFU = {mfu}")
+        with MetricsLogger(
+            path, config.train.steps, resume_step=step, descriptions={"mfu": mfu}, is_main=jax.process_index() == 0
+        ) as self.logger:
+            return self._loop(state, step)
+
+    def _loop(self, state: TrainState, step: int) -> tuple[TrainState, int]:
+        config = self.config
+        last = min(config.train.steps, config.train.stop_at_step or config.train.steps)
+        if step >= last:
+            return state, step
+        self.clock, self.clock_step = time.monotonic(), step
+        pending: deque[tuple[int, dict[str, Any]]] = deque()
+        with StopRequest() as stop, Prefetcher(self.data.batch, step, last) as batches:
+            for host_batch in batches:
+                state, metrics = self.trainable.step(state, self.trainable.put(host_batch))
+                step += 1
+                pending.append((step, metrics))
+                ends = step == last or stop.requested
+                saves = ends or step % config.checkpoint.every == 0
+                evaluates = bool(config.train.eval_every) and step % config.train.eval_every == 0 and not ends
+                while len(pending) > (0 if saves or evaluates else IN_FLIGHT):
+                    self._report(*pending.popleft())
+                if saves:
+                    self._save(step, state)
+                if evaluates:
+                    self._evaluate(step, state)
+                if saves or evaluates:  # their time is not training's
+                    self.clock, self.clock_step = time.monotonic(), step
+                if ends:
+                    break
+        self.checkpoints.wait()
+        return state, step
+
+    def _report(self, step: int, metrics: dict[str, Any]) -> None:
+        """Waits for a step, watches for trouble and logs every `train.log_every` steps, the first and the last."""
+        jax.block_until_ready(metrics)
+        config = self.config.train
+        in_a_row = int(metrics["skipped_in_a_row"])
+        if in_a_row >= config.max_nonfinite_steps:
+            raise UserError(
+                f"the loss or a gradient was not finite in {in_a_row} steps in a row, up to step {step}: lower "
+                "optimizer.learning_rate or look at the data; the checkpoints hold the last good parameters"
+            )
+        if step % config.log_every and step not in (1, config.steps):
+            self.logger.advance(step)
+            return
+        values = {name: np.asarray(value) for name, value in metrics.items() if name != "skipped_in_a_row"}
+        load = values.pop("expert_load")
+        now = time.monotonic()
+        tokens = (step - self.clock_step) * config.batch_size * self.config.data.seq_len
+        rates = speed(tokens, now - self.clock, self.flops, self.runtime.mesh.size, self.peak)
+        self.clock, self.clock_step = now, step
+        scalars = {name: value.item() for name, value in values.items()}
+        self.logger.log(step, scalars | rates | memory_in_use() | self.data.progress(step), {"expert_load": load})
+
+    def _save(self, step: int, state: TrainState) -> None:
+        meta = {
+            "step": step,
+            "config": to_yaml(self.config),
+            "data_fingerprint": self.data.fingerprint,
+            "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        }
+        self.checkpoints.save(step, state, meta, {"tokenizer.model": self.tokenizer.model_bytes})
+
+    def _evaluate(self, step: int, state: TrainState) -> None:
+        """Measures a bounded part of the held-out text, packed as in training."""
+        config = self.config
+        tokens = config.train.eval_batches * config.eval.batch_size * config.data.seq_len
+        settings = dataclasses.replace(config.eval, mode="packed", context=0, stride=0, max_tokens=tokens)
+        texts = [documents for documents in self.heldout if documents.num_documents]
+        if not texts:
+            return
+        evaluation = measure(self.score(state), texts, settings, config.data.seq_len)
+        named = {**evaluation.sources, "total": evaluation.total}
+        self.logger.log(step, {f"heldout/{name}": result.nats_per_token for name, result in named.items()})
+        self.logger.say(
+            f"step {step}: held-out perplexity {evaluation.total.perplexity:,.2f}, "
+            f"{evaluation.total.bits_per_byte:.4f} bits per byte"
+        )
