@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixtral_jax.config import ModelConfig, UserError
+from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.weights.blocks import BlockLayout, block_layout, host_view, take_block
 from mixtral_jax.weights.names import FORMATS, ExternalTensor, Format, FormatName, Row, external_tensors
 from mixtral_jax.weights.progress import byte_progress
-from mixtral_jax.weights.released import tokenizer_size
 from mixtral_jax.weights.released_config import describe_hf, describe_mistral
 from mixtral_jax.weights.safetensors_files import SafetensorsWriter
 from mixtral_jax.weights.stored import FILE_TYPES, FileType
@@ -95,7 +95,7 @@ def _check(arrays: dict[str, Any], config: ModelConfig, directory: Path, tokeniz
             "place: export a model that was trained without it"
         )
     if tokenizer is not None:
-        size = tokenizer_size(tokenizer, Path("the tokenizer"))
+        size = Tokenizer(tokenizer).vocab_size
         if size != config.vocab_size:
             raise UserError(
                 f"the tokenizer has {size} pieces but model.vocab_size is {config.vocab_size}: export without it"

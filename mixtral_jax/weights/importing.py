@@ -79,7 +79,7 @@ def _read_block(row: Row, released: Released, layout: BlockLayout, layer: int, e
     kinds = {tensor.dtype for tensor in stored}
     dtype = FILE_TYPES[kinds.pop() if len(kinds) == 1 else "float32"]
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
+    def read(index: Any) -> np.ndarray:
         """Copies a device's part out of the mapped files."""
         rest = index[1:] if layout.num_experts else index
         mine = range(layout.experts_per_block)[index[0]] if layout.num_experts else range(1)

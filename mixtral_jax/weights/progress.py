@@ -1,22 +1,24 @@
-"""A progress bar in bytes, on stderr."""
+"""How many bytes of a checkpoint have passed, and how fast."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from mixtral_jax.console import ProgressLine
+
+_MIB = 1 << 20
 
 
 @contextmanager
-def byte_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Shows a bar of `total` bytes; yields the function that moves it."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(title, total=total)
-        yield lambda count: progress.advance(task, count)
+def byte_progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Shows progress over `total` bytes; yields the function that adds some."""
+    begin, done = time.monotonic(), 0
+    with ProgressLine(label, -(-total // _MIB), plain_line_seconds=10) as line:
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            rate = done / max(time.monotonic() - begin, 1e-3) / 1e6
+            line.update(-(-done // _MIB), f"MiB, {rate:.0f} MB/s")
+
+        yield advance

@@ -1,18 +1,14 @@
 """Opens a released checkpoint: finds its files, recognises its format and checks every tensor before any is read."""
 
-import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import sentencepiece
-
 from mixtral_jax.config import ModelConfig, UserError
+from mixtral_jax.data.tokenizer import Tokenizer
+from mixtral_jax.weights.files import find_files, read_files
 from mixtral_jax.weights.names import FORMATS, ExternalTensor, Format, external_tensors
 from mixtral_jax.weights.released_config import Description, read_description
-from mixtral_jax.weights.safetensors_files import read_safetensors
 from mixtral_jax.weights.stored import FileType, StoredTensor
-from mixtral_jax.weights.torch_files import read_torch
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.model.v3", "tokenizer.model.v2", "tokenizer.model.v1")
 
@@ -62,76 +58,13 @@ def open_released(directory: str | Path, upcycling: Upcycling | None = None) -> 
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory: name the one that holds config.json or params.json")
-    config_file, files = _find_files(directory)
+    config_file, files = find_files(directory)
     description = read_description(directory / config_file)
-    tensors = _read_files(files)
-    _check_index(directory, files, tensors)
+    tensors = read_files(directory, files)
     layout = _recognise(tensors, directory, config_file)
     config = _model_config(description, layout, directory / config_file, upcycling)
     _check_tensors(tensors, layout, config, directory / config_file)
     return Released(directory, layout, config, tensors, _read_tokenizer(directory, config), description.context)
-
-
-def _find_files(directory: Path) -> tuple[str, list[Path]]:
-    """Returns the configuration file's name and the files of tensors."""
-    searches = (
-        ("config.json", ("model.safetensors", "model-*.safetensors")),
-        ("params.json", ("consolidated*.safetensors",)),
-        ("params.json", ("consolidated*.pth", "consolidated*.pt")),
-    )
-    for config_file, patterns in searches:
-        files = sorted(file for pattern in patterns for file in directory.glob(pattern))
-        if files and (directory / config_file).is_file():
-            return config_file, files
-        if files:
-            raise UserError(f"{directory} has {files[0].name} but no {config_file}: copy it from the release")
-    raise UserError(
-        f"{directory} holds no weights: expected config.json with model*.safetensors, or params.json with "
-        "consolidated*.safetensors, .pth or .pt"
-    )
-
-
-def _read_files(files: list[Path]) -> dict[str, StoredTensor]:
-    tensors: dict[str, StoredTensor] = {}
-    for file in files:
-        try:
-            found = read_safetensors(file) if file.suffix == ".safetensors" else read_torch(file)
-        except OSError as error:
-            raise UserError(f"cannot read {file} ({error.strerror}): check its permissions") from None
-        for key, tensor in found.items():
-            if key in tensors:
-                raise UserError(f"tensor '{key}' is both in {tensors[key].file} and in {file}: remove the wrong file")
-            tensors[key] = tensor
-    return tensors
-
-
-def _check_index(directory: Path, files: list[Path], tensors: dict[str, StoredTensor]) -> None:
-    """Holds the files against *.safetensors.index.json, or against the count in their own names."""
-    index = directory / (re.split(r"[-.]", files[0].name)[0] + ".safetensors.index.json")
-    present = {file.name for file in files}
-    if index is None:
-        counted = [re.fullmatch(r".*-(\d+)-of-(\d+)\.safetensors", name) for name in sorted(present)]
-        for match in counted:
-            if match and len(present) != int(match[2]):
-                raise UserError(
-                    f"{directory} has {len(present)} of the {int(match[2])} files of tensors: copy the rest"
-                )
-        return
-    try:
-        where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        items = list(where.items())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{index} is not an index of tensors: copy it from the release again") from None
-    for key, name in items:
-        if name not in present:
-            raise UserError(f"{index} puts tensor '{key}' into {name}, which is missing: copy that file")
-        if key not in tensors or tensors[key].file.name != name:
-            raise UserError(f"{index} puts tensor '{key}' into {name}, which does not hold it: copy both again")
-    for key, tensor in tensors.items():
-        if key not in where:
-            raise UserError(
-                f"{tensor.file} holds tensor '{key}', which {index.name} does not name: remove the extra file"
-            )
 
 
 def _recognise(tensors: dict[str, StoredTensor], directory: Path, config_file: str) -> Format:
@@ -203,7 +136,7 @@ def _read_tokenizer(directory: Path, config: ModelConfig) -> bytes | None:
         if not (directory / name).is_file():
             continue
         content = (directory / name).read_bytes()
-        sizes[name] = tokenizer_size(content, directory / name)
+        sizes[name] = Tokenizer(content, str(directory / name)).vocab_size
         if sizes[name] == config.vocab_size:
             return content
     if sizes:
@@ -213,18 +146,3 @@ def _read_tokenizer(directory: Path, config: ModelConfig) -> bytes | None:
             "replace it by the model's own, or remove it and name data.tokenizer"
         )
     return None
-
-
-def tokenizer_size(content: bytes, file: Path) -> int:
-    """Counts the pieces of a sentencepiece model.
-
-    Raises:
-        UserError: bytes that are none.
-    """
-    try:
-        size = sentencepiece.SentencePieceProcessor(model_proto=content).get_piece_size()
-    except (RuntimeError, ValueError, TypeError):
-        size = 0
-    if not size:
-        raise UserError(f"{file} is not a sentencepiece model: copy it from the release again")
-    return size
