@@ -124,8 +124,8 @@ def _check_tensors(tensors: dict[str, StoredTensor], layout: Format, config: Mod
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(
-            f"tensor '{missing[0]}'{more} of the {layout.name} format is missing from the files in "
-            f"{config_file.parent}: copy the missing files"
+            f"tensor '{missing[0]}'{more} of the {layout.name} format, which {config_file} asks for, is "
+            "not in the files beside it: copy the missing files"
         )
 
 

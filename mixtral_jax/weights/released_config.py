@@ -58,8 +58,8 @@ def read_description(file: Path) -> Description:
         # Mistral's own loader: 1e6, except for the first dense model, which is known by its sliding window.
         windowed_dense = "num_experts" not in found and raw.get("sliding_window") is not None
         found["rope_theta"] = 1e4 if windowed_dense else 1e6
-    if found["head_dim"] is None and found["d_model"] and found["num_heads"]:
-        found["head_dim"] = found["d_model"] // found["num_heads"]
+    if found["head_dim"] is None:
+        del found["head_dim"]
     for field, value in found.items():
         names = " or ".join(dict.fromkeys(SPELLINGS[field]))
         if value is None:
@@ -67,6 +67,7 @@ def read_description(file: Path) -> Description:
         kinds = (int, float) if field in _FLOATS else (int,)
         if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < float("inf"):
             raise UserError(f"{names} of {file} is {value!r}: it must be a number greater than 0")
+    found.setdefault("head_dim", found["d_model"] // found["num_heads"])
     if found["num_heads"] * found["head_dim"] != found["d_model"]:
         raise UserError(
             f"{file} describes {found['num_heads']} heads of {found['head_dim']} and a width of {found['d_model']}: "

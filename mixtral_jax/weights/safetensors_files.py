@@ -31,13 +31,12 @@ def read_safetensors(file: Path) -> dict[str, StoredTensor]:
     """
     header, start, size = _read_header(file)
     tensors: dict[str, StoredTensor] = {}
-    ends = [0]
     for key, entry in header.items():
         if key == "__metadata__":
             continue
         try:
             shape, (begin, end), name = tuple(entry["shape"]), entry["data_offsets"], entry["dtype"]
-            ok = all(type(n) is int and n >= 0 for n in (*shape, begin, end)) and begin <= end
+            ok = isinstance(name, str) and all(type(n) is int and n >= 0 for n in (*shape, begin, end))
         except (KeyError, TypeError, ValueError):
             ok = False
         if not ok:
@@ -53,10 +52,14 @@ def read_safetensors(file: Path) -> dict[str, StoredTensor]:
                 f"{file} is truncated: tensor '{key}' ends at byte {start + end}, the file at {size}: download it again"
             )
         tensors[key] = tensor
-        ends.append(start + end)
-    gaps = sum(tensor.nbytes for tensor in tensors.values()) != size - start
-    if gaps or (tensors and max(ends) != size):
-        raise UserError(f"{file} has {size - start} bytes of data but its header describes others: download it again")
+    end = start
+    for tensor in sorted(tensors.values(), key=lambda tensor: tensor.offset):
+        if tensor.offset != end:
+            kind = "overlaps the tensor" if tensor.offset < end else "leaves a gap after the one"
+            raise UserError(f"tensor '{tensor.key}' of {file} {kind} before it: download the file again")
+        end += tensor.nbytes
+    if end != size:
+        raise UserError(f"{file} has {size - end} bytes after its last tensor: download it again")
     return tensors
 
 

@@ -5,8 +5,10 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from mixtral_jax.config import Config, DataConfig, FloatName, MeshConfig, ModelConfig, PrecisionConfig, TrainConfig
+from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.runtime import Runtime, make_runtime
 from mixtral_jax.sharding import make_mesh
 
@@ -42,3 +44,13 @@ def runtime(
         precision=PrecisionConfig(params=params),
     )
     return make_runtime(config, make_mesh(sizes, jax.devices()[: math.prod(dataclasses.asdict(sizes).values())]))
+
+
+def blank(model: ModelConfig, value: float = 0.5) -> dict[str, Any]:
+    """Arrays of one value, on one device; the selection bias is zero."""
+    abstract = Architecture(model, runtime(model)).abstract()
+    fill = lambda value: lambda leaf: jnp.full(leaf.shape, value, leaf.dtype, device=leaf.sharding)  # noqa: E731
+    return {
+        "params": jax.tree.map(fill(value), abstract["params"]),
+        "selection_bias": jax.tree.map(fill(0), abstract["selection_bias"]),
+    }
