@@ -41,9 +41,7 @@ class BlockLayout:
 
     def start_of(self, layer: Any, expert: Any) -> list[Any]:
         """Returns where a block begins in the parameter."""
-        # Along a split axis the start is a constant: a computed one would make devices exchange their parts.
-        whole = self.experts_per_block == self.num_experts
-        lead = [layer] * bool(self.num_layers) + [0 if whole else expert] * bool(self.num_experts)
+        lead = [layer] * bool(self.num_layers) + [expert] * bool(self.num_experts)
         return lead + [0] * (len(self.ours_shape) - len(lead))
 
 

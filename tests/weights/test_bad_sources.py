@@ -149,11 +149,13 @@ def test_wrong_shapes_and_types(hf: Path) -> None:
     refused(hf, W1, str(file), "F64", "float32, bfloat16, float16")
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_not_finite(hf: Path, bad: float) -> None:
-    file = file_of(hf, W1)
-    edit_tensors(file, lambda tensors: tensors[W1].__setitem__((3, 4), bad))
-    with pytest.raises(UserError, match=rf"tensor '{re.escape(W1)}' of {re.escape(str(file))} holds NaN"):
+@pytest.mark.parametrize(
+    ("key", "bad"), [(W1, np.nan), (W1.replace("experts.2", "experts.3"), np.inf), ("model.norm.weight", -np.inf)]
+)
+def test_not_finite(hf: Path, key: str, bad: float) -> None:
+    file = file_of(hf, key)
+    edit_tensors(file, lambda tensors: tensors[key].__setitem__(-1, bad))
+    with pytest.raises(UserError, match=rf"tensor '{re.escape(key)}' of {re.escape(str(file))} holds NaN"):
         import_weights(open_released(hf), runtime(CONFIG))
 
 
