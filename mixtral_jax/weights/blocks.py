@@ -92,8 +92,9 @@ def put_block(
 ) -> tuple[Num[Array, "..."], Bool[Array, ""]]:
     """Writes a block in the file's order into its place, in the parameter's type; says whether it is finite."""
     order = [layout.theirs.index(axis) for axis in layout.ours]
-    turned = block.transpose(order).reshape(layout.ours_shape).astype(parameter.dtype)
-    return jax.lax.dynamic_update_slice(parameter, turned, layout.start_of(layer, expert)), jnp.isfinite(turned).all()
+    block = block.astype(parameter.dtype)
+    turned = block.transpose(order).reshape(layout.ours_shape)
+    return jax.lax.dynamic_update_slice(parameter, turned, layout.start_of(layer, expert)), jnp.isfinite(block).all()
 
 
 @partial(jax.jit, static_argnames=("layout", "dtype"))
