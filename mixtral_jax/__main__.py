@@ -1,0 +1,66 @@
+"""The verbs beside training and evaluation: `python -m mixtral_jax VERB ...`."""
+
+import argparse
+from pathlib import Path
+
+from mixtral_jax import cli
+from mixtral_jax.config import UserError
+
+
+def import_(arguments: list[str]) -> None:
+    """Released weights to a checkpoint: import SOURCE DIR [--upcycle-experts N] [key=value ...]."""
+    parser = argparse.ArgumentParser(prog="mixtral_jax import", description=import_.__doc__)
+    parser.add_argument("source", metavar="SOURCE", type=Path, help="directory with the release's files")
+    parser.add_argument("directory", metavar="DIR", type=Path, help="new directory for the checkpoint")
+    parser.add_argument("--upcycle-experts", metavar="N", type=int, help="make N experts of a dense model's layers")
+    parser.add_argument("--upcycle-per-token", metavar="K", type=int, default=2, help="experts per token (2)")
+    parser.add_argument(
+        "--upcycle-noise", metavar="X", type=float, default=0.0, help="share of each matrix's spread (0)"
+    )
+    parser.add_argument("--upcycle-seed", metavar="S", type=int, default=0, help="of the routers and the noise (0)")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="such as precision.params=bfloat16")
+    options = parser.parse_intermixed_args(arguments)
+    from mixtral_jax.weights.checkpoints import import_checkpoint
+    from mixtral_jax.weights.released import Upcycling
+
+    upcycling = None
+    if options.upcycle_experts is not None:
+        upcycling = Upcycling(
+            options.upcycle_experts, options.upcycle_per_token, options.upcycle_noise, options.upcycle_seed
+        )
+    import_checkpoint(options.source, options.directory, options.overrides, upcycling)
+
+
+def export(arguments: list[str]) -> None:
+    """A checkpoint to a released format: export RUN_OR_CHECKPOINT DIR --format FORMAT."""
+    parser = argparse.ArgumentParser(prog="mixtral_jax export", description=export.__doc__)
+    parser.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT", type=Path)
+    parser.add_argument("directory", metavar="DIR", type=Path, help="new directory for the files")
+    parser.add_argument("--format", required=True, choices=("hf", "hf-fused", "mistral", "mistral-fused"))
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: exact")
+    parser.add_argument("--context", metavar="TOKENS", type=int, help="longest sequences that the model is meant for")
+    options = parser.parse_args(arguments)
+    from mixtral_jax.weights.checkpoints import export_checkpoint
+
+    export_checkpoint(
+        options.checkpoint, options.directory, options.format, dtype=options.dtype, context=options.context
+    )
+
+
+VERBS = {"import": import_, "export": export}
+
+
+def main(arguments: list[str]) -> None:
+    """Calls the verb that the first argument names."""
+    verb = arguments[0] if arguments else "--help"
+    if verb in ("-h", "--help"):
+        print("usage: python -m mixtral_jax VERB ...\n\nverbs:")
+        print("\n".join(f"  {name:10} {call.__doc__}" for name, call in VERBS.items()))
+    elif verb not in VERBS:
+        raise UserError(f"'{verb}' is no verb: choose one of {', '.join(VERBS)}")
+    else:
+        VERBS[verb](arguments[1:])
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,128 @@
+"""Between released checkpoints and this package's own: what the verbs `import` and `export` do."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mixtral_jax.config import CheckpointConfig, Config, UserError
+from mixtral_jax.config_loading import parse_config, to_yaml
+from mixtral_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mixtral_jax.model.mixtral import Architecture
+from mixtral_jax.runtime import make_runtime
+from mixtral_jax.training.checkpoint import Checkpoints, find_checkpoint
+from mixtral_jax.weights.exporting import export_weights
+from mixtral_jax.weights.importing import import_weights
+from mixtral_jax.weights.names import FormatName
+from mixtral_jax.weights.released import Released, Upcycling, open_released
+from mixtral_jax.weights.released_config import SPELLINGS
+from mixtral_jax.weights.stored import FileType
+
+ROW = 4096  # tokens of a row in an import's configuration, if the model is meant for so many
+ANY_MESH = "mesh={data: 1, fsdp: -1, expert: 1, context: 1, tensor: 1}"
+
+
+def import_checkpoint(
+    source: Path,
+    directory: Path,
+    overrides: list[str],
+    upcycling: Upcycling | None = None,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Turns a released checkpoint into one that train.py (`init_from`) and eval.py take.
+
+    Args:
+        source: directory of the release.
+        directory: gets `checkpoints/0`; must not exist or be empty.
+        overrides: `section.key=value` for the checkpoint's configuration, such as precision.params=bfloat16.
+        upcycling: makes a mixture of a dense model.
+        say: told what was found and written.
+
+    Raises:
+        UserError: anything that does not fit, before anything is written.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"{directory} exists and is not empty: name a new directory")
+    released = open_released(source, upcycling)
+    config = _configuration(released, overrides)
+    tokenizer = _tokenizer(released, config, overrides)
+    runtime = make_runtime(config)
+    say(f"{source}: {released.layout.name} format, {released.dtype}, {released.nbytes / 1e9:.2f} GB")
+    say(runtime.describe())
+    arrays = import_weights(released, runtime, upcycling)
+    facts = {"format": released.layout.name, "dtype": released.dtype, "context": released.context}
+    meta = {"step": 0, "config": to_yaml(config), "data_fingerprint": "", "released": facts}
+    checkpoints = Checkpoints(directory / "checkpoints", CheckpointConfig(), warn=say)
+    checkpoints.save(0, arrays, meta, {"tokenizer.model": tokenizer.model_bytes})
+    checkpoints.wait()
+    say(f"{directory}: a checkpoint for eval.py, or for train.py with init_from={directory}")
+
+
+def _configuration(released: Released, overrides: list[str]) -> Config:
+    """Writes the configuration of an import: the model is the release's, the rest the defaults."""
+    model = {field: getattr(released.config, field) for field in SPELLINGS}
+    base = {
+        "model": model,
+        "data": {"seq_len": min(released.context or ROW, ROW)},
+        "train": {"steps": 1, "batch_size": 8},  # a continuation has its own
+    }
+    config = parse_config(yaml.safe_dump(base), overrides, where=f"the configuration of {released.directory}")
+    changed = [field for field in SPELLINGS if getattr(config.model, field) != model[field]]
+    if changed:
+        raise UserError(f"model.{changed[0]} belongs to the release, where it is {model[changed[0]]}: leave it out")
+    return config
+
+
+def _tokenizer(released: Released, config: Config, overrides: list[str]) -> Tokenizer:
+    if any(override.startswith("data.tokenizer=") for override in overrides):
+        return load_tokenizer(config.data, config.model.vocab_size)
+    if released.tokenizer is None:
+        raise UserError(
+            f"{released.directory} has no tokenizer.model: name one with data.tokenizer=, a sentencepiece file, "
+            "mixtral or mixtral-v3"
+        )
+    return Tokenizer(released.tokenizer)
+
+
+def export_checkpoint(
+    source: Path,
+    directory: Path,
+    format_name: FormatName,
+    *,
+    dtype: FileType | None = None,
+    context: int | None = None,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Writes a run's newest checkpoint, or the named one, as a release.
+
+    Args:
+        source: a run directory or one of its checkpoints.
+        directory: created; must not exist or be empty.
+        format_name: of the release.
+        dtype: of the tensors; None: that of the release if the checkpoint is an import, else the parameters' own.
+        context: for how long sequences the model is meant, in tokens; None: as the release says, or data.seq_len.
+        say: told what was found and written.
+
+    Raises:
+        UserError: no checkpoint there, or one that the format cannot hold.
+    """
+    checkpoints, step = find_checkpoint(source, warn=say)
+    meta = checkpoints.read_meta(step)
+    config = parse_config(meta["config"], [ANY_MESH], where=f"the configuration in {source}")
+    architecture = Architecture(config.model, make_runtime(config))
+    say(f"{source}: step {step}")
+    say(architecture.runtime.describe())
+    arrays: dict[str, Any] = checkpoints.restore(step, architecture.abstract())
+    facts = meta.get("released", {})
+    files = export_weights(
+        arrays,
+        config.model,
+        directory,
+        format_name,
+        context=context or facts.get("context") or config.data.seq_len,
+        load_balance=config.losses.load_balance,
+        dtype=dtype or facts.get("dtype"),
+        tokenizer=checkpoints.read_file(step, "tokenizer.model"),
+    )
+    say(f"{directory}: {len(files)} files, {sum(file.stat().st_size for file in files) / 1e9:.2f} GB")

@@ -1,0 +1,148 @@
+"""Opens a released checkpoint: finds its files, recognises its format and checks every tensor before any is read."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mixtral_jax.config import ModelConfig, UserError
+from mixtral_jax.data.tokenizer import Tokenizer
+from mixtral_jax.weights.files import find_files, read_files
+from mixtral_jax.weights.names import FORMATS, ExternalTensor, Format, external_tensors
+from mixtral_jax.weights.released_config import Description, read_description
+from mixtral_jax.weights.stored import FileType, StoredTensor
+
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.model.v3", "tokenizer.model.v2", "tokenizer.model.v1")
+
+
+@dataclass(frozen=True)
+class Released:
+    """A released checkpoint whose tensors were all found and checked, but not read."""
+
+    directory: Path
+    layout: Format
+    config: ModelConfig
+    tensors: dict[str, StoredTensor]
+    tokenizer: bytes | None  # a sentencepiece model
+    context: int | None  # tokens
+
+    @property
+    def dtype(self) -> FileType:
+        """The type of all tensors, or float32 when they differ."""
+        kinds = {tensor.dtype for tensor in self.tensors.values()}
+        return kinds.pop() if len(kinds) == 1 else "float32"
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all tensors, in bytes."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+@dataclass(frozen=True)
+class Upcycling:
+    """How a dense model becomes a mixture. Source: arXiv 2212.05055."""
+
+    num_experts: int  # copies of every feed-forward layer
+    num_experts_per_tok: int = 2
+    noise: float = 0.0  # added to the copies: a share of each matrix's standard deviation
+    seed: int = 0  # of noise and routers
+
+
+def open_released(directory: str | Path, upcycling: Upcycling | None = None) -> Released:
+    """Opens a directory with a released Mixtral, or with a dense Mistral when `upcycling` is given.
+
+    Only headers are read. Hugging Face's files are preferred where a directory holds both kinds.
+
+    Raises:
+        UserError: missing, extra, truncated or corrupt files; unknown, missing, duplicate or misshapen tensors;
+            unreadable types; a configuration or tokenizer that does not fit.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise UserError(f"{directory} is not a directory: name the one that holds config.json or params.json")
+    config_file, files = find_files(directory)
+    description = read_description(directory / config_file)
+    tensors = read_files(directory, files)
+    layout = _recognise(tensors, directory, config_file)
+    config = _model_config(description, layout, directory / config_file, upcycling)
+    _check_tensors(tensors, layout, config, directory / config_file)
+    return Released(directory, layout, config, tensors, _read_tokenizer(directory, config), description.context)
+
+
+def _recognise(tensors: dict[str, StoredTensor], directory: Path, config_file: str) -> Format:
+    """Picks the format whose first feed-forward tensors are there."""
+    candidates = [layout for layout in FORMATS.values() if layout.config_file == config_file]
+    probes = {
+        layout.name: next(row.key for row in layout.rows if row.path == "layers/moe/w_gate").format(layer=0, expert=0)
+        for layout in candidates
+    }
+    for layout in candidates:
+        if probes[layout.name] in tensors:
+            return layout
+    raise UserError(
+        f"the tensors of {directory} are in no known format: none of {', '.join(probes.values())} is among them"
+    )
+
+
+def _model_config(description: Description, layout: Format, file: Path, upcycling: Upcycling | None) -> ModelConfig:
+    if layout.dense and upcycling is None:
+        raise UserError(
+            f"{file.parent} is a dense model: give --upcycle-experts, such as 8, to make a mixture of its layers"
+        )
+    if not layout.dense and upcycling is not None:
+        raise UserError(f"{file.parent} already is a mixture: leave out --upcycle-experts")
+    if layout.dense != description.is_dense:
+        kinds = ("dense", "a mixture")
+        raise UserError(
+            f"{file} says that the model is {kinds[not description.is_dense]} but its tensors are "
+            f"{kinds[not layout.dense]}: copy both from one release"
+        )
+    fields = description.fields
+    if upcycling is not None:
+        k, experts = upcycling.num_experts_per_tok, upcycling.num_experts
+        if not 1 <= k <= experts:
+            raise UserError(f"--upcycle-experts {experts} must be at least the experts per token, {k}: raise it")
+        if not 0 <= upcycling.noise < float("inf"):
+            raise UserError(f"--upcycle-noise {upcycling.noise} must be 0 or more: a share of each matrix's spread")
+        fields = {**fields, "num_experts": experts, "num_experts_per_tok": k}
+    return ModelConfig(**fields)
+
+
+def _check_tensors(tensors: dict[str, StoredTensor], layout: Format, config: ModelConfig, config_file: Path) -> None:
+    """Accounts for every tensor: each expected one there and in shape, no other one."""
+    expected: dict[str, ExternalTensor] = {entry.key: entry for entry in external_tensors(layout, config)}
+    for key, tensor in tensors.items():
+        if key not in expected:
+            raise UserError(
+                f"tensor '{key}' of {tensor.file} is not part of the {layout.name} format of the model in "
+                f"{config_file}: remove it, or mend the configuration"
+            )
+        if tensor.shape != expected[key].shape:
+            raise UserError(
+                f"tensor '{key}' of {tensor.file} has shape {list(tensor.shape)}, but {config_file} asks for "
+                f"{list(expected[key].shape)}: copy both from one release"
+            )
+    missing = [key for key in expected if key not in tensors]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(
+            f"tensor '{missing[0]}'{more} of the {layout.name} format, which {config_file} asks for, is "
+            "not in the files beside it: copy the missing files"
+        )
+
+
+def _read_tokenizer(directory: Path, config: ModelConfig) -> bytes | None:
+    """Reads the sentencepiece model that fits the vocabulary; None when there is none at all."""
+    sizes: dict[str, int] = {}
+    for name in TOKENIZER_FILES:
+        if not (directory / name).is_file():
+            continue
+        content = (directory / name).read_bytes()
+        sizes[name] = Tokenizer(content, str(directory / name)).vocab_size
+        if sizes[name] == config.vocab_size:
+            return content
+    if sizes:
+        name, size = next(iter(sizes.items()))
+        raise UserError(
+            f"{directory / name} has {size} pieces but the model's vocabulary {config.vocab_size}: "
+            "replace it by the model's own, or remove it and name data.tokenizer"
+        )
+    return None

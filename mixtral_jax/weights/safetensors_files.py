@@ -1,0 +1,121 @@
+"""The safetensors format: eight bytes of header length, a JSON header, the tensors.
+
+Written here rather than with the package of that name because tensors are read by slices, headers are checked with
+errors that name the tensor, and files are written tensor by tensor.
+
+Source: https://huggingface.co/docs/safetensors
+"""
+
+import json
+import math
+import struct
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from mixtral_jax.config import UserError
+from mixtral_jax.weights.stored import FILE_TYPES, FileType, StoredTensor, file_type
+
+_TYPES: dict[str, FileType] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_NAMES = {value: name for name, value in _TYPES.items()}
+_MAX_HEADER = 100_000_000  # bytes; the format's own limit
+
+
+def read_safetensors(file: Path) -> dict[str, StoredTensor]:
+    """Reads and checks the header of a file.
+
+    Raises:
+        UserError: truncated or corrupt file, duplicate name, unreadable type.
+    """
+    header, start, size = _read_header(file)
+    tensors: dict[str, StoredTensor] = {}
+    for key, entry in header.items():
+        if key == "__metadata__":
+            continue
+        try:
+            shape, (begin, end), name = tuple(entry["shape"]), entry["data_offsets"], entry["dtype"]
+            ok = isinstance(name, str) and all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+        except (KeyError, TypeError, ValueError):
+            ok = False
+        if not ok:
+            raise UserError(f"the header of {file} describes tensor '{key}' wrongly: download the file again")
+        tensor = StoredTensor(key, file, file_type(name, _TYPES, key, file), shape, start + begin)
+        if tensor.nbytes != end - begin:
+            raise UserError(
+                f"the header of {file} gives tensor '{key}' {end - begin} bytes, but {name} {list(shape)} "
+                f"needs {tensor.nbytes}: download the file again"
+            )
+        if start + end > size:
+            raise UserError(
+                f"{file} is truncated: tensor '{key}' ends at byte {start + end}, the file at {size}: download it again"
+            )
+        tensors[key] = tensor
+    end = start
+    for tensor in sorted(tensors.values(), key=lambda tensor: tensor.offset):
+        if tensor.offset != end:
+            kind = "overlaps the tensor" if tensor.offset < end else "leaves a gap after the one"
+            raise UserError(f"tensor '{tensor.key}' of {file} {kind} before it: download the file again")
+        end += tensor.nbytes
+    if end != size:
+        raise UserError(f"{file} has {size - end} bytes after its last tensor: download it again")
+    return tensors
+
+
+def _read_header(file: Path) -> tuple[dict[str, Any], int, int]:
+    """Returns the header, where the data start, and the file's size."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        if length > min(size - 8, _MAX_HEADER):
+            raise UserError(f"{file} is truncated or not a safetensors file ({size} bytes): download it again")
+        text = stream.read(length)
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        seen: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in seen:
+                raise UserError(f"the header of {file} names tensor '{key}' twice: write the file again")
+            seen[key] = value
+        return seen
+
+    try:
+        header = json.loads(text, object_pairs_hook=unique)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        header = None
+    if not isinstance(header, dict):
+        raise UserError(f"the header of {file} is corrupt: download the file again")
+    return header, 8 + length, size
+
+
+class SafetensorsWriter:
+    """Writes one file, its tensors in the order in which they were announced."""
+
+    def __init__(self, file: Path, shapes: dict[str, tuple[int, ...]], dtype: FileType):
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for key, shape in shapes.items():
+            begin, end = end, end + math.prod(shape) * FILE_TYPES[dtype].itemsize
+            header[key] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._stream = file.open("wb")
+        self._stream.write(struct.pack("<Q", len(text)) + text)
+        self._waiting = list(shapes.items())
+
+    def write(self, key: str, values: np.ndarray) -> None:
+        """Appends the next tensor, given as unsigned integers."""
+        expected = self._waiting.pop(0)
+        assert expected == (key, values.shape), (expected, key, values.shape)
+        self._stream.write(np.ascontiguousarray(values).data)
+
+    def __enter__(self) -> "SafetensorsWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stream.close()
+        assert kind is not None or not self._waiting, self._waiting

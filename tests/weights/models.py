@@ -1,0 +1,40 @@
+"""Small architectures, the runtimes to put them on, and arrays for them."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mixtral_jax.config import FloatName, ModelConfig
+from mixtral_jax.model.mixtral import Architecture
+from mixtral_jax.runtime import Runtime, make_runtime
+from tests.tiny import mesh_of, tiny_config
+
+
+def small(**changes: Any) -> ModelConfig:
+    """The tiny architecture with the released models' rotary base, changed."""
+    return tiny_config(model={"rope_theta": 1e6, **changes}).model
+
+
+def runtime(
+    model: ModelConfig, *, params: FloatName = "float32", seq_len: int = 16, batch: int = 8, **mesh: int
+) -> Runtime:
+    """A runtime on as many of the simulated devices as the mesh has; without sizes, on one."""
+    config = tiny_config(
+        model=dataclasses.asdict(model),
+        data={"seq_len": seq_len},
+        train={"batch_size": batch},
+        precision={"params": params},
+    )
+    return make_runtime(config, mesh_of(**mesh))
+
+
+def blank(model: ModelConfig, value: float = 0.5) -> dict[str, Any]:
+    """Arrays of one value, on one device; the selection bias is zero."""
+    abstract = Architecture(model, runtime(model)).abstract()
+    fill = lambda value: lambda leaf: jnp.full(leaf.shape, value, leaf.dtype, device=leaf.sharding)  # noqa: E731
+    return {
+        "params": jax.tree.map(fill(value), abstract["params"]),
+        "selection_bias": jax.tree.map(fill(0), abstract["selection_bias"]),
+    }

@@ -1,0 +1,83 @@
+"""An export appears whole or not at all, and says why not."""
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+
+from mixtral_jax.config import UserError
+from mixtral_jax.weights import exporting
+from mixtral_jax.weights.exporting import EXPORT_FORMATS, export_weights
+from tests.weights.models import blank, small
+from tests.weights.test_bad_sources import make_tokenizer
+
+CONFIG = small()
+
+
+def refused(tmp_path: Path, arrays: dict[str, Any], *words: str, name: Any = "hf", **options: Any) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError) as caught:
+        export_weights(arrays, CONFIG, tmp_path / "out", name, context=8, load_balance=0.0, **options)
+    for word in words:
+        assert word in str(caught.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_directories_in_use(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    export_weights(blank(CONFIG), CONFIG, tmp_path / "out", "hf", context=8, load_balance=0.0)
+    refused(tmp_path, blank(CONFIG), str(tmp_path / "out"), "not empty", "new directory")
+
+
+@pytest.mark.parametrize("name", EXPORT_FORMATS)
+def test_values_that_a_type_cannot_hold(tmp_path: Path, name: Any) -> None:
+    arrays = blank(CONFIG)
+    moe = arrays["params"]["layers"]["moe"]
+    moe["w_down"] = moe["w_down"].at[1, 3, 0, 0].set(1e6)
+    refused(tmp_path, arrays, "layers.1.", "float16 cannot hold", "--dtype bfloat16", name=name, dtype="float16")
+    export_weights(arrays, CONFIG, tmp_path / "out", name, context=8, load_balance=0.0, dtype="bfloat16")
+    moe["w_down"] = moe["w_down"].at[1, 3, 0, 0].set(jnp.nan)
+    (tmp_path / "out").rename(tmp_path / "other")
+    refused(tmp_path, arrays, "layers.1.", "NaN", name=name)
+
+
+def test_a_selection_bias_has_no_place(tmp_path: Path) -> None:
+    arrays = blank(CONFIG)
+    bias = arrays["selection_bias"]["layers"]["moe"]
+    bias["selection_bias"] = bias["selection_bias"].at[0, 1].set(-0.001)
+    refused(tmp_path, arrays, "losses.selection_bias_rate", "no released format")
+
+
+def test_tokenizers(tmp_path: Path) -> None:
+    refused(tmp_path, blank(CONFIG), "40 pieces", "model.vocab_size is 64", tokenizer=make_tokenizer(40))
+    files = export_weights(
+        blank(CONFIG), CONFIG, tmp_path / "out", "mistral", context=8, load_balance=0.0, tokenizer=make_tokenizer(64)
+    )
+    assert [file.name for file in files] == ["consolidated.safetensors", "params.json", "tokenizer.model"]
+    assert files[2].read_bytes() == make_tokenizer(64)
+
+
+@pytest.mark.parametrize("name", EXPORT_FORMATS)
+def test_a_full_disk_leaves_nothing(tmp_path: Path, name: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = exporting.TorchWriter if name == "mistral-fused" else exporting.SafetensorsWriter
+    write = writer.write
+
+    def full_at_norm(self: Any, key: str, values: Any) -> None:
+        if key.endswith("norm.weight"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, key, values)
+
+    monkeypatch.setattr(writer, "write", full_at_norm)
+    refused(tmp_path, blank(CONFIG), str(tmp_path / "out"), "No space left", name=name)
+
+
+def test_an_interrupted_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(exporting.SafetensorsWriter, "write", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        export_weights(blank(CONFIG), CONFIG, tmp_path / "out", "hf", context=8, load_balance=0.0)
+    assert not list(tmp_path.iterdir())

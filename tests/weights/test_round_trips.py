@@ -1,0 +1,155 @@
+"""Every format in and out, bit for bit, on every kind of mesh."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+from mixtral_jax.config import ModelConfig
+from mixtral_jax.model.mixtral import Architecture
+from mixtral_jax.weights.blocks import block_layout, put_block, take_block
+from mixtral_jax.weights.exporting import EXPORT_FORMATS, export_weights
+from mixtral_jax.weights.importing import import_weights
+from mixtral_jax.weights.names import FORMATS, OURS, atoms, axis_sizes
+from mixtral_jax.weights.released import open_released
+from tests.weights.models import blank, runtime, small
+from tests.weights.synthetic import LAYOUTS, Tensors, classic, load, write
+
+MESHES: list[dict[str, int]] = [{}, {"expert": 2, "tensor": 2, "fsdp": 2}, {"data": 2, "expert": 4}]
+CONFIG = small()
+
+
+def expected_arrays(tensors: Tensors, config: ModelConfig) -> dict[str, Any]:
+    """What the parameters of a model in classic keys are, written out."""
+    each = range(config.num_layers)
+    inner = lambda name: [tensors[f"model.layers.{n}.{name}.weight"] for n in each]  # noqa: E731
+    experts = lambda w: [  # noqa: E731
+        [tensors[f"model.layers.{n}.block_sparse_moe.experts.{e}.{w}.weight"].T for e in range(config.num_experts)]
+        for n in each
+    ]
+    heads = lambda w: w.T.reshape(config.d_model, -1, config.head_dim)  # noqa: E731
+    return {
+        "embedding": tensors["model.embed_tokens.weight"],
+        "lm_head": tensors["lm_head.weight"].T,
+        "final_norm": {"scale": tensors["model.norm.weight"]},
+        "layers": {
+            "attention_norm": {"scale": np.stack(inner("input_layernorm"))},
+            "moe_norm": {"scale": np.stack(inner("post_attention_layernorm"))},
+            "attention": {
+                **{f"w{x}": np.stack([heads(w) for w in inner(f"self_attn.{x}_proj")]) for x in "qkv"},
+                "wo": np.stack([w.T.reshape(-1, config.head_dim, config.d_model) for w in inner("self_attn.o_proj")]),
+            },
+            "moe": {
+                "router": np.stack([w.T for w in inner("block_sparse_moe.gate")]),
+                "w_gate": np.array(experts("w1")),
+                "w_up": np.array(experts("w3")),
+                "w_down": np.array(experts("w2")),
+            },
+        },
+    }
+
+
+def assert_same_bits(a: Any, b: Any) -> None:
+    a, b = np.asarray(a), np.asarray(b)
+    assert (a.dtype, a.shape) == (b.dtype, b.shape)
+    assert a.tobytes() == b.tobytes()
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("name", EXPORT_FORMATS)
+def test_every_format_gives_the_same_arrays_on_every_mesh(name: str, mesh: dict[str, int], tmp_path: Path) -> None:
+    tensors = classic(CONFIG, "float32")
+    released = open_released(write(tmp_path / "in", name, tensors, CONFIG, "float32"))
+    assert (released.config, released.layout.name) == (CONFIG, name)
+    here = runtime(CONFIG, **mesh)
+    arrays = import_weights(released, here)
+    jax.tree.map(assert_same_bits, arrays["params"], expected_arrays(tensors, CONFIG))
+    jax.tree.map(lambda bias: np.testing.assert_array_equal(bias, 0), arrays["selection_bias"])
+    abstract = Architecture(CONFIG, here).abstract()
+    assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), arrays) == jax.tree.map(
+        lambda x: (x.shape, x.dtype, x.sharding), abstract
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "params", "mesh"),
+    [
+        ("float32", "float32", MESHES[0]),
+        ("bfloat16", "float32", MESHES[1]),
+        ("bfloat16", "bfloat16", MESHES[2]),
+        ("float16", "float32", MESHES[1]),
+    ],
+)
+@pytest.mark.parametrize("name", EXPORT_FORMATS)
+def test_import_then_export_is_byte_equal(
+    name: Any, dtype: Any, params: Any, mesh: dict[str, int], tmp_path: Path
+) -> None:
+    config = small(num_layers=5)  # more than one file of the fused Mistral format
+    write(tmp_path / "in", name, classic(config, dtype), config, dtype)
+    arrays = import_weights(open_released(tmp_path / "in"), runtime(config, params=params, **mesh))
+    export_weights(
+        arrays, config, tmp_path / "out", name, context=8, load_balance=0.02, dtype=dtype, shard_bytes=30_000
+    )
+    before, after = load(tmp_path / "in"), load(tmp_path / "out")
+    assert before.keys() == after.keys()
+    for key in before:
+        assert_same_bits(before[key], after[key])
+    again = open_released(tmp_path / "out")
+    assert (again.config, again.dtype, again.layout.name) == (config, dtype, name)
+
+
+def test_files_of_an_export_stay_below_the_limit(tmp_path: Path) -> None:
+    arrays = blank(CONFIG)
+    files = export_weights(arrays, CONFIG, tmp_path / "a", "hf", context=8, load_balance=0.0, shard_bytes=40_000)
+    shards = [file for file in files if file.suffix == ".safetensors"]
+    assert len(shards) > 3
+    assert all(file.stat().st_size < 40_000 + 10_000 for file in shards)  # headers come on top
+    assert shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
+    files = export_weights(arrays, CONFIG, tmp_path / "b", "hf", context=8, load_balance=0.0)
+    assert [file.name for file in files] == ["config.json", "model.safetensors"]
+
+
+def test_the_table_of_axes_is_the_models() -> None:
+    config = small(num_layers=3, num_experts=6, num_kv_heads=1, vocab_size=62)  # no two sizes alike by chance
+    sizes = axis_sizes(config)
+    architecture = Architecture(config, runtime(config))
+    flat = jax.tree_util.tree_leaves_with_path(architecture.abstract()["params"])
+    shapes = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in flat}
+    assert shapes == {path: tuple(sizes[axis] for axis in atoms(axes)) for path, axes in OURS.items()}
+    logical = jax.tree_util.tree_leaves_with_path(architecture.axes()["params"], is_leaf=lambda x: isinstance(x, tuple))
+    for path, axes in logical:
+        named = atoms(OURS[jax.tree_util.keystr(path, simple=True, separator="/")])
+        assert all(ours in (None, theirs) for ours, theirs in zip(axes, named, strict=True))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_holds_every_parameter_once(name: Any) -> None:
+    paths = [row.path for row in FORMATS[name].rows]
+    assert len(paths) == len(set(paths))
+    assert set(OURS) - set(paths) == ({"layers/moe/router"} if FORMATS[name].dense else set())
+    assert set(LAYOUTS) == set(FORMATS)
+
+
+@pytest.mark.parametrize("row", FORMATS["mistral-fused"].rows, ids=lambda row: row.path)
+def test_devices_exchange_nothing(row: Any) -> None:
+    mesh = runtime(CONFIG, **MESHES[1]).mesh
+    params: Any = Architecture(CONFIG, runtime(CONFIG, **MESHES[1])).abstract()["params"]
+    for part in row.path.split("/"):
+        params = params[part]
+    assert isinstance(params.sharding, NamedSharding)
+    layout = block_layout(row, CONFIG, params.sharding)
+    block = jax.ShapeDtypeStruct(layout.theirs_shape, np.float32, sharding=layout.sharding)
+    compiled = [
+        put_block.lower(params, block, 1, 0, layout=layout).compile(),
+        take_block.lower(params, 1, 0, layout=layout, dtype=np.dtype(np.float32)).compile(),
+    ]
+    assert compiled[0].output_shardings[0].is_equivalent_to(params.sharding, len(params.shape))
+    for program in compiled:
+        text = program.as_text()
+        assert "all-gather" not in text
+        assert "all-to-all" not in text
+        assert "collective-permute" not in text
+    assert mesh.size == 8
