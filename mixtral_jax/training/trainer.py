@@ -72,11 +72,11 @@ class Trainer:
             self.say(self.runtime.describe())
             self.tokenizer, training, self.heldout = open_documents(self.config)
             self.data = TrainingData(self.config, training)
-            self.checkpoints = Checkpoints(run_dir.path / "checkpoints", self.config.checkpoint, warn=self.say)
-            state, step = self._first_state()
-            run_dir.write_config()
-            if step < self.config.train.steps:
-                state, step = self._train(run_dir.path, state, step)
+            with Checkpoints(run_dir.path / "checkpoints", self.config.checkpoint, self.say) as self.checkpoints:
+                state, step = self._first_state()
+                run_dir.write_config()
+                if step < self.config.train.steps:
+                    state, step = self._train(run_dir.path, state, step)
             return Outcome(
                 step=step,
                 finished=step >= self.config.train.steps,
@@ -145,7 +145,6 @@ class Trainer:
                     self.clock, self.clock_step = time.monotonic(), step
                 if ends:
                     break
-        self.checkpoints.wait()
         return state, step
 
     def _report(self, step: int, metrics: dict[str, Any]) -> None:
