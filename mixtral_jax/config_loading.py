@@ -5,6 +5,7 @@ Contradictions are `UserError`s whose sentence holds the fix.
 
 import dataclasses
 import difflib
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -52,8 +53,6 @@ def parse_config(text: str, overrides: list[str] | None = None, *, where: str = 
             nested: Any = yaml.safe_load(value) if value else ""
         except yaml.YAMLError:
             raise UserError(f"the value of {key} is not YAML: {value!r}; quote it for the shell") from None
-        if isinstance(nested, str):
-            nested = _number(nested)
         for part in reversed(key.split(".")):
             nested = {part: nested}
         merged = _merge(merged, OmegaConf.to_yaml(OmegaConf.create(nested)), key)
@@ -66,17 +65,14 @@ def parse_config(text: str, overrides: list[str] | None = None, *, where: str = 
     return config
 
 
-def _number(text: str) -> Any:
-    """YAML 1.1 reads 3e-4 as a string; people mean a number."""
-    try:
-        return float(text) if "e" in text.lower() else text
-    except ValueError:
-        return text
-
-
 def _merge(base: Any, text: str, where: str) -> Any:
     try:
         loaded = OmegaConf.create(text) if text.strip() else OmegaConf.create()
+        assert OmegaConf.is_dict(loaded)
+    except AssertionError:  # OmegaConf's own, for a lone number
+        raise UserError(
+            f"{where} holds no sections: write lines such as 'train:' and below it, indented, 'steps: 100'"
+        ) from None
     except (yaml.YAMLError, OmegaConfBaseException, OSError) as error:
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         mark = getattr(error, "problem_mark", None)
@@ -93,6 +89,13 @@ def _sentence(error: Exception, where: str = "") -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     full_key = next((line.split(":", 1)[1].strip() for line in lines if line.strip().startswith("full_key")), "")
     head = lines[0].rstrip(".")
+    section = re.match(r"Merge error: \w+ is not a subclass of (\w+)Config", head)
+    if section:
+        head = f"{section[1].lower()} is a section: give it keys with values"
+    elif isinstance(error, TypeError):
+        head = "a list is given as a whole, such as data.sources=[{name: mine, path: mine.txt}]"
+    elif "missing mandatory value" in head:
+        head = "a value is needed"
     if "not in" in head and "Did you mean" not in head and full_key:
         close = difflib.get_close_matches(full_key, all_keys(), n=1, cutoff=0.5)
         head += f". Did you mean: '{close[0]}'?" if close else ". The keys are listed in docs/config.md"
@@ -145,23 +148,42 @@ def _require(ok: bool, sentence: str) -> None:
         raise UserError(sentence)
 
 
+def _values(section: Any, names: tuple[str, ...]) -> list[tuple[str, Any]]:
+    prefix = type(section).__name__.removesuffix("Config").lower()
+    return [(f"{prefix}.{name}", getattr(section, name)) for name in names]
+
+
 def validate(config: Config) -> None:
     """Raises `UserError` for values that contradict each other or cannot be."""
-    model, train, losses = config.model, config.train, config.losses
-    for section, names in (
+    model, train = config.model, config.train
+    positive: tuple[tuple[Any, tuple[str, ...]], ...] = (
         (model, ("d_model", "d_ff", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size",
-                 "num_experts", "num_experts_per_tok", "rope_theta", "norm_eps", "capacity_factor")),
+                 "num_experts", "num_experts_per_tok", "rope_theta", "norm_eps", "capacity_factor", "init_std")),
         (config.data, ("seq_len",)),
-        (train, ("steps", "batch_size", "microbatches", "log_every", "max_nonfinite_steps")),
+        (train, ("steps", "batch_size", "microbatches", "log_every", "eval_batches", "max_nonfinite_steps")),
         (config.optimizer, ("learning_rate", "eps")),
         (config.checkpoint, ("every", "keep")),
         (config.kernels, ("loss_chunk",)),
         (config.eval, ("batch_size",)),
-    ):  # fmt: skip
-        for name in names:
-            value = getattr(section, name)
-            prefix = type(section).__name__.removesuffix("Config").lower()
-            _require(0 < value < float("inf"), f"{prefix}.{name} is {value}: it must be greater than 0")
+    )  # fmt: skip
+    for section, names in positive:
+        for key, value in _values(section, names):
+            _require(0 < value < float("inf"), f"{key} is {value}: it must be greater than 0")
+    not_negative: tuple[tuple[Any, tuple[str, ...]], ...] = (
+        (train, ("eval_every",)),
+        (config.optimizer, ("warmup_steps", "decay_steps", "weight_decay", "clip_norm", "final_learning_rate_ratio")),
+        (config.losses, ("load_balance", "router_z", "selection_bias_rate")),
+        (config.checkpoint, ("keep_every",)),
+        (config.kernels, ("block_size",)),
+        (config.eval, ("context", "max_tokens")),
+    )
+    for section, names in not_negative:
+        for key, value in _values(section, names):
+            _require(0 <= value < float("inf"), f"{key} is {value}: it must be 0 or more")
+    for key, value in (*_values(config.data, ("holdout",)), *_values(config.optimizer, ("beta1", "beta2"))):
+        _require(0 <= value < 1, f"{key} is {value}: it goes from 0 to below 1")
+    stop = train.stop_at_step
+    _require(stop is None or stop > 0, f"train.stop_at_step is {stop}: it must be greater than 0, or null")
     width = model.num_heads * model.head_dim
     _require(
         width == model.d_model,
@@ -182,14 +204,6 @@ def validate(config: Config) -> None:
         train.batch_size % train.microbatches == 0,
         f"train.batch_size={train.batch_size} is not a multiple of train.microbatches={train.microbatches}: change one",
     )
-    _require(0 <= config.data.holdout < 1, f"data.holdout is {config.data.holdout}: it is a share from 0 to below 1")
-    for name in ("load_balance", "router_z", "selection_bias_rate"):
-        _require(
-            0 <= getattr(losses, name) < float("inf"), f"losses.{name} is {getattr(losses, name)}: it must be 0 or more"
-        )
-    for name in ("warmup_steps", "decay_steps", "weight_decay", "clip_norm", "final_learning_rate_ratio"):
-        value = getattr(config.optimizer, name)
-        _require(0 <= value < float("inf"), f"optimizer.{name} is {value}: it must be 0 or more")
     sizes = dataclasses.asdict(config.mesh)
     _require(list(sizes.values()).count(-1) <= 1, "only one mesh axis may be -1: give the others a size")
     for name, size in sizes.items():

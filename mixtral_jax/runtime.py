@@ -6,7 +6,7 @@ from typing import Literal
 import jax
 from jax.sharding import Mesh
 
-from mixtral_jax.config import Config, FloatName, UserError
+from mixtral_jax.config import Config, UserError
 from mixtral_jax.precision import Precision, make_precision
 from mixtral_jax.sharding import RULES, axis_size, make_mesh
 
@@ -47,6 +47,7 @@ def make_runtime(config: Config, mesh: Mesh | None = None) -> Runtime:
     """
     mesh = make_mesh(config.mesh) if mesh is None else mesh
     platform = mesh.devices.flat[0].platform
+    precision = make_precision(config.precision)
     experts = AUTO_EXPERTS[platform] if config.kernels.experts == "auto" else config.kernels.experts
     model = config.model
     check_divides(mesh, "d_model", "model.d_model", model.d_model)
@@ -62,8 +63,8 @@ def make_runtime(config: Config, mesh: Mesh | None = None) -> Runtime:
         )
     return Runtime(
         mesh=mesh,
-        precision=make_precision(config.precision),
-        attention=choose_attention(config.kernels.attention, platform, config.precision.compute),
+        precision=precision,
+        attention=choose_attention(config.kernels.attention, platform, precision),
         experts=experts,
         block_size=config.kernels.block_size,
         loss_chunk=config.kernels.loss_chunk,
@@ -72,18 +73,19 @@ def make_runtime(config: Config, mesh: Mesh | None = None) -> Runtime:
 
 
 def choose_attention(
-    name: Literal["auto", "blockwise", "cudnn", "splash"], platform: str, compute: FloatName
+    name: Literal["auto", "blockwise", "cudnn", "splash"], platform: str, precision: Precision
 ) -> AttentionBackend:
     """Resolves `auto` by platform and type.
 
     Raises:
         UserError: a kernel that the platform lacks or that lacks the type.
     """
+    wide = precision.compute == precision.full
     if name == "auto":
-        return "blockwise" if platform == "gpu" and compute == "float32" else AUTO_ATTENTION[platform]
+        return "blockwise" if platform == "gpu" and wide else AUTO_ATTENTION[platform]
     if (name == "cudnn" and platform != "gpu") or (name == "splash" and platform == "gpu"):
         raise UserError(f"kernels.attention={name} does not run on {platform}: use auto or blockwise")
-    if name == "cudnn" and compute == "float32":
+    if name == "cudnn" and wide:
         raise UserError(
             "kernels.attention=cudnn does not compute in float32: set precision.compute=bfloat16, or use auto"
         )

@@ -4,7 +4,8 @@ import jax
 import pytest
 from jax.sharding import PartitionSpec
 
-from mixtral_jax.config import MeshConfig, UserError
+from mixtral_jax.config import MeshConfig, PrecisionConfig, UserError
+from mixtral_jax.precision import make_precision
 from mixtral_jax.runtime import choose_attention, make_runtime
 from mixtral_jax.sharding import MESH_AXES, RULES, axis_size, make_mesh, spec
 from tests.tiny import mesh_of, tiny_config, tiny_trainable
@@ -78,7 +79,7 @@ def test_shapes_that_the_mesh_does_not_divide_are_refused(changes, sizes, senten
     ],
 )
 def test_auto_chooses_by_platform_and_type(platform, compute, backend):
-    assert choose_attention("auto", platform, compute) == backend
+    assert choose_attention("auto", platform, make_precision(PrecisionConfig(compute=compute))) == backend
 
 
 @pytest.mark.parametrize(
@@ -91,7 +92,7 @@ def test_auto_chooses_by_platform_and_type(platform, compute, backend):
     ],
 )  # fmt: skip
 def test_a_kernel_that_cannot_run_is_refused(backend, platform, sentence):
-    assert refusal(choose_attention, backend, platform, "float32") == sentence
+    assert refusal(choose_attention, backend, platform, make_precision(PrecisionConfig())) == sentence
 
 
 def test_a_forced_kernel_is_checked_before_anything_runs():
