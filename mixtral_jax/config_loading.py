@@ -138,14 +138,15 @@ def to_yaml(config: Config) -> str:
 
 def changed_keys(old: Config, new: Config) -> list[str]:
     """Lists the dotted keys in which two configurations differ."""
-    left, right = _flatten(dataclasses.asdict(old)), _flatten(dataclasses.asdict(new))
+    left, right = flatten(dataclasses.asdict(old)), flatten(dataclasses.asdict(new))
     return sorted(key for key in left | right if left.get(key) != right.get(key))
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Turns nested dictionaries into one with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
 
 
@@ -220,11 +221,11 @@ def validate(config: Config) -> None:
 def _validate_sources(sources: list[SourceConfig]) -> None:
     names = [source.name for source in sources]
     for source in sources:
-        given = [key for key in ("path", "hub", "builtin") if getattr(source, key)]
+        given = [key for key in ("path", "hub", "builtin", "prepared") if getattr(source, key)]
         _require(
             len(given) == 1,
             f"source '{source.name}' of data.sources names {' and '.join(given) or 'nothing'}: "
-            "give exactly one of path, hub and builtin",
+            "give exactly one of path, hub, builtin and prepared",
         )
         _require(
             0 < source.weight < float("inf"), f"source '{source.name}' has weight {source.weight}: it must be above 0"

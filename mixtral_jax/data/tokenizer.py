@@ -93,8 +93,8 @@ class Tokenizer:
         """Encodes a text without BOS and EOS; control tokens written out in the text stay text."""
         return self._processor.encode(text)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Int64[np.ndarray, "_"]]:
-        """Encodes texts like `encode`, on all cores.
+    def encode_batch(self, texts: Sequence[str], threads: int = 0) -> list[Int64[np.ndarray, "_"]]:
+        """Encodes texts like `encode`, on so many threads, or on all cores (0).
 
         The threads are the library's own, so nothing is copied between processes. Long texts are cut where that does
         not change the result: it keeps all cores at work and is faster (merging takes longer than linear time).
@@ -105,7 +105,7 @@ class Tokenizer:
             cut = _cut(text) if self._cuttable else [text]
             chunks += cut
             counts.append(len(cut))
-        encoded = (np.array(ids, np.int64) for ids in self._processor.encode(chunks, num_threads=_cores()))
+        encoded = (np.array(ids, np.int64) for ids in self._processor.encode(chunks, num_threads=threads or _cores()))
         return [np.concatenate([next(encoded) for _ in range(count)]) for count in counts]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:

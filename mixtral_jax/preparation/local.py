@@ -1,0 +1,59 @@
+"""datatrove's local executor, made quiet and mortal: no log lines on the terminal, no process that outlives ours."""
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from datatrove.executor import LocalPipelineExecutor
+from loguru import logger
+
+PR_SET_PDEATHSIG = 1
+
+
+class QuietExecutor(LocalPipelineExecutor):
+    """Runs tasks in processes of this machine; what they log is in files below `logging_dir` only."""
+
+    def run(self) -> Any:
+        """Runs the tasks that are not finished yet."""
+        die_with_parent_at_fork()
+        with _silence():
+            return super().run()
+
+    def _launch_run_for_rank(self, rank: int, ranks_q: Any, completed: Any = None, completed_lock: Any = None) -> Any:
+        if multiprocessing.parent_process() is not None or self.workers > 1:
+            die_with_parent()
+            die_with_parent_at_fork()
+        with _silence():
+            return super()._launch_run_for_rank(rank, ranks_q, completed, completed_lock)
+
+    def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
+        return super()._run_for_rank(rank, local_rank + 1, node_rank)  # only the first one would log to the terminal
+
+
+def die_with_parent() -> None:
+    """Asks the system to end this process when its parent ends, so that a killed run leaves nobody who writes."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+_registered: list[Callable[[], None]] = []
+
+
+def die_with_parent_at_fork() -> None:
+    """Does so for every process that this one forks from now on."""
+    if not _registered:
+        _registered.append(die_with_parent)
+        os.register_at_fork(after_in_child=die_with_parent)
+
+
+@contextlib.contextmanager
+def _silence() -> Any:
+    logger.remove()
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        yield
+    logger.remove()
