@@ -86,10 +86,11 @@ def split_documents(cache: TokenCache, holdout: float, seed: int, tokenizer: Tok
     kept = ~held
     held_starts, held_lengths, held_sizes = starts.copy(), lengths.copy(), sizes.copy()
     if not fits:
-        last = order[count - 1]
+        last = int(order[count - 1])
+        tokens = cache.document(last)
         tail = max(1, round(wanted - reached[count - 1]))
-        cut = _cut(cache.document(last), min(tail, lengths[last] - 2), tokenizer)
-        tail_bytes = int(tokenizer.token_bytes[cache.document(last)[cut:]].sum())
+        cut = _cut(tokens, min(tail, len(tokens) - 2), tokenizer)
+        tail_bytes = int(tokenizer.token_bytes[tokens[cut:]].sum())
         kept[last] = True
         lengths[last] = cut
         sizes[last] -= tail_bytes

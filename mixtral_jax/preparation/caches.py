@@ -52,7 +52,5 @@ class CacheBuilder(PipelineStep):
             for name in ("tokens", "document_starts", "document_bytes"):
                 with open(directory / name, "rb") as file:
                     digests[name] = hashlib.file_digest(file, "sha256")
-            write_index(
-                directory, prepared_key(tokenizer), language, dtype, len(lengths), int(starts[-1]), digests
-            )
+            write_index(directory, prepared_key(tokenizer), language, dtype, len(lengths), int(starts[-1]), digests)
         return None

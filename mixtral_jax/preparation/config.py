@@ -4,7 +4,7 @@ import dataclasses
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from omegaconf import MISSING
 
@@ -249,10 +249,10 @@ def result_settings(config: PrepareConfig) -> dict[str, object]:
     return {key: value for key, value in dataclasses.asdict(config).items() if key not in RESUMABLE_KEYS}
 
 
-def _get(config: object, name: str) -> float:
+def _get(config: Any, name: str) -> Any:
     for part in name.split("."):
         config = getattr(config, part)
-    return config  # type: ignore[return-value]
+    return config
 
 
 def _require(ok: bool, sentence: str) -> None:

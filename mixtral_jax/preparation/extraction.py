@@ -50,6 +50,7 @@ class Extraction(PipelineStep):
             for document in data:
                 if document.metadata.pop("html"):
                     source = document.metadata["source"]
+                    self.stat_update("handled", value=len(document.text.encode()))
                     with self.track_time():
                         try:
                             text = sandbox.process_document(document.text, extract)

@@ -8,7 +8,7 @@ import gzip
 import io
 import zlib
 from collections.abc import Callable, Iterator
-from typing import IO, Any
+from typing import Any
 
 import cchardet
 import fsspec
@@ -25,6 +25,8 @@ from mixtral_jax.preparation.warc_records import iter_records
 # A document: `text`, `index` in its file, and what is known of `id`, `url`, `date`; `html` if it is to be extracted.
 Raw = dict[str, Any]
 Report = Callable[[str, object, object], None]  # kind of the problem, record, detail
+PAYLOAD_TYPE = "WARC-Identified-Payload-Type"
+Stream = Any  # a binary file or what behaves like one; GzipFile and warcio are too odd for IO[bytes]
 HTML_TYPES = ("text/html", "application/xhtml+xml")
 
 
@@ -68,22 +70,22 @@ def read_documents(
         report("unreadable file", "", f"{type(error).__name__}: {error}")
 
 
-def _watched(documents: Iterator[Raw], raw: IO[bytes], on_bytes: Callable[[int], None]) -> Iterator[Raw]:
+def _watched(documents: Iterator[Raw], raw: Stream, on_bytes: Callable[[int], None]) -> Iterator[Raw]:
     for document in documents:
         on_bytes(raw.tell())
         yield document
 
 
-def _decompressed(raw: IO[bytes], file: InputFile) -> IO[bytes]:
+def _decompressed(raw: Stream, file: InputFile) -> Stream:
     compression = compression_of(file.name)
     if compression == "gzip":
-        return gzip.GzipFile(fileobj=raw)
+        return io.BufferedReader(gzip.GzipFile(fileobj=raw))
     if compression == "zstd":  # the zstandard package would take a truncated file for a whole one
-        return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"))  # type: ignore[arg-type]
-    return io.BufferedReader(raw)  # type: ignore[arg-type]
+        return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"))
+    return io.BufferedReader(raw)
 
 
-def _archive(raw: IO[bytes], file: InputFile, limit: int, report: Report) -> Iterator[Raw]:
+def _archive(raw: Stream, file: InputFile, limit: int, report: Report) -> Iterator[Raw]:
     number = 0
     records = iter_records(
         raw, compression_of(file.name) == "gzip", limit, lambda kind, detail: report(kind, f"after {number}", detail)
@@ -117,10 +119,13 @@ def _page(blob: bytes, limit: int, number: int, report: Report) -> Raw | None:
         report("too large", number, f"{url} unpacks to more than {limit} bytes")
         return None
     record.content_stream = lambda: io.BytesIO(content)
+    stated = (record.http_headers.get_header("Content-Type") or "") if record.http_headers else ""
+    if stated.partition(";")[0].strip().lower() in HTML_TYPES and not record.rec_headers.get(PAYLOAD_TYPE):
+        record.rec_headers.add_header(PAYLOAD_TYPE, "text/html")  # else libmagic guesses, now and then wrongly
     page = process_record(record)
     if page is None:
-        kind = record.rec_headers.get("WARC-Identified-Payload-Type") or magic.from_buffer(content[:2048], mime=True)
-        if kind in HTML_TYPES or kind == "text/plain":
+        kind = record.rec_headers.get(PAYLOAD_TYPE) or magic.from_buffer(content[:2048], mime=True)
+        if kind in HTML_TYPES:
             report("bad encoding", number, f"{url} is {kind} in no known encoding")
         else:
             report(f"skipped: {kind}", number, "")
@@ -135,7 +140,7 @@ def _page(blob: bytes, limit: int, number: int, report: Report) -> Raw | None:
     }
 
 
-def _bounded(stream: IO[bytes], limit: int) -> bytes:
+def _bounded(stream: Stream, limit: int) -> bytes:
     parts: list[bytes] = []
     left = limit + 1
     while left and (part := stream.read(left)):
@@ -144,7 +149,7 @@ def _bounded(stream: IO[bytes], limit: int) -> bytes:
     return b"".join(parts)
 
 
-def _records(stream: IO[bytes], field: str, limit: int, report: Report) -> Iterator[Raw]:
+def _records(stream: Stream, field: str, limit: int, report: Report) -> Iterator[Raw]:
     for number, line in _bounded_lines(stream, limit, report):
         if line.isspace():
             continue
@@ -162,7 +167,7 @@ def _records(stream: IO[bytes], field: str, limit: int, report: Report) -> Itera
         yield {"text": text, "index": number, "url": url if isinstance(url, str) else ""}
 
 
-def _table(raw: IO[bytes], field: str, limit: int, report: Report) -> Iterator[Raw]:
+def _table(raw: Stream, field: str, limit: int, report: Report) -> Iterator[Raw]:
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(raw) as table:
@@ -183,7 +188,7 @@ def _table(raw: IO[bytes], field: str, limit: int, report: Report) -> Iterator[R
                     yield {"text": text, "index": number, "url": url if isinstance(url, str) else ""}
 
 
-def _lines(stream: IO[bytes], limit: int, report: Report) -> Iterator[Raw]:
+def _lines(stream: Stream, limit: int, report: Report) -> Iterator[Raw]:
     for number, line in _bounded_lines(stream, limit, report):
         try:
             text = line.decode("utf-8-sig").strip()
@@ -194,7 +199,7 @@ def _lines(stream: IO[bytes], limit: int, report: Report) -> Iterator[Raw]:
             yield {"text": text, "index": number}
 
 
-def _whole(stream: IO[bytes], html: bool, limit: int, report: Report) -> Iterator[Raw]:
+def _whole(stream: Stream, html: bool, limit: int, report: Report) -> Iterator[Raw]:
     data = _bounded(stream, limit)
     if len(data) > limit:
         report("too large", "", f"more than {limit} bytes")
@@ -211,7 +216,7 @@ def _whole(stream: IO[bytes], html: bool, limit: int, report: Report) -> Iterato
     yield {"text": text, "index": 0, "html": html}
 
 
-def _bounded_lines(stream: IO[bytes], limit: int, report: Report) -> Iterator[tuple[int, bytes]]:
+def _bounded_lines(stream: Stream, limit: int, report: Report) -> Iterator[tuple[int, bytes]]:
     number = 0
     while line := stream.readline(limit + 1):
         number += 1

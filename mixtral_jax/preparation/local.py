@@ -2,13 +2,13 @@
 
 import contextlib
 import ctypes
-import multiprocessing
 import os
 import signal
 import sys
 from collections.abc import Callable
 from typing import Any
 
+import multiprocess
 from datatrove.executor import LocalPipelineExecutor
 from loguru import logger
 
@@ -21,11 +21,13 @@ class QuietExecutor(LocalPipelineExecutor):
     def run(self) -> Any:
         """Runs the tasks that are not finished yet."""
         die_with_parent_at_fork()
+        # One process imports everything; the workers of all stages are copies of it.
+        multiprocess.set_forkserver_preload(["mixtral_jax.preparation.stages"])
         with _silence():
             return super().run()
 
     def _launch_run_for_rank(self, rank: int, ranks_q: Any, completed: Any = None, completed_lock: Any = None) -> Any:
-        if multiprocessing.parent_process() is not None or self.workers > 1:
+        if self.workers > 1:
             die_with_parent()
             die_with_parent_at_fork()
         with _silence():

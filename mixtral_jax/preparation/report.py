@@ -21,7 +21,6 @@ Numbers = dict[str, Any]
 EXAMPLES = 3  # of a reason
 PROBLEMS = 200  # that are named
 CLUSTERS = 10  # that are shown
-# Steps whose time and input are told in the report, by the name that datatrove's statistics give them.
 UNITS = ("documents", "characters", "bytes", "tokens")
 
 
@@ -72,6 +71,7 @@ def gather(config: PrepareConfig) -> Numbers:
     documents = _stage_statistics(layout.logs("documents"))
     meters = {name: counts for name, counts, _ in pages + documents if name.startswith("meter: ")}
     seconds = _seconds(pages + documents)
+    handled = _handled(pages)
     reasons = _reasons(pages)
     steps: list[Numbers] = []
     before: Numbers = {}
@@ -86,8 +86,8 @@ def gather(config: PrepareConfig) -> Numbers:
         step["dropped"] = step["in"]["documents"] - after["documents"]
         if name in reasons:
             step["reasons"] = reasons[name]
-        if step["seconds"]:
-            step["bytes_per_second"] = step["in"]["bytes"] / step["seconds"]
+        if name in handled and seconds[name]:
+            step["bytes_per_second"] = handled[name] / seconds[name]
         steps.append(step)
         before = after
     written = meters["meter: written"]
@@ -103,14 +103,13 @@ def gather(config: PrepareConfig) -> Numbers:
         "languages": by_language,
         "steps": steps,
         "input": read,
-        "problems": {"counts": problems, "named": _lines(sorted((layout.pages / "problems").glob("*.jsonl")))[:PROBLEMS]},
+        "problems": {
+            "counts": problems,
+            "named": _lines(sorted((layout.pages / "problems").glob("*.jsonl")))[:PROBLEMS],
+        },
         "tokenization": _tokenization(documents),
         "lengths": _lengths(written),
-        "examples": {
-            step["step"]: found
-            for step in steps
-            if (found := _examples(layout.examples / step["step"]))
-        },
+        "examples": {step["step"]: found for step in steps if (found := _examples(layout.examples / step["step"]))},
         "clusters": {
             "sizes": cluster_sizes(layout.minhash / "clusters") if config.minhash.enabled else {},
             "shown": _clusters(layout) if config.minhash.enabled else [],
@@ -124,8 +123,8 @@ def results_table(report: Numbers) -> Table:
     """Renders what went into and came out of each step."""
     table = Table(title="documents, characters and tokens through the steps")
     for column, justify in (("step", "left"), ("documents", "right"), ("dropped", "right"), ("characters", "right"),
-                            ("tokens", "right"), ("MB/s", "right")):  # fmt: skip
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+                            ("tokens", "right"), ("MB/s | share", "right")):  # fmt: skip
+        table.add_column(column, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     for step in report["steps"]:
         out = step["out"]
         share = step["dropped"] / max(1, step["in"]["documents"])
@@ -134,20 +133,24 @@ def results_table(report: Numbers) -> Table:
             step["step"],
             f"{out['documents']:,}",
             f"{step['dropped']:,} ({share:.1%})" if step["dropped"] else "",
-            f"{out['characters']:,}",
-            f"{out['tokens']:,}" if out["tokens"] else "",
+            _millions(out["characters"]),
+            _millions(out["tokens"]) if out["tokens"] else "",
             f"{speed:.2f}" if speed else "",
         )
     table.add_section()
     for language, row in report["languages"].items():
         table.add_row(
-            f"[bold]{language}", f"{row['documents']:,}", "", f"{row['characters']:,}", f"{row['tokens']:,}",
-            f"weight {row['weight']:.3f}",
+            f"[bold]{language}", f"{row['documents']:,}", "", _millions(row["characters"]), _millions(row["tokens"]),
+            f"{row['weight']:.1%}",
         )  # fmt: skip
     bad = sum(report["problems"]["counts"].values())
     if bad:
         table.caption = f"{bad} records or files could not be read; report.html names them"
     return table
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:,.2f}M"
 
 
 def _stage_statistics(folder: Path) -> list[tuple[str, Counter[str], float]]:
@@ -176,6 +179,14 @@ def _seconds(steps: list[tuple[str, Counter[str], float]]) -> dict[str, float]:
         else:
             spent += seconds
     return found
+
+
+def _handled(steps: list[tuple[str, Counter[str], float]]) -> dict[str, int]:
+    """Bytes that a step worked on, by the name of the meter behind it: a rule lets curated documents pass unseen."""
+    before = {
+        after.removeprefix("meter: "): counts for (_, counts, _), (after, _, _) in zip(steps, steps[1:], strict=False)
+    }
+    return {name: int(counts["handled"]) for name, counts in before.items() if counts["handled"]}
 
 
 def _reasons(steps: list[tuple[str, Counter[str], float]]) -> dict[str, dict[str, int]]:
@@ -247,7 +258,7 @@ def _lengths(counts: Counter[str]) -> dict[str, dict[int, int]]:
 
 
 def _lines(files: list[Path]) -> list[Numbers]:
-    return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").split("\n") if line]
 
 
 def _examples(folder: Path) -> list[Numbers]:

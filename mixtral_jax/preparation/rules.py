@@ -19,7 +19,9 @@ from mixtral_jax.preparation.words import STOP_WORDS, word_tokenizer
 class WebRule(BaseFilter):
     """Applies a rule to documents that are not curated, with the settings of each one's language."""
 
-    def __init__(self, name: str, make: Callable[[PrepareConfig, str], BaseFilter], config: PrepareConfig, out: Examples):
+    def __init__(
+        self, name: str, make: Callable[[PrepareConfig, str], BaseFilter], config: PrepareConfig, out: Examples
+    ):
         """Names the step and the function that makes the rule for a language."""
         super().__init__(out)  # type: ignore[arg-type]
         self.name = name
@@ -32,6 +34,7 @@ class WebRule(BaseFilter):
         """Whether to keep a document, and why not."""
         if document.metadata["curated"]:
             return True
+        self.stat_update("handled", value=len(document.text.encode()))
         language = document.metadata["language"]
         if language not in self._rules:
             self._rules[language] = self._make(self._config, language)

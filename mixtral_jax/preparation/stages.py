@@ -152,7 +152,9 @@ def _minhash_settings(config: PrepareConfig) -> MinhashConfig:
 
 def _minhash_signatures(config: PrepareConfig) -> list[PipelineStep]:
     signatures = MinhashDedupSignature(
-        str(Layout(config).minhash / "signatures"), _minhash_settings(config), RegexWords()  # type: ignore[arg-type]
+        str(Layout(config).minhash / "signatures"),
+        _minhash_settings(config),
+        RegexWords(),  # type: ignore[arg-type]
     )
     return [*_without_exact(config, measured=False), signatures]
 

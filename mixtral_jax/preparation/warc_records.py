@@ -7,7 +7,7 @@ alone: what cannot be read is reported and the search goes on at the next mark t
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from typing import IO
+from typing import Any
 
 CHUNK = 1 << 20
 MAGIC = b"\x1f\x8b\x08"
@@ -17,10 +17,11 @@ HEADERS = 1 << 16  # bytes that the headers of one record may take
 LENGTH = re.compile(rb"^content-length:[ \t]*(\S*)[ \t]*\r?$", re.IGNORECASE | re.MULTILINE)
 OVERLAP = 16  # bytes of a mark that may lie in the chunk before
 
+Stream = Any  # a binary file or what behaves like one
 Report = Callable[[str, str], None]  # kind of the problem, detail
 
 
-def iter_records(stream: IO[bytes], gzipped: bool, limit: int, report: Report) -> Iterator[bytes]:
+def iter_records(stream: Stream, gzipped: bool, limit: int, report: Report) -> Iterator[bytes]:
     """Yields the bytes of every whole record, headers included.
 
     Args:
@@ -40,13 +41,13 @@ def iter_records(stream: IO[bytes], gzipped: bool, limit: int, report: Report) -
             yield from splitter.feed(piece) if piece else splitter.end()
 
 
-def _plain(stream: IO[bytes]) -> Iterator[bytes]:
+def _plain(stream: Stream) -> Iterator[bytes]:
     while chunk := stream.read(CHUNK):
         yield chunk
     yield b""
 
 
-def _gunzipped(stream: IO[bytes], report: Report) -> Iterator[bytes | None]:
+def _gunzipped(stream: Stream, report: Report) -> Iterator[bytes | None]:
     """Decompresses member after member; empty bytes mark the end of one, None one that ends badly."""
     raw = stream.read(CHUNK)
     while raw:

@@ -23,9 +23,7 @@ def stage_writer(folder: Path) -> JsonlWriter:
 
 def final_writer(folder: Path) -> JsonlWriter:
     """Writes documents for training, a directory for each language."""
-    return JsonlWriter(
-        str(folder), output_filename="${language}/${rank}.jsonl.zst", compression="zstd", adapter=_final
-    )
+    return JsonlWriter(str(folder), output_filename="${language}/${rank}.jsonl.zst", compression="zstd", adapter=_final)
 
 
 def _final(self: JsonlWriter, document: Document) -> dict[str, Any]:
