@@ -88,8 +88,8 @@ def _open_prepared(source: SourceConfig, prepared: str, tokenizer: Tokenizer) ->
     index, problem = _read_index(directory, prepared_key(tokenizer))
     if index is None:
         raise UserError(
-            f"source '{source.name}': cannot use the prepared tokens {directory} ({problem or 'not there'}): prepare them "
-            "with data.tokenizer, or set data.tokenizer to the tokenizer.model of the preparation"
+            f"source '{source.name}': cannot use the prepared tokens {directory} ({problem or 'not there'}): prepare "
+            "them with data.tokenizer, or set data.tokenizer to the tokenizer.model of the preparation"
         )
     return TokenCache(directory, source.name, index)
 

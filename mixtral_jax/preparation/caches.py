@@ -50,7 +50,7 @@ class CacheBuilder(PipelineStep):
             sizes.tofile(directory / "document_bytes")
             digests = {}
             for name in ("tokens", "document_starts", "document_bytes"):
-                with open(directory / name, "rb") as file:
-                    digests[name] = hashlib.file_digest(file, "sha256")
+                with open(directory / name, "rb") as written:
+                    digests[name] = hashlib.file_digest(written, "sha256")
             write_index(directory, prepared_key(tokenizer), language, dtype, len(lengths), int(starts[-1]), digests)
         return None

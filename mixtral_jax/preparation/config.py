@@ -1,4 +1,4 @@
-"""The configuration of `python -m mixtral_jax prepare`: frozen dataclasses, every key documented where it is declared."""
+"""The configuration of `python -m mixtral_jax prepare`; every key is documented where it is declared."""
 
 import dataclasses
 import re

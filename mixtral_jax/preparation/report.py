@@ -1,5 +1,6 @@
 """The numbers of the report, gathered from what the tasks noted, and its terminal table."""
 
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -122,9 +123,9 @@ def gather(config: PrepareConfig) -> Numbers:
 def results_table(report: Numbers) -> Table:
     """Renders what went into and came out of each step."""
     table = Table(title="documents, characters and tokens through the steps")
-    for column, justify in (("step", "left"), ("documents", "right"), ("dropped", "right"), ("characters", "right"),
-                            ("tokens", "right"), ("MB/s | share", "right")):  # fmt: skip
-        table.add_column(column, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    table.add_column("step", no_wrap=True)
+    for column in ("documents", "dropped", "characters", "tokens", "MB/s | share"):
+        table.add_column(column, justify="right", no_wrap=True)
     for step in report["steps"]:
         out = step["out"]
         share = step["dropped"] / max(1, step["in"]["documents"])
@@ -183,15 +184,13 @@ def _seconds(steps: list[tuple[str, Counter[str], float]]) -> dict[str, float]:
 
 def _handled(steps: list[tuple[str, Counter[str], float]]) -> dict[str, int]:
     """Bytes that a step worked on, by the name of the meter behind it: a rule lets curated documents pass unseen."""
-    before = {
-        after.removeprefix("meter: "): counts for (_, counts, _), (after, _, _) in zip(steps, steps[1:], strict=False)
-    }
+    before = {after.removeprefix("meter: "): counts for (_, counts, _), (after, _, _) in itertools.pairwise(steps)}
     return {name: int(counts["handled"]) for name, counts in before.items() if counts["handled"]}
 
 
 def _reasons(steps: list[tuple[str, Counter[str], float]]) -> dict[str, dict[str, int]]:
     found: dict[str, dict[str, int]] = {}
-    for (_, counts, _), (after, _, _) in zip(steps, steps[1:], strict=False):
+    for (_, counts, _), (after, _, _) in itertools.pairwise(steps):
         reasons = {
             label.removeprefix("dropped_"): int(count)
             for label, count in counts.most_common()
@@ -277,7 +276,9 @@ def _clusters(layout: Layout) -> list[Numbers]:
     for example in _lines(sorted((layout.examples / "minhash").glob("*.jsonl"))):
         dropped.setdefault(example["minhash_cluster_id"], []).append(example)
     kept = {example["minhash_cluster_id"]: example for example in _lines(sorted(layout.clusters.glob("*.jsonl")))}
-    both = [{"kept": kept[number], "dropped": dropped[number]} for number in sorted(dropped) if number in kept]
+    both: list[Numbers] = [
+        {"kept": kept[number], "dropped": dropped[number]} for number in sorted(dropped) if number in kept
+    ]
     return sorted(both, key=lambda pair: -pair["kept"]["minhash_cluster_size"])[:CLUSTERS]
 
 

@@ -76,12 +76,9 @@ def _steps(report: Numbers) -> str:
     for step in report["steps"]:
         share = step["dropped"] / max(1, step["in"]["documents"])
         speed = step.get("bytes_per_second")
-        rows.append([
-            step["step"], f"{step['in']['documents']:,}", f"{step['out']['documents']:,}", f"{share:.1%}",
-            f"{step['in']['characters']:,}", f"{step['out']['characters']:,}", f"{step['in']['tokens']:,}" if step["in"]["tokens"] else "–",
-            f"{step['out']['tokens']:,}" if step["out"]["tokens"] else "–",
-            f"{speed / 1e6:.2f}" if speed else "–",
-        ])  # fmt: skip
+        numbers = [f"{step[side][unit]:,}" for unit in ("characters", "tokens") for side in ("in", "out")]
+        documents = [f"{step['in']['documents']:,}", f"{step['out']['documents']:,}", f"{share:.1%}"]
+        rows.append([step["step"], *documents, *numbers, f"{speed / 1e6:.2f}" if speed else ""])
     head = ["step", "documents in", "out", "dropped", "characters in", "out", "tokens in", "out", "MB/s and core"]
     bars = stacked_bars(
         [

@@ -50,24 +50,26 @@ class AddressFilter(URLFilter):
             use_integrated_lists=config.bundled_lists,
             exclusion_writer=out,
         )
+        self._loaded = False
+        self._words = config.words
         self._own_domains = frozenset(config.domains)
         # The suffixes that come with tldextract: no download, no cache in the user's home.
         self.tldextractor = TLDExtract(suffix_list_urls=(), cache_dir=None)
 
     def download_data(self) -> None:
         """Reads the lists where they lie."""
-        if self._downloaded or not self.use_integrated_lists:
+        if self._loaded or not self.use_integrated_lists:
             return
+        self._loaded = True
         self.block_listed_domains = _bundled()["domains"]
         self.block_listed_url = _bundled()["urls"]
-        self.banned_words = get_list(ASSETS_PATH, "banned_words.txt", self.banned_words)
-        self.soft_banned_words = get_list(ASSETS_PATH, "soft_banned_words.txt", self.soft_banned_words)
+        self.banned_words = get_list(ASSETS_PATH, "banned_words.txt", parse_list(self._words))
+        self.soft_banned_words = get_list(ASSETS_PATH, "soft_banned_words.txt", set())
         with open(os.path.join(ASSETS_PATH, "banned_subwords.txt")) as lines:
             self.banned_subwords = parse_list(lines)
         for word in sorted(self.banned_subwords):
             self.banned_subwords_automaton.add_word(word, len(self.banned_subwords_automaton))
         self.banned_subwords_automaton.make_automaton()
-        self._downloaded = True
 
     def filter(self, document: Document) -> bool | tuple[bool, str]:
         """Whether to keep a document, and why not."""

@@ -72,11 +72,10 @@ def _gunzipped(stream: Stream, report: Report) -> Iterator[bytes | None]:
                 if piece := member.decompress(pending, CHUNK):
                     yield piece
                 pending = member.unconsumed_tail or (b"" if member.eof else stream.read(CHUNK))
-                if not pending and not member.eof:
-                    if not piece:
-                        report("truncated gzip", "the file ends within a member")
-                        ending = None
-                        break
+                if not pending and not member.eof and not piece:
+                    report("truncated gzip", "the file ends within a member")
+                    ending = None
+                    break
             raw = member.unused_data
         except zlib.error as error:
             report("bad gzip data", str(error))

@@ -7,7 +7,7 @@ from datatrove.utils.word_tokenizers import WordTokenizer, load_word_tokenizer
 from mixtral_jax.config import UserError
 from mixtral_jax.preparation.config import PrepareConfig
 
-WORD = re.compile(r"\w+(?:['’-]\w+)*|[^\w\s]")
+WORD = re.compile(r"\w+(?:['\u2019-]\w+)*|[^\w\s]")
 SENTENCE = re.compile(r"[^.!?…]+[.!?…]*")
 
 # Words that nearly every text of a language holds; what Gopher did for English.

@@ -23,7 +23,7 @@ WORDS = {
     "fr": "le la les de et que est dans une pour avec maison toujours jamais enfants femme chose monde jour rien autre "
     "pendant moment tête depuis encore peut-être beaucoup derrière fenêtre travail après même où était",
     "de": "der die das und ist zu den mit von nicht eine haben immer wieder Kinder Mutter Straße zwischen heute während "
-    "Menschen nichts schön große durch Wasser gegen Fenster müssen Abend wissen kleine Geschichte werden",
+    "Menschen nichts schön große Wasser gegen Fenster müssen Abend wissen kleine Geschichte werden",
     "es": "el la los de que y en una por con siempre nunca mujer hombre tiempo casa también después mientras ciudad "
     "años noche cabeza muchas pueblo todavía había estaba palabras hacia entonces corazón hijos mañana",
     "it": "il la di che e un per non con della sempre casa tempo donna uomo anche quando della città ancora niente "

@@ -93,7 +93,7 @@ def test_token_caches_hold_the_documents_in_order(prepared):
     for directory in sorted((folder / "out" / "tokens").iterdir()):
         texts = list(iter_documents(SourceConfig(name="x", path=str(folder / "out" / "documents" / directory.name))))
         wanted = [[tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id] for text in texts]
-        assert np.fromfile(directory / "tokens", "<u2").tolist() == sum(wanted, [])
+        assert np.fromfile(directory / "tokens", "<u2").tolist() == [token for ids in wanted for token in ids]
         assert np.fromfile(directory / "document_bytes", "<i8").tolist() == [len(text.encode()) for text in texts]
 
 
