@@ -57,7 +57,7 @@ def made_pages() -> list[str]:
     pages = []
     for _ in range(100):
         body = "".join(
-            f'<p class="text-{n}">{" ".join(draw.choices(words, k=60)).capitalize()}.</p><div><a href="/{n}">more</a></div>'
+            f'<p class="text-{n}">{" ".join(draw.choices(words, k=60)).capitalize()}.</p><a href="/{n}">more</a>'
             for n in range(draw.randint(5, 40))
         )
         pages.append(f"<html><body><nav>menu</nav><article>{body}</article></body></html>")

@@ -7,6 +7,7 @@ from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.extractors.base import ExtractorSandbox
 
+from mixtral_jax.config import UserError
 from mixtral_jax.preparation.config import ExtractionConfig
 from mixtral_jax.preparation.problems import ProblemLog
 
@@ -26,6 +27,14 @@ def extract_trafilatura(html: str) -> str:
 
 
 EXTRACTORS: dict[str, Callable[[str], str]] = {"resiliparse": extract_resiliparse, "trafilatura": extract_trafilatura}
+
+
+def check_extractor(name: str) -> None:
+    """Raises `UserError` when an extractor is not fully installed; else every page would fail in its process."""
+    try:
+        EXTRACTORS[name](f"<html><body><article><p>{'A sentence. ' * 20}</p></article></body></html>")
+    except ImportError as error:
+        raise UserError(f"extraction.extractor={name} cannot start ({error}): install the extra 'prepare'") from None
 
 
 class Extraction(PipelineStep):

@@ -5,7 +5,10 @@ import ctypes
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import multiprocess
@@ -13,6 +16,7 @@ from datatrove.executor import LocalPipelineExecutor
 from loguru import logger
 
 PR_SET_PDEATHSIG = 1
+WATCH = 0.5  # seconds between two looks whether the main process lives
 
 
 class QuietExecutor(LocalPipelineExecutor):
@@ -21,6 +25,7 @@ class QuietExecutor(LocalPipelineExecutor):
     def run(self) -> Any:
         """Runs the tasks that are not finished yet."""
         die_with_parent_at_fork()
+        self.owner = os.getpid()
         # One process imports everything; the workers of all stages are copies of it.
         multiprocess.set_forkserver_preload(["mixtral_jax.preparation.stages"])
         with _silence():
@@ -28,8 +33,8 @@ class QuietExecutor(LocalPipelineExecutor):
 
     def _launch_run_for_rank(self, rank: int, ranks_q: Any, completed: Any = None, completed_lock: Any = None) -> Any:
         if self.workers > 1:
-            die_with_parent()
             die_with_parent_at_fork()
+            _die_with(self.owner)
         with _silence():
             return super()._launch_run_for_rank(rank, ranks_q, completed, completed_lock)
 
@@ -51,6 +56,21 @@ def die_with_parent_at_fork() -> None:
     if not _registered:
         _registered.append(die_with_parent)
         os.register_at_fork(after_in_child=die_with_parent)
+
+
+@lru_cache
+def _die_with(owner: int) -> None:
+    """Ends this process soon after another one. The server that workers are forked from lives as long as they do."""
+
+    def watch() -> None:
+        while True:
+            time.sleep(WATCH)
+            try:
+                os.kill(owner, 0)
+            except ProcessLookupError:
+                os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextlib.contextmanager

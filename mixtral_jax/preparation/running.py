@@ -17,6 +17,7 @@ from mixtral_jax.console import ProgressLine
 from mixtral_jax.preparation.config import PrepareConfig
 from mixtral_jax.preparation.counting import shared_tokenizer
 from mixtral_jax.preparation.decontamination import build_index
+from mixtral_jax.preparation.extraction import check_extractor
 from mixtral_jax.preparation.local import QuietExecutor
 from mixtral_jax.preparation.plan import Shard, make_shards, settle_plan
 from mixtral_jax.preparation.report import ReportStep, results_table, write_report
@@ -37,6 +38,7 @@ def prepare(config: PrepareConfig, console: Console) -> None:
         UserError: wrong input, an output directory that holds other work, or a stage that failed.
     """
     check_languages(config)
+    check_extractor(config.extraction.extractor)
     shared_tokenizer(config.tokenizer)
     shards = make_shards(config)
     layout = Layout(config)

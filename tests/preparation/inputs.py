@@ -20,12 +20,12 @@ from mixtral_jax.preparation.running import prepare
 WORDS = {
     "en": "the be to of and that have with from which their would people house water never through morning thought "
     "something under weather letters knowing should friend village children another street evening between",
-    "fr": "le la les de et que est dans une pour avec maison toujours jamais enfants femme chose monde jour rien autre "
+    "fr": "le la les de et que est dans une pour avec maison jamais enfants femme chose monde jour rien autre "
     "pendant moment tête depuis encore peut-être beaucoup derrière fenêtre travail après même où était",
-    "de": "der die das und ist zu den mit von nicht eine haben immer wieder Kinder Mutter Straße zwischen heute während "
+    "de": "der die das und ist zu den mit von nicht eine haben wieder Kinder Mutter Straße zwischen heute während "
     "Menschen nichts schön große Wasser gegen Fenster müssen Abend wissen kleine Geschichte werden",
     "es": "el la los de que y en una por con siempre nunca mujer hombre tiempo casa también después mientras ciudad "
-    "años noche cabeza muchas pueblo todavía había estaba palabras hacia entonces corazón hijos mañana",
+    "años noche muchas pueblo todavía había estaba palabras hacia entonces corazón hijos mañana",
     "it": "il la di che e un per non con della sempre casa tempo donna uomo anche quando della città ancora niente "
     "giorno notte perché bambini molto parole verso allora cuore figli dopo prima questa vecchia aveva",
 }

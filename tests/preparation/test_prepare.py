@@ -1,5 +1,6 @@
 """A preparation from files to token caches."""
 
+import fcntl
 import json
 import os
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from datatrove.data import Document
 from datatrove.pipeline.readers import JsonlReader
 
 from mixtral_jax.config import SourceConfig, UserError
@@ -17,6 +19,11 @@ from mixtral_jax.config_loading import parse_config
 from mixtral_jax.data.pipeline import TrainingData, open_documents
 from mixtral_jax.data.sources import iter_documents
 from mixtral_jax.data.tokenizer import Tokenizer
+from mixtral_jax.preparation.config import LanguageConfig, UrlFilterConfig
+from mixtral_jax.preparation.examples import Examples
+from mixtral_jax.preparation.extraction import EXTRACTORS
+from mixtral_jax.preparation.language import LanguageFilter
+from mixtral_jax.preparation.url_filter import AddressFilter
 from tests.preparation.inputs import config_for, digests, html, prose, run, warc_members, write_mixture
 
 
@@ -282,3 +289,66 @@ def test_nothing_left_is_no_crash(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "Nothing to see."}))
     run(config_for(tmp_path, f"  - {{name: a, path: {tmp_path}/a.jsonl}}\n"))
     assert json.loads((tmp_path / "out" / "report.json").read_text())["total"]["documents"] == 0
+
+
+@pytest.mark.parametrize("extractor", ["resiliparse", "trafilatura"])
+def test_extractors_take_the_story_and_leave_the_menu(extractor):
+    text = EXTRACTORS[extractor](html(prose("en", 1)))
+    assert all(line in text for line in prose("en", 1).split("\n"))
+    assert "Home" not in text
+    assert "<" not in text
+
+
+@pytest.mark.parametrize("language", ["en", "fr", "de", "es", "it"])
+def test_languages_are_told_apart(language, tmp_path):
+    document = Document(text=prose(language, 7), id="x", metadata={"language": ""})
+    assert LanguageFilter(LanguageConfig(keep=[language]), Examples(tmp_path)).filter(document) is True
+    other = Document(text=prose(language, 7), id="x", metadata={"language": ""})
+    assert LanguageFilter(LanguageConfig(keep=["pl"]), Examples(tmp_path)).filter(other) == (
+        False,
+        f"language_{language}",
+    )
+
+
+def test_bundled_lists_block_addresses(tmp_path):
+    rule = AddressFilter(UrlFilterConfig(), Examples(tmp_path))
+
+    def verdict(url: str) -> bool | tuple[bool, str]:
+        return rule.filter(Document(text="x", id="x", metadata={"url": url, "curated": False}))
+
+    assert verdict("https://en.wikipedia.org/wiki/Town") is True
+    assert verdict("http://www.pornhub.com/") == (False, "domain")
+    assert verdict("") is True
+
+
+def test_slurm_gets_one_job_array_a_stage_in_order(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": prose("en", 1)}))
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text(
+        f'#!/bin/bash\nn=$(ls {tmp_path}/bin | wc -l)\ncp "${{@: -1}}" {tmp_path}/bin/job$n\n'
+        f'echo "$@" > {tmp_path}/bin/args$n\necho "Submitted batch job $n"\n'
+    )
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
+    source = f"  - {{name: a, path: {tmp_path}/a.jsonl}}\n"
+    run(config_for(tmp_path, source, "executor.kind=slurm", "executor.partition=cpu", "executor.workers=7"))
+    jobs = sorted((tmp_path / "bin").glob("job*"), key=lambda file: int(file.name[3:]))
+    names = [re.search(r"--job-name=(\S+)", job.read_text())[1] for job in jobs if "launch_pickled" in job.read_text()]
+    assert [name.removeprefix("prepare-") for name in names] == [
+        "pages", "exact-signatures", "exact-duplicates", "minhash-signatures", "minhash-buckets", "minhash-clusters",
+        "documents", "token-caches", "report",
+    ]  # fmt: skip
+    assert all("#SBATCH --partition=cpu" in job.read_text() for job in jobs)
+    waits = [file for file in (tmp_path / "bin").glob("args*") if "--dependency=afterok:" in file.read_text()]
+    assert len(waits) == len(names) - 1
+
+
+def test_a_second_process_must_wait(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": prose("en", 1)}))
+    config = config_for(tmp_path, f"  - {{name: a, path: {tmp_path}/a.jsonl}}\n")
+    (tmp_path / "out").mkdir()
+    with open(tmp_path / "out" / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process prepares"):
+            run(config)
