@@ -18,6 +18,7 @@ import numpy as np
 from datatrove.data import Document
 from datatrove.pipeline.dedup import MinhashDedupSignature
 from datatrove.pipeline.formatters import PIIFormatter
+from loguru import logger
 from rich.console import Console
 from rich.table import Table
 
@@ -89,6 +90,7 @@ def documents(texts: list[str]) -> Iterator[Document]:
 
 
 def main(paths: list[str]) -> None:
+    logger.remove()
     table = Table(title="one core")
     table.add_column("step")
     table.add_column("MB/s", justify="right")

@@ -122,9 +122,9 @@ def gather(config: PrepareConfig) -> Numbers:
 
 def results_table(report: Numbers) -> Table:
     """Renders what went into and came out of each step."""
-    table = Table(title="documents, characters and tokens through the steps")
+    table = Table(title="documents, characters and tokens out of each step")
     table.add_column("step", no_wrap=True)
-    for column in ("documents", "dropped", "characters", "tokens", "MB/s | share"):
+    for column in ("docs", "dropped", "chars", "tokens", "MB/s, share"):
         table.add_column(column, justify="right", no_wrap=True)
     for step in report["steps"]:
         out = step["out"]
