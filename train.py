@@ -19,7 +19,7 @@ def main(arguments: list[str]) -> None:
     from mixtral_jax.training.trainer import Trainer
 
     console = Console()
-    outcome = Trainer(config, console).run()
+    outcome = Trainer(config, say=lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)).run()
     summarize(config, outcome, console)
 
 

@@ -148,7 +148,7 @@ class KernelsConfig:
     # Products over rows sorted by expert: blocks with a dynamic count, or XLA's ragged_dot.
     experts: Literal["auto", "blocked", "ragged_dot"] = "auto"
     block_size: int = 0  # rows of a block of the blocked expert products; 0: chosen from the expected load
-    loss_chunk: int = 512  # positions of a row whose logits exist at once
+    loss_chunk: int = 512  # tokens of a device whose logits exist at once
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
@@ -31,3 +32,5 @@ def make_precision(config: PrecisionConfig) -> Precision:
 
 
 FULL: DTypeLike = jnp.float32  # accumulators inside kernels
+# Accelerators round the factors of a float32 product to fewer bits (TF32, bfloat16) unless the product says otherwise.
+EXACT_PRODUCT = jax.lax.Precision.HIGHEST

@@ -26,7 +26,7 @@ class Runtime:
     attention: AttentionBackend
     experts: ExpertsBackend
     block_size: int  # rows; 0: chosen from the expected load
-    loss_chunk: int  # positions
+    loss_chunk: int  # tokens of a device
     remat: Literal["none", "dots", "full"]
 
     def describe(self) -> str:

@@ -1,6 +1,7 @@
 """The text that every Python installation carries: its language reference, docstrings and source."""
 
 import ast
+import os
 import sysconfig
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,7 +22,11 @@ def python_files() -> list[Path]:
         UserError: the standard library of this Python has no source files (a zipped or stripped installation).
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = sorted(file for file in root.rglob("*.py") if not SKIPPED & set(file.relative_to(root).parts[:-1]))
+    files = []
+    for directory, below, names in os.walk(root):
+        below[:] = set(below) - SKIPPED  # never even looked into: site-packages can be huge
+        files += [Path(directory, name) for name in names if name.endswith(".py")]
+    files.sort()
     if (root / TOPICS).exists():
         files.insert(0, root / TOPICS)
     if not files:

@@ -179,7 +179,7 @@ def _record_documents(
             record = json.loads(_decode(line, where))
         except (ValueError, RecursionError) as error:
             problem = getattr(error, "msg", "cannot be parsed")
-            raise UserError(f"{where} is not a JSON record ({problem}): mend or remove the line") from None
+            raise UserError(f"{where} is not a JSON record ({problem}): write one whole object a line") from None
         if not isinstance(record, dict):
             raise UserError(f"{where} holds a JSON {type(record).__name__}: every line must hold one object")
         if field not in record:

@@ -201,7 +201,7 @@ def _progress(source: SourceConfig) -> Progress:
         TaskProgressColumn(),
         TextColumn("{task.fields[documents]:,} documents, {task.fields[tokens]:.1f}M tokens"),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=Console(),
     )
     progress.add_task(source.name, total=total_bytes(source), documents=0, tokens=0.0)
     return progress

@@ -4,12 +4,12 @@ import hashlib
 import importlib.util
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Int32, Int64
 
 from mixtral_jax.config import DataConfig, UserError
 from mixtral_jax.data.cache_files import write_file
@@ -19,6 +19,7 @@ SPACE = "\u2581"  # how sentencepiece writes a space
 # Files inside the wheel of mistral-common.
 BUNDLED = {"mixtral": "tokenizer.model.v1", "mixtral-v3": "mistral_instruct_tokenizer_240323.model.v3"}
 CHUNK = 1 << 14  # characters of a long document that are encoded at once
+GROUP = 256  # chunks whose tokens are Python numbers at the same time
 LONE_SPACE = re.compile(rf"(?<=[^\s{SPACE}]) (?=\w)")
 
 
@@ -93,7 +94,7 @@ class Tokenizer:
         """Encodes a text without BOS and EOS; control tokens written out in the text stay text."""
         return self._processor.encode(text)
 
-    def encode_batch(self, texts: Sequence[str], threads: int = 0) -> list[Int64[np.ndarray, "_"]]:
+    def encode_batch(self, texts: Sequence[str], threads: int = 0) -> list[Int32[np.ndarray, "_"]]:
         """Encodes texts like `encode`, on so many threads, or on all cores (0).
 
         The threads are the library's own, so nothing is copied between processes. Long texts are cut where that does
@@ -105,8 +106,13 @@ class Tokenizer:
             cut = _cut(text) if self._cuttable else [text]
             chunks += cut
             counts.append(len(cut))
-        encoded = (np.array(ids, np.int64) for ids in self._processor.encode(chunks, num_threads=threads or _cores()))
+        encoded = self._encode_chunks(chunks, threads or _cores())
         return [np.concatenate([next(encoded) for _ in range(count)]) for count in counts]
+
+    def _encode_chunks(self, chunks: list[str], threads: int) -> Iterator[Int32[np.ndarray, "_"]]:
+        for start in range(0, len(chunks), GROUP):
+            for ids in self._processor.encode(chunks[start : start + GROUP], num_threads=threads):
+                yield np.array(ids, np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Turns tokens into text; control tokens vanish."""

@@ -16,7 +16,7 @@ from mixtral_jax.data.sources import document_parts, source_files, source_finger
 RECIPE = 1  # raise it when the sample or the settings below change
 SAMPLE = 24 << 20  # characters of all sources together; trains in about ten seconds
 PIECE = 1 << 12  # characters that the trainer sees as one sentence
-RESERVED = re.compile("[\t\0\u2585]+")  # the trainer would drop a whole sentence that holds one of its own marks
+RESERVED = re.compile("[\0\u2585]+")  # the trainer drops a whole sentence that holds its own mark, U+2585
 
 
 def train_model(data: DataConfig, vocab_size: int) -> bytes:
@@ -40,18 +40,19 @@ def train_model(data: DataConfig, vocab_size: int) -> bytes:
     target = cache_directory(data.cache_dir) / f"tokenizer-{key}.model"
     with locked(target):
         if not target.exists():
-            with Console(stderr=True).status(f"training a tokenizer of {vocab_size} tokens on the sources"):
+            with Console().status(f"training a tokenizer of {vocab_size} tokens on the sources"):
                 write_file(target, _train(data, vocab_size))
         return target.read_bytes()
 
 
 def _train(data: DataConfig, vocab_size: int) -> bytes:
     total = sum(source.weight for source in data.sources)
-    sample = (piece for source in data.sources for piece in _sample(source, int(SAMPLE * source.weight / total)))
+    # A list, for an error inside of an iterator would reach us as the trainer's.
+    sample = [piece for source in data.sources for piece in _sample(source, int(SAMPLE * source.weight / total))]
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=sample, model_writer=model, model_type="bpe", vocab_size=vocab_size,
+            sentence_iterator=iter(sample), model_writer=model, model_type="bpe", vocab_size=vocab_size,
             unk_id=0, bos_id=1, eos_id=2, pad_id=-1, byte_fallback=True, split_digits=True,
             normalization_rule_name="identity", remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
             character_coverage=0.9999, max_sentence_length=8 * PIECE,

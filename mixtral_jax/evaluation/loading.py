@@ -57,7 +57,7 @@ def load_model(path: str, overrides: list[str]) -> LoadedModel:
     context, _ = window_sizes(config.eval, config.data.seq_len)
     check_divides(runtime.mesh, "sequence", "eval.context", context)
     architecture = Architecture(config.model, runtime)
-    arrays, _ = checkpoints.restore(step, architecture.abstract(), partial=True)
+    arrays = checkpoints.restore(step, architecture.abstract())
     return LoadedModel(config, saved.data.sources, step, architecture, arrays, tokenizer)
 
 

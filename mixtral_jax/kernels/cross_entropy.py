@@ -1,4 +1,4 @@
-"""Cross-entropy over a long vocabulary in chunks of positions: the logits of one chunk exist at a time.
+"""Cross-entropy over a long vocabulary in chunks of tokens: the logits of one chunk exist at a time.
 
 The gradient is made in the forward pass, while a chunk's logits are at hand, so that they are computed once.
 """
@@ -31,11 +31,12 @@ def cross_entropy_sum(
         targets: next tokens.
         mask: positions that count.
         mesh: where the arrays lie.
-        chunk: positions of a row whose logits exist at once.
+        chunk: tokens of a device whose logits exist at once.
     """
 
     def local(x: Array, head: Array, targets: Array, mask: Array) -> Array:
-        total = _local_sum(x, head, targets, mask, min(chunk, x.shape[1]))
+        flat = (a.reshape(-1, *a.shape[2:]) for a in (x, targets, mask))
+        total = _local_sum(head, *flat, min(chunk, targets.size))
         return jax.lax.psum(total, ("data", "fsdp", "expert", "context"))
 
     tokens = spec(("batch", "sequence"))
@@ -60,9 +61,9 @@ def token_losses(
             _, logsumexp, at_target, _ = _chunk_logits(inputs[0], head, inputs[1])
             return logsumexp - at_target
 
-        size = min(chunk, x.shape[1])
-        losses = jax.lax.map(body, (_split(x, size), _split(targets, size)))
-        return _join(losses, x.shape[1])
+        size = min(chunk, targets.size)
+        chunks = (_split(x.reshape(-1, x.shape[-1]), size), _split(targets.reshape(-1), size))
+        return _join(jax.lax.map(body, chunks), targets.size).reshape(targets.shape)
 
     tokens = spec(("batch", "sequence"))
     in_specs = (spec(("batch", "sequence", None)), spec((None, "vocab")), tokens)
@@ -70,19 +71,18 @@ def token_losses(
 
 
 def _split(x: Array, chunk: int) -> Array:
-    """[batch, seq, ...] to [chunks, batch, chunk, ...], padded with zeros."""
-    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % chunk)] + [(0, 0)] * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+    """[tokens, ...] to [chunks, chunk, ...], padded with zeros."""
+    x = jnp.pad(x, [(0, -x.shape[0] % chunk)] + [(0, 0)] * (x.ndim - 1))
+    return x.reshape(-1, chunk, *x.shape[1:])
 
 
-def _join(x: Array, length: int) -> Array:
-    x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
+def _join(x: Array, tokens: int) -> Array:
+    return x.reshape(-1, *x.shape[2:])[:tokens]
 
 
 def _chunk_logits(x: Array, head: Array, targets: Array) -> tuple[Array, Array, Array, Array]:
     """Returns this device's columns of the logits, and over all columns: logsumexp, logit at the target, its column."""
-    logits = jnp.einsum("bcd,dv->bcv", x, head, preferred_element_type=FULL)
+    logits = jnp.einsum("td,dv->tv", x, head, preferred_element_type=FULL)
     column = targets - jax.lax.axis_index(VOCAB_AXIS) * head.shape[1]
     here = (column >= 0) & (column < head.shape[1])
     peak = jax.lax.pmax(jnp.max(logits, axis=-1), VOCAB_AXIS)
@@ -93,7 +93,7 @@ def _chunk_logits(x: Array, head: Array, targets: Array) -> tuple[Array, Array, 
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _local_sum(x: Array, head: Array, targets: Array, mask: Array, chunk: int) -> Array:
+def _local_sum(head: Array, x: Array, targets: Array, mask: Array, chunk: int) -> Array:
     def body(total: Array, inputs: tuple[Array, ...]) -> tuple[Array, None]:
         x_c, targets_c, mask_c = inputs
         _, logsumexp, at_target, _ = _chunk_logits(x_c, head, targets_c)
@@ -102,7 +102,7 @@ def _local_sum(x: Array, head: Array, targets: Array, mask: Array, chunk: int) -
     return jax.lax.scan(body, jnp.zeros((), FULL), tuple(_split(a, chunk) for a in (x, targets, mask)))[0]
 
 
-def _local_fwd(x: Array, head: Array, targets: Array, mask: Array, chunk: int) -> tuple[Array, tuple[Array, Array]]:
+def _local_fwd(head: Array, x: Array, targets: Array, mask: Array, chunk: int) -> tuple[Array, tuple[Array, Array]]:
     def body(carry: tuple[Array, Array], inputs: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
         total, d_head = carry
         x_c, targets_c, mask_c = inputs
@@ -110,19 +110,19 @@ def _local_fwd(x: Array, head: Array, targets: Array, mask: Array, chunk: int) -
         total += jnp.sum(jnp.where(mask_c, logsumexp - at_target, 0))
         hit = jnp.arange(head.shape[1]) == column[..., None]
         d_logits = jnp.where(mask_c[..., None], jnp.exp(logits - logsumexp[..., None]) - hit, 0).astype(head.dtype)
-        d_head += jnp.einsum("bcd,bcv->dv", x_c, d_logits, preferred_element_type=FULL)
-        return (total, d_head), jnp.einsum("bcv,dv->bcd", d_logits, head)
+        d_head += jnp.einsum("td,tv->dv", x_c, d_logits, preferred_element_type=FULL)
+        return (total, d_head), jnp.einsum("tv,dv->td", d_logits, head)
 
     start = (jnp.zeros((), FULL), jnp.zeros(head.shape, FULL))
     (total, d_head), d_x = jax.lax.scan(body, start, tuple(_split(a, chunk) for a in (x, targets, mask)))
-    return total, (_join(d_x, x.shape[1]).astype(x.dtype), d_head)
+    return total, (_join(d_x, x.shape[0]).astype(x.dtype), d_head)
 
 
 def _local_bwd(chunk: int, residuals: tuple[Array, Array], d_total: Array) -> tuple[Array | None, ...]:
     d_x, d_head = residuals
     # The sum is the same on every device of the vocabulary axis; its derivative is the sum of their cotangents.
     scale = jax.lax.psum(d_total, VOCAB_AXIS)
-    return d_x * scale.astype(d_x.dtype), (d_head * scale).astype(d_x.dtype), None, None
+    return (d_head * scale).astype(d_x.dtype), d_x * scale.astype(d_x.dtype), None, None
 
 
 _local_sum.defvjp(_local_fwd, _local_bwd)

@@ -43,7 +43,8 @@ def embed(
         row = tokens - jax.lax.axis_index(VOCAB_AXIS) * table.shape[0]
         # Rows of other devices are out of range; a negative index would count from the end.
         row = jnp.where(row < 0, table.shape[0], row)
-        return jax.lax.psum(jnp.take(table, row, axis=0, mode="fill", fill_value=0), VOCAB_AXIS)
+        found = jnp.take(table, row, axis=0, mode="fill", fill_value=0).astype(runtime.precision.compute)
+        return jax.lax.psum(found, VOCAB_AXIS)
 
     return jax.shard_map(
         local,
@@ -51,7 +52,7 @@ def embed(
         in_specs=(spec(("vocab", None)), spec(("batch", "sequence"))),
         out_specs=spec(("batch", "sequence", None)),
         check_vma=False,
-    )(table.astype(runtime.precision.compute), tokens)
+    )(table.astype(FULL), tokens)  # its gradient is a sum over every use of a word: bfloat16 would stall at 256 of them
 
 
 def rotary_tables(

@@ -1,10 +1,11 @@
 """The sparse mixture of experts: a float32 router, two dispatch strategies and portable expert parallelism."""
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx, struct
+from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
@@ -13,13 +14,12 @@ from mixtral_jax.kernels.expert_ffn import ExpertsKernel, expert_ffn
 from mixtral_jax.kernels.permutation import combine_rows, dispatch_rows
 from mixtral_jax.model.layers import parameter
 from mixtral_jax.model.routing import capacity_plan, choose_experts, dropless_plan, expert_capacity
-from mixtral_jax.precision import FULL
+from mixtral_jax.precision import EXACT_PRODUCT, FULL
 from mixtral_jax.runtime import Runtime
 from mixtral_jax.sharding import spec
 
 
-@struct.dataclass
-class RouterOutput:
+class RouterOutput(NamedTuple):
     """What the router of one layer (or, stacked, of all) decided."""
 
     router_logits: Float[Array, "*layers batch seq experts"]
@@ -51,7 +51,7 @@ class MoE(nnx.Module):
     ) -> tuple[Float[Array, "batch seq d_model"], RouterOutput]:
         """Routes and computes; positions that are not `valid` (padding) reach no expert and return zero."""
         config, compute = self.config, self.runtime.precision.compute
-        logits = jnp.einsum("bsd,de->bse", x.astype(FULL), self.router[...].astype(FULL))
+        logits = jnp.einsum("bsd,de->bse", x.astype(FULL), self.router[...].astype(FULL), precision=EXACT_PRODUCT)
         indices, weights = choose_experts(logits, self.selection_bias[...], config.num_experts_per_tok)
         experts = jnp.where(valid[..., None], indices, config.num_experts)
         weights = jnp.where(valid[..., None], weights, 0)

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from mixtral_jax.precision import EXACT_PRODUCT
+
 
 class RowPlan(NamedTuple):
     """Maps between assignments (token * k + choice) and rows sorted by expert."""
@@ -35,7 +37,7 @@ def choose_experts(
     _, indices = jax.lax.top_k(jax.lax.stop_gradient(scores), k)
     # A sum over a one-hot instead of a gather: its backward pass is a product, not a scatter-add.
     chosen = jax.nn.one_hot(indices, router_logits.shape[-1], dtype=router_logits.dtype)
-    kept = jnp.einsum("...ke,...e->...k", chosen, router_logits)
+    kept = jnp.einsum("...ke,...e->...k", chosen, router_logits, precision=EXACT_PRODUCT)
     return indices, jax.nn.softmax(kept, axis=-1)
 
 

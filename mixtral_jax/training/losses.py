@@ -4,30 +4,29 @@ Every term is a sum over this part of the batch divided by a count over the whol
 gradients add up to the whole batch's, however it was split.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float
 
 from mixtral_jax.config import LossesConfig
 from mixtral_jax.kernels.cross_entropy import cross_entropy_sum
 from mixtral_jax.model.mixtral import Mixtral
 from mixtral_jax.model.moe import RouterOutput
-from mixtral_jax.precision import FULL
+from mixtral_jax.precision import EXACT_PRODUCT, FULL
 
 Batch = dict[str, Array]
 
 
-@struct.dataclass
-class Counts:
+class Counts(NamedTuple):
     """Denominators, over the whole batch."""
 
     targets: Float[Array, ""]  # tokens to predict
     tokens: Float[Array, ""]  # tokens that are not padding
 
 
-@struct.dataclass
-class RouterSums:
+class RouterSums(NamedTuple):
     """What one part of the batch adds to the statistics of the routers, by layer."""
 
     assignments: Float[Array, "layers experts"]
@@ -37,8 +36,7 @@ class RouterSums:
     dropped: Float[Array, " layers"]  # assignments
 
 
-@struct.dataclass
-class Losses:
+class Losses(NamedTuple):
     """The parts of the loss: what is reported; `total` is what is minimised."""
 
     total: Float[Array, ""]
@@ -61,10 +59,10 @@ def router_sums(router: RouterOutput, batch: Batch) -> RouterSums:
     entropy = logsumexp - jnp.sum(probs * router.router_logits, axis=-1)
     chosen = jnp.sum(jax.nn.one_hot(router.expert_indices, num_experts, dtype=FULL), axis=-2)
     return RouterSums(
-        assignments=jnp.einsum("lbse,bs->le", chosen, valid),
-        probs=jnp.einsum("lbse,bs->le", probs, valid),
-        logsumexp_squared=jnp.einsum("lbs,bs->l", jnp.square(logsumexp), valid),
-        entropy=jnp.einsum("lbs,bs->l", entropy, valid),
+        assignments=jnp.einsum("lbse,bs->le", chosen, valid, precision=EXACT_PRODUCT),
+        probs=jnp.einsum("lbse,bs->le", probs, valid, precision=EXACT_PRODUCT),
+        logsumexp_squared=jnp.einsum("lbs,bs->l", jnp.square(logsumexp), valid, precision=EXACT_PRODUCT),
+        entropy=jnp.einsum("lbs,bs->l", entropy, valid, precision=EXACT_PRODUCT),
         dropped=router.dropped,
     )
 

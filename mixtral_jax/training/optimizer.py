@@ -18,8 +18,8 @@ def make_schedule(config: OptimizerConfig, steps: int) -> Schedule:
 
     Args:
         config: peak, warm-up and shape: `cosine` falls to the final ratio at the last step; `wsd` stays and falls
-            linearly over the last decay_steps; `constant` stays.
-        steps: of the whole run.
+            linearly over the last decay_steps; `constant` stays. Warm-up ends with one step at the peak.
+        steps: of the whole run; the last one is steps - 1.
 
     Raises:
         UserError: warm-up and decay that do not fit in the run.
@@ -29,9 +29,11 @@ def make_schedule(config: OptimizerConfig, steps: int) -> Schedule:
     decay = config.decay_steps or max(1, steps // 5)
     if warmup >= steps:
         raise UserError(f"optimizer.warmup_steps={warmup} leaves nothing of train.steps={steps}: lower it")
-    start = optax.linear_schedule(peak / max(1, warmup), peak, max(1, warmup - 1))
+    peak_step = max(0, warmup - 1)
+    length = max(1, steps - 1 - peak_step)
+    start = optax.linear_schedule(peak / max(1, warmup), peak, max(1, peak_step))
     if config.schedule == "cosine":
-        rest = optax.cosine_decay_schedule(peak, max(1, steps - warmup), config.final_learning_rate_ratio)
+        rest = optax.cosine_decay_schedule(peak, length, config.final_learning_rate_ratio)
     elif config.schedule == "constant":
         rest = optax.constant_schedule(peak)
     else:
@@ -40,8 +42,8 @@ def make_schedule(config: OptimizerConfig, steps: int) -> Schedule:
                 f"optimizer.warmup_steps={warmup} + optimizer.decay_steps={decay} exceed train.steps={steps}: lower one"
             )
         falling = optax.linear_schedule(peak, final, decay)
-        rest = optax.join_schedules([optax.constant_schedule(peak), falling], [steps - warmup - decay])
-    return optax.join_schedules([start, rest], [warmup]) if warmup else rest
+        rest = optax.join_schedules([optax.constant_schedule(peak), falling], [length - decay])
+    return optax.join_schedules([start, rest], [peak_step])
 
 
 def decay_mask(axes: Any) -> Any:
@@ -53,13 +55,22 @@ def decay_mask(axes: Any) -> Any:
     return jax.tree.map(is_matrix, axes, is_leaf=lambda x: isinstance(x, tuple))
 
 
+def widen(tree: Any, precision: Precision) -> Any:
+    """Casts gradients or parameters to the type in which norms, moments and updates are computed."""
+    return jax.tree.map(lambda x: x.astype(precision.full), tree)
+
+
 def make_optimizer(config: OptimizerConfig, precision: Precision, axes: Any) -> optax.GradientTransformation:
     """Builds clipping, Adam and decoupled decay; the step multiplies by the learning rate itself.
+
+    It takes gradients in `precision.full`, see `widen`.
 
     Source: arXiv 1711.05101.
     """
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps, mu_dtype=precision.optimizer)
+    moments = optax.scale_by_adam(config.beta1, config.beta2, config.eps, mu_dtype=precision.optimizer)
+    # optax gives the second moment the type of the parameters; ours is `full` whatever they are.
+    adam = optax.GradientTransformation(lambda params: moments.init(widen(params, precision)), moments.update)
     return optax.chain(clip, adam, optax.add_decayed_weights(config.weight_decay, mask=decay_mask(axes)))
 
 

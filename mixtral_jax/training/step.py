@@ -23,7 +23,7 @@ from mixtral_jax.training.losses import (
     expert_load,
     router_sums,
 )
-from mixtral_jax.training.optimizer import make_optimizer, make_schedule, optimizer_shardings
+from mixtral_jax.training.optimizer import make_optimizer, make_schedule, optimizer_shardings, widen
 
 TrainState = dict[str, Any]
 Metrics = dict[str, Array]
@@ -83,6 +83,7 @@ class Trainable:
 
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         grads, losses, sums, counts = self._gradients(state, batch)
+        grads = widen(grads, self.architecture.runtime.precision)
         grad_norm = optax.global_norm(grads)
         finite = jnp.isfinite(losses.total) & jnp.isfinite(grad_norm)
         learning_rate = jnp.asarray(self.schedule(state["step"]), FULL)

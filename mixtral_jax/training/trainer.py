@@ -21,7 +21,7 @@ from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.evaluation.perplexity import measure
 from mixtral_jax.evaluation.scoring import make_scorer
 from mixtral_jax.hardware import memory_in_use, peak_flops
-from mixtral_jax.metrics import MFU_FORMULA, flops_per_token, speed
+from mixtral_jax.metrics import flops_per_token, speed
 from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.runtime import make_runtime
 from mixtral_jax.training.checkpoint import Checkpoints, find_checkpoint
@@ -68,12 +68,13 @@ class Trainer:
         Raises:
             UserError: anything that the user can mend.
         """
-        with RunDirectory.open(Path(self.config.run_dir), self.config) as run_dir:
+        with RunDirectory(Path(self.config.run_dir), self.config) as run_dir:
             self.say(self.runtime.describe())
             self.tokenizer, training, self.heldout = open_documents(self.config)
             self.data = TrainingData(self.config, training)
             self.checkpoints = Checkpoints(run_dir.path / "checkpoints", self.config.checkpoint, warn=self.say)
             state, step = self._first_state()
+            run_dir.write_config()
             if step < self.config.train.steps:
                 state, step = self._train(run_dir.path, state, step)
             return Outcome(
@@ -95,14 +96,14 @@ class Trainer:
                     f"{self.config.run_dir} was trained on other data than data.sources gives now (files or tokenizer "
                     "changed): restore them or choose another run_dir"
                 )
-            state, _ = self.checkpoints.restore(step, self.trainable.abstract())
+            state = self.checkpoints.restore(step, self.trainable.abstract())
             self.say(f"resumed from step {step} of {self.config.run_dir}")
             return state, step
         architecture = self.trainable.architecture
         if not self.config.init_from:
             return self.trainable.start(architecture.init(self.config.seed)), 0
         source, step = find_checkpoint(Path(self.config.init_from))
-        arrays, _ = source.restore(step, architecture.abstract(), partial=True)
+        arrays = source.restore(step, architecture.abstract())
         self.say(f"parameters from step {step} of {self.config.init_from}")
         return self.trainable.start(arrays), 0
 
@@ -111,7 +112,8 @@ class Trainer:
         config = self.config
         self.peak = peak_flops(self.runtime.precision.compute)
         self.flops = flops_per_token(config.model, config.data.seq_len)
-        mfu = f"{MFU_FORMULA}; {self.flops / 1e6:,.1f} MFLOP a token; peak {self.peak.source}"
+        work = f"{self.flops / 1e6:,.1f} MFLOP a token"
+        mfu = f"model FLOP/s / (devices * peak FLOP/s of one); {work}; peak {self.peak.source}"
         self.say(f"MFU = {mfu}")
         with MetricsLogger(
             path, config.train.steps, resume_step=step, descriptions={"mfu": mfu}, is_main=jax.process_index() == 0

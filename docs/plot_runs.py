@@ -1,0 +1,59 @@
+"""Draws the pictures of the documentation from runs.
+
+`python docs/plot_runs.py curve RUN docs/images/tiny.png`
+`python docs/plot_runs.py balance RUN_WITH RUN_WITHOUT docs/images/balance.png`
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from mixtral_jax.training.metrics_file import read_metrics
+
+Entries = list[dict[str, Any]]
+
+
+def split(run: str) -> tuple[Entries, Entries]:
+    """Reads a run's training lines and its evaluation lines."""
+    entries = list(read_metrics(Path(run) / "metrics.jsonl"))
+    return [e for e in entries if "loss" in e], [e for e in entries if "heldout/total" in e]
+
+
+def draw_curve(run: str, picture: str) -> None:
+    """Draws cross-entropy and held-out nats per token over the tokens seen."""
+    training, heldout = split(run)
+    figure, axes = plt.subplots(figsize=(7.5, 4), layout="constrained")
+    axes.plot([e["step"] for e in training], [e["cross_entropy"] for e in training], label="training batch", lw=1)
+    axes.plot([e["step"] for e in heldout], [e["heldout/total"] for e in heldout], "o-", label="held-out text")
+    axes.set(xlabel="step", ylabel="nats per token", title=f"{Path(run).name}: cross-entropy")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(picture, dpi=120)
+
+
+def draw_balance(with_loss: str, without: str, picture: str) -> None:
+    """Draws the busiest and the idlest expert's load of two runs, relative to the uniform load."""
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
+    for axes, run, title in zip(panels, (with_loss, without), ("load-balancing loss on", "off"), strict=True):
+        training, _ = split(run)
+        load = np.array([e["expert_load"] for e in training]) * len(training[0]["expert_load"][0])
+        steps = [e["step"] for e in training]
+        for layer in range(load.shape[1]):
+            line = axes.plot(steps, load[:, layer].max(-1), label=f"layer {layer}", lw=1)[0]
+            axes.plot(steps, load[:, layer].min(-1), color=line.get_color(), lw=1, ls=":")
+        axes.axhline(1, color="black", lw=0.7)
+        axes.set(xlabel="step", title=title)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("load / uniform load\n(busiest solid, idlest dotted)")
+    panels[1].legend()
+    figure.savefig(picture, dpi=120)
+
+
+if __name__ == "__main__":
+    {"curve": draw_curve, "balance": draw_balance}[sys.argv[1]](*sys.argv[2:])

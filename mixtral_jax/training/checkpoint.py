@@ -1,0 +1,247 @@
+"""Checkpoints: one directory a step, written by Orbax in the background, sealed by a manifest, verified before use.
+
+A bundle `checkpoints/STEP/` holds `state/` (Orbax, one item for each part of the state), `meta.json`, small files such
+as the tokenizer, and last of all `manifest.json`.
+"""
+
+import json
+import logging
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from mixtral_jax.config import CheckpointConfig, UserError
+from mixtral_jax.training.manifest import NAME as MANIFEST
+from mixtral_jax.training.manifest import find_damage, write_atomically, write_manifest
+
+logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every step it takes
+
+META = "meta.json"
+
+
+class Checkpoints:
+    """The checkpoints of one run; one writer at a time (see `RunDirectory`)."""
+
+    def __init__(self, directory: Path, config: CheckpointConfig, warn: Callable[[str], None] = print):
+        """Looks at nothing yet.
+
+        Args:
+            directory: parent of the bundles.
+            config: which bundles are kept.
+            warn: told of every bundle that is passed over.
+        """
+        self.directory = directory.absolute()
+        self.config = config
+        self.warn = warn
+        self._saver: ocp.AsyncCheckpointer | None = None
+        self._sealer: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def steps(self) -> list[int]:
+        """Lists the steps of all bundles, finished or not, oldest first."""
+        if not self.directory.is_dir():
+            return []
+        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal())
+
+    def save(self, step: int, state: dict[str, Any], meta: dict[str, Any], files: dict[str, bytes]) -> None:
+        """Saves in the background; the state's buffers may be donated as soon as this returns.
+
+        Args:
+            step: names the bundle.
+            state: parts by name, each a tree of arrays.
+            meta: JSON, read back by `read_meta`.
+            files: small files by name, read back by `read_file`.
+
+        Raises:
+            UserError: no room for it, or the save before this one failed.
+        """
+        self.wait()
+        bundle = self.directory / str(step)
+        described = {**meta, "arrays": {name: _describe(part) for name, part in state.items()}}
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._check_room(state)
+            if bundle.exists():  # what a killed process left unfinished
+                shutil.rmtree(bundle)
+            bundle.mkdir()
+            for name, content in {**files, META: json.dumps(described, indent=1).encode()}.items():
+                write_atomically(bundle / name, content)
+            self._saver = self._saver or ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+            items = {name: ocp.args.StandardSave(_named(part)) for name, part in state.items()}
+            self._saver.save(bundle / "state", args=ocp.args.Composite(**items))
+        except (OSError, ValueError) as error:
+            self._abandon(bundle)
+            raise self._failure(step, error) from error
+        self._sealer = threading.Thread(target=self._seal, args=(step, bundle), name="seal-checkpoint")
+        self._sealer.start()
+
+    def wait(self) -> None:
+        """Waits until the last save is finished and sealed.
+
+        Raises:
+            UserError: it failed; the bundles before it are intact and the next save starts anew.
+        """
+        if self._sealer is not None:
+            self._sealer.join()
+            self._sealer = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def latest(self) -> int | None:
+        """Finds the newest bundle that is as it was written, and names those passed over.
+
+        Returns:
+            Its step; None when no save was ever finished here.
+
+        Raises:
+            UserError: there are finished bundles, but all are damaged.
+        """
+        damaged = 0
+        for step in reversed(self.steps()):
+            bundle = self.directory / str(step)
+            damage = find_damage(bundle)
+            if damage is None:
+                return step
+            self.warn(f"warning: checkpoint {bundle} is passed over: {damage}")
+            damaged += (bundle / MANIFEST).exists()
+        if damaged:
+            raise UserError(
+                f"every checkpoint in {self.directory} is damaged: restore one from a copy, or choose another run_dir"
+            )
+        return None
+
+    def read_meta(self, step: int) -> dict[str, Any]:
+        """Reads what `save` was given as meta."""
+        return json.loads((self.directory / str(step) / META).read_bytes())
+
+    def read_file(self, step: int, name: str) -> bytes:
+        """Reads one of the files that `save` was given."""
+        return (self.directory / str(step) / name).read_bytes()
+
+    def restore(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
+        """Restores the named parts of a state onto any devices.
+
+        Args:
+            step: a bundle that `latest` or `find_checkpoint` has found good.
+            abstract: parts by name, each a tree of `jax.ShapeDtypeStruct` with shardings; parts that are not named
+                are not read.
+
+        Raises:
+            UserError: an array is missing, left over, or has another shape or type.
+        """
+        stored = self.read_meta(step)["arrays"]
+        bundle = self.directory / str(step)
+        for name, part in abstract.items():
+            _compare(bundle, name, stored.get(name, {}), _describe(part))
+        items = {name: ocp.args.StandardRestore(_named(part)) for name, part in abstract.items()}
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+            restored = reader.restore(bundle / "state", args=ocp.args.Composite(**items))
+        return {
+            name: jax.tree.unflatten(jax.tree.structure(part), [restored[name][key] for key in _named(part)])
+            for name, part in abstract.items()
+        }
+
+    def _seal(self, step: int, bundle: Path) -> None:
+        """Runs in the background: waits for Orbax, writes the manifest, removes what is no longer kept."""
+        try:
+            assert self._saver is not None
+            self._saver.wait_until_finished()
+            if jax.process_index() == 0:
+                write_manifest(bundle)
+                self._retain(step)
+        except Exception as error:  # raised by the next `wait`, in the thread of the loop
+            self._abandon(bundle)
+            self._error = self._failure(step, error)
+
+    def _retain(self, newest: int) -> None:
+        """Removes old bundles and unfinished ones of ours; a directory without our meta file is not ours."""
+        ours = [step for step in self.steps() if (self.directory / str(step) / META).exists()]
+        finished = [step for step in ours if (self.directory / str(step) / MANIFEST).exists() and step <= newest]
+        kept = set(finished[-self.config.keep :])
+        if self.config.keep_every:
+            kept |= {step for step in finished if step % self.config.keep_every == 0}
+        for step in ours:
+            if step not in kept and step <= newest:
+                bundle = self.directory / str(step)
+                (bundle / MANIFEST).unlink(missing_ok=True)  # a half-removed bundle must not look like a damaged one
+                shutil.rmtree(bundle)
+
+    def _check_room(self, state: dict[str, Any]) -> None:
+        needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+        free = shutil.disk_usage(self.directory).free
+        if free < needed * 1.05:
+            raise UserError(
+                f"no room for a checkpoint in {self.directory}: it takes {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB "
+                "are free; make room and start the same command again, the earlier checkpoints are intact"
+            )
+
+    def _abandon(self, bundle: Path) -> None:
+        """Removes a failed bundle and the saver with it: Orbax would raise its error again and save nothing."""
+        shutil.rmtree(bundle, ignore_errors=True)
+        self._saver = None
+
+    def _failure(self, step: int, error: Exception) -> Exception:
+        text = f"{error} {error.__cause__ or ''}"
+        if isinstance(error, OSError) or "RESOURCE_EXHAUSTED" in text or "No space left" in text:
+            reason = "the disk is full" if "space" in text or "EXHAUSTED" in text else getattr(error, "strerror", text)
+            return UserError(
+                f"checkpoint {step} could not be written to {self.directory}: {reason}; mend that and start the same "
+                "command again, the earlier checkpoints are intact"
+            )
+        return error
+
+
+def find_checkpoint(path: Path, warn: Callable[[str], None] = print) -> tuple[Checkpoints, int]:
+    """Finds what a person means by a checkpoint.
+
+    Args:
+        path: a run directory, its `checkpoints` directory, or one bundle in it.
+        warn: told of every damaged bundle that is passed over.
+
+    Returns:
+        The checkpoints and the step to use: the named bundle, or the newest good one.
+
+    Raises:
+        UserError: there is none, or the named one is damaged.
+    """
+    config = CheckpointConfig()
+    if (path / META).exists() and path.name.isdecimal():
+        damage = find_damage(path)
+        if damage:
+            raise UserError(f"the checkpoint {path} cannot be used: {damage}; name another one")
+        return Checkpoints(path.parent, config, warn), int(path.name)
+    for directory in (path / "checkpoints", path):
+        if directory.is_dir():
+            checkpoints = Checkpoints(directory, config, warn)
+            step = checkpoints.latest()
+            if step is not None:
+                return checkpoints, step
+    raise UserError(f"there is no checkpoint in {path}: name a run directory or one of its checkpoints")
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """Flattens a tree to {path: leaf}: what is stored does not depend on the classes that the tree is made of."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/") or "value": leaf for path, leaf in leaves}
+
+
+def _describe(tree: Any) -> dict[str, list[Any]]:
+    return {name: [list(leaf.shape), str(np.dtype(leaf.dtype))] for name, leaf in _named(tree).items()}
+
+
+def _compare(bundle: Path, part: str, stored: dict[str, list[Any]], wanted: dict[str, list[Any]]) -> None:
+    for name in sorted(stored.keys() | wanted.keys()):
+        have, want = stored.get(name), wanted.get(name)
+        if have != want:
+            say = lambda fact: f"{fact[1]} {fact[0]}" if fact else "absent"  # noqa: E731
+            raise UserError(
+                f"the checkpoint {bundle} does not fit the configuration: {part}/{name} is {say(have)} there and "
+                f"{say(want)} here; use the configuration that it was trained with"
+            )

@@ -1,0 +1,80 @@
+"""Checksums of a directory: Orbax does not notice flipped bits, a manifest does."""
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+NAME = "manifest.json"
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all, on disk when the call returns."""
+    fresh = path.with_name(path.name + ".tmp")
+    try:
+        with fresh.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(fresh, path)
+    except OSError:
+        fresh.unlink(missing_ok=True)
+        raise
+
+
+def write_manifest(directory: Path) -> None:
+    """Writes size and SHA-256 of every file below a directory, last of all: what lacks a manifest is unfinished."""
+    files = _files(directory)
+    for file in files:  # the checksums must not outlive the data that they speak of
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(_digest, files))
+    facts = {
+        file.relative_to(directory).as_posix(): {"bytes": file.stat().st_size, "sha256": digest}
+        for file, digest in zip(files, digests, strict=True)
+    }
+    write_atomically(directory / NAME, json.dumps(facts, indent=1).encode())
+
+
+def find_damage(directory: Path) -> str | None:
+    """Compares a directory with its manifest.
+
+    Returns:
+        What is wrong, naming the first file concerned; None when every file is as it was written.
+    """
+    try:
+        facts = json.loads((directory / NAME).read_bytes())
+        recorded = {directory / name: (fact["bytes"], fact["sha256"]) for name, fact in facts.items()}
+    except FileNotFoundError:
+        return "it is unfinished: there is no manifest"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return "its manifest is damaged"
+    for file, (size, _) in recorded.items():
+        name = file.relative_to(directory).as_posix()
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+    extra = set(_files(directory)) - set(recorded)
+    if extra:
+        return f"{min(extra).relative_to(directory).as_posix()} does not belong to it"
+    try:
+        with ThreadPoolExecutor() as pool:
+            digests = list(pool.map(_digest, recorded))
+    except OSError as error:
+        return f"{error.filename} cannot be read: {error.strerror}"
+    for (file, (_, expected)), digest in zip(recorded.items(), digests, strict=True):
+        if digest != expected:
+            return f"{file.relative_to(directory).as_posix()} is not what was written (checksum)"
+    return None
+
+
+def _files(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.rglob("*") if path.is_file() and path != directory / NAME)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

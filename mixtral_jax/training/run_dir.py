@@ -1,0 +1,112 @@
+"""The run directory: one trainer at a time, one configuration for its whole life."""
+
+import fcntl
+import json
+import os
+import socket
+from pathlib import Path
+from types import TracebackType
+
+from mixtral_jax.config import RESUMABLE_KEYS, Config, UserError
+from mixtral_jax.config_loading import changed_keys, parse_config, to_yaml
+from mixtral_jax.training.manifest import write_atomically
+
+CONFIG = "config.yaml"
+LOCK = "lock"
+# A config.yaml that a person wrote must not be taken for a run's, and overwritten.
+MARK = "# Every key of this run, as resolved by train.py.\n"
+
+
+class RunDirectory:
+    """A locked run directory; a context manager that unlocks. The kernel unlocks for a process that is killed."""
+
+    def __init__(self, path: Path, config: Config):
+        """Creates and locks the directory, and compares the configuration of a run that is already there.
+
+        Raises:
+            UserError: another trainer is at work here, the directory holds something else or another configuration,
+                or it cannot be written.
+        """
+        self.path = path
+        self.config = config
+        self._created = not path.exists()
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            foreign = [entry.name for entry in path.iterdir() if entry.name != LOCK]
+            if foreign and not _is_run(path):
+                raise UserError(
+                    f"run_dir {path} holds {min(foreign)} and no run: name a new or empty directory as run_dir"
+                )
+            self._lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise self._unwritable(error) from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = _read_holder(self._lock)
+            os.close(self._lock)
+            raise UserError(f"{path} is in use by {holder}: stop that one or choose another run_dir") from None
+        try:
+            self._compare()
+            os.ftruncate(self._lock, 0)
+            os.pwrite(self._lock, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+        except BaseException:
+            self.close()
+            raise
+
+    def write_config(self) -> None:
+        """Writes the resolved configuration; called when nothing can be wrong with the input any more."""
+        try:
+            write_atomically(self.path / CONFIG, (MARK + to_yaml(self.config)).encode())
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def _compare(self) -> None:
+        file = self.path / CONFIG
+        if not file.exists() or not any((self.path / "checkpoints").glob("*/manifest.json")):
+            return  # nothing learnt yet that another configuration could spoil
+        old = parse_config(file.read_text(encoding="utf-8"), where=str(file))
+        for key in changed_keys(old, self.config):
+            if not any(key == free or key.startswith(free + ".") for free in RESUMABLE_KEYS):
+                before, now = (_value(config, key) for config in (old, self.config))
+                raise UserError(
+                    f"{self.path} holds a run with {key}={before}, not {now}: choose another run_dir or the old value"
+                )
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(f"cannot write run_dir {self.path}: {error.strerror}; make room or name another run_dir")
+
+    def close(self) -> None:
+        """Unlocks; a directory in which nothing came to be is removed."""
+        (self.path / LOCK).unlink(missing_ok=True)
+        os.close(self._lock)
+        if self._created and not any(self.path.iterdir()):
+            self.path.rmdir()
+
+    def __enter__(self) -> "RunDirectory":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _value(config: Config, key: str) -> object:
+    value: object = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _is_run(path: Path) -> bool:
+    file = path / CONFIG
+    return file.is_file() and file.read_bytes().startswith(MARK.encode())
+
+
+def _read_holder(lock: int) -> str:
+    try:
+        holder = json.loads(os.pread(lock, 4096, 0))
+        return f"process {holder['pid']} on {holder['host']}"
+    except (ValueError, KeyError, TypeError):
+        return "another trainer"

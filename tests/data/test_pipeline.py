@@ -1,0 +1,185 @@
+"""Batches as a function of the step: order, weights, hosts, epochs, and the one entry to all of it."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from mixtral_jax.config import Config, DataConfig, ModelConfig, SourceConfig, TrainConfig, UserError
+from mixtral_jax.config_loading import replace
+from mixtral_jax.data import pipeline
+from mixtral_jax.data.pipeline import TrainingData, open_documents, targets_per_source
+from mixtral_jax.data.row_order import choose_sources, shuffled_rows
+
+
+def config(weights=(1.0,), batch_size=8, seq_len=16, seed=0):
+    sources = [SourceConfig(name=f"s{index}", path="x", weight=float(w)) for index, w in enumerate(weights)]
+    return Config(
+        seed=seed, data=DataConfig(sources=sources, seq_len=seq_len), train=TrainConfig(batch_size=batch_size, steps=1)
+    )
+
+
+@pytest.fixture
+def three(make_documents):
+    return [make_documents(lengths, f"s{number}") for number, lengths in enumerate([[40] * 20, [7] * 300, [999]])]
+
+
+def equal(left, right):
+    assert left.keys() == right.keys()
+    for name in left:
+        np.testing.assert_array_equal(left[name], right[name], err_msg=name)
+
+
+def test_an_epoch_shows_every_target_once_and_the_next_one_in_another_order(make_documents):
+    documents = make_documents([5, 30, 17, 200, 9])
+    data = TrainingData(config(batch_size=4), [documents])
+    rows = -(-(documents.num_tokens - 1) // 16)
+    assert rows % 4 == 1  # epochs end inside of batches
+    stream = np.concatenate([np.where(b["loss_mask"], b["targets"], 0) for b in map(data.batch, range(rows))])
+    expected = Counter(token for index in range(5) for token in documents.tokens(index)[1:].tolist())
+    epochs = [stream[number * rows : (number + 1) * rows] for number in range(4)]
+    for epoch in epochs:
+        assert Counter(epoch[epoch > 0].tolist()) == expected
+    assert len({epoch.tobytes() for epoch in epochs}) == 4
+    assert data.tokens_per_epoch == {"made": sum(expected.values())}
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_hosts_make_the_parts_of_the_same_batch(three, hosts):
+    data = TrainingData(config((3, 2, 1)), three)
+    share = 8 // hosts
+    for step in (0, 1, 1000):
+        whole = data.batch(step)
+        parts = [data.batch(step, slice(host * share, (host + 1) * share)) for host in range(hosts)]
+        equal(whole, {name: np.concatenate([part[name] for part in parts]) for name in whole})
+
+
+def test_a_batch_depends_on_nothing_but_config_seed_and_step(three):
+    first, second = (TrainingData(config((3, 2, 1)), three) for _ in range(2))
+    for step in (5, 0, 3):
+        expected = first.batch(step)
+        equal(second.batch(step), expected)
+    assert first.fingerprint == second.fingerprint
+    other = TrainingData(config((3, 2, 1), seed=1), three)
+    assert not np.array_equal(other.batch(0)["tokens"], first.batch(0)["tokens"])
+
+
+def test_the_fingerprint_tells_other_data(three, make_documents):
+    variants = [
+        TrainingData(config((3, 2, 1)), three),
+        TrainingData(config((3, 2, 2)), three),
+        TrainingData(config((3, 2, 1), seed=1), three),
+        TrainingData(config((3, 2, 1), seq_len=8), three),
+        TrainingData(config((3, 2, 1)), [*three[:2], make_documents([998])]),
+    ]
+    assert len({data.fingerprint for data in variants}) == len(variants)
+
+
+def test_sources_are_named_counted_and_shuffled(three):
+    data = TrainingData(config((5, 3, 2), batch_size=10), three)
+    assert data.source_names == ["s0", "s1", "s2"]
+    for step in range(20):
+        batch = data.batch(step)
+        assert np.bincount(batch["source_ids"]).tolist() == [5, 3, 2]
+        counts = targets_per_source(batch, 4)
+        for source in range(4):
+            assert counts[source] == batch["loss_mask"][batch["source_ids"] == source].sum()
+    assert batch["source_ids"].dtype == np.int32
+
+
+@pytest.mark.parametrize(
+    "weights", [[1.0], [1.0, 1.0], [0.7, 0.2, 0.1], [1e-3, 5.0, 2.0, 0.3], [1.0, 1e-9], [1e-9, 1.0]]
+)
+def test_weights_hold_from_the_first_row_on(weights):
+    rows = np.arange(20_000)
+    source, place = choose_sources(rows, weights)
+    shares = np.array(weights) / sum(weights)
+    for index, share in enumerate(shares):
+        counts = np.cumsum(source == index)
+        assert np.abs(counts - share * (rows + 1)).max() <= len(weights)
+        np.testing.assert_array_equal(place[source == index], np.arange(counts[-1]))  # no row left out or twice
+    far = rows + 10**10
+    source, _ = choose_sources(far, weights)
+    assert np.abs(np.bincount(source, minlength=len(weights)) - shares * len(far)).max() <= len(weights) + 0.01
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 1000, 4097])
+def test_every_epoch_is_a_permutation_of_its_own(size):
+    for seed in (0, 7, 2**63):
+        epochs = [shuffled_rows(np.arange(size) + epoch * size, size, seed, 0) for epoch in range(5)]
+        for epoch in epochs:
+            np.testing.assert_array_equal(np.sort(epoch), np.arange(size))
+        if size >= 16:
+            others = [*epochs[1:], shuffled_rows(np.arange(size), size, seed, 1), np.arange(size)]
+            assert all((epochs[0] == other).mean() < 0.4 for other in others)
+
+
+def test_shuffling_is_fair():
+    """Each of six rows comes at each place about equally often, and pairs of places look independent."""
+    size, epochs = 6, 6000
+    table = shuffled_rows(np.arange(size * epochs), size, 3, 0).reshape(epochs, size)
+    for place in range(size):
+        counts = np.bincount(table[:, place], minlength=size)
+        assert ((counts - 1000) ** 2 / 1000).sum() < 25  # chi-squared, 5 degrees of freedom: beyond 20.5 once in 1000
+    pairs = np.bincount(table[:, 0] * size + table[:, 1], minlength=size * size).reshape(size, size)
+    expected = epochs / 30
+    assert ((pairs - expected) ** 2 / expected * (1 - np.eye(size))).sum() < 65  # 29 degrees of freedom: 58.3
+
+
+def test_shuffled_places_are_spread_over_a_large_source():
+    rows = shuffled_rows(np.arange(4096), 10**9, 0, 0)
+    assert len(set(rows.tolist())) == 4096
+    counts = np.bincount(rows * 16 // 10**9, minlength=16)
+    assert ((counts - 256) ** 2 / 256).sum() < 45  # 15 degrees of freedom: beyond 37.7 once in 1000
+
+
+def test_too_little_data_is_one_sentence(make_documents):
+    with pytest.raises(UserError) as caught:
+        TrainingData(config(batch_size=8), [make_documents([50, 30])])
+    assert str(caught.value) == (
+        "the training data is smaller than one batch: 80 tokens make 5 rows of data.seq_len=16, but "
+        "train.batch_size=8: add text or lower either"
+    )
+    with pytest.raises(UserError, match=r"source 's1' has nothing left to train on: add text or lower data\.holdout"):
+        TrainingData(config((1, 1)), [make_documents([900]), make_documents([], "s1")])
+
+
+@pytest.fixture
+def real(tmp_path, write_corpus):
+    (tmp_path / "a").mkdir()
+    write_corpus(tmp_path / "a", [50] * 40)
+    (tmp_path / "b.txt").write_text("One long document. " * 2000)
+    sources = [
+        SourceConfig(name="a", path=str(tmp_path / "a" / "*.txt")),
+        SourceConfig(name="b", path=str(tmp_path / "b.txt"), weight=3.0),
+    ]
+    data = DataConfig(sources=sources, seq_len=32, holdout=0.1, cache_dir=str(tmp_path / "cache"), tokenizer="train")
+    return Config(data=data, model=ModelConfig(vocab_size=350), train=TrainConfig(batch_size=8, steps=1))
+
+
+def test_from_files_to_batches(real, tmp_path):
+    tokenizer, training, held_out = open_documents(real)
+    assert tokenizer.vocab_size == 350
+    assert [view.name for view in training] == [view.name for view in held_out] == ["a", "b"]
+    data = TrainingData(real, training)
+    again = TrainingData(real, open_documents(real)[1])
+    assert data.fingerprint == again.fingerprint
+    batch = data.batch(0)
+    assert targets_per_source(batch, 2).sum() == batch["loss_mask"].sum()
+    assert np.bincount(batch["source_ids"]).tolist() == [2, 6]
+    row = batch["tokens"][batch["source_ids"] == 1][0]
+    assert tokenizer.decode(row).strip()[:8] in "One long document. " * 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"sources": []}, "data.sources is empty: name at least one source of text"),
+        ({"sources": [SourceConfig(name="a", path="/nowhere/*.txt")]}, "nothing matches the path"),
+        ({"tokenizer": "mixtral"}, "data.tokenizer=mixtral has 32000 tokens but model.vocab_size is 350"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_slow(real, monkeypatch, changes, sentence):
+    monkeypatch.setattr(pipeline, "open_or_build", lambda *args: pytest.fail("tokenizes first"))
+    with pytest.raises(UserError, match=sentence.replace("*", r"\*")):
+        open_documents(replace(real, data=changes))

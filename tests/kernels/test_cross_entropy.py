@@ -1,0 +1,80 @@
+"""Cross-entropy in chunks against float64: value, gradients, split vocabularies, and what memory it takes."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from tiny import mesh_of
+
+from mixtral_jax.kernels.cross_entropy import cross_entropy_sum, token_losses
+
+BATCH, SEQ, D_MODEL, VOCAB = 4, 12, 8, 40
+MESHES = {"one device": {}, "tensor": {"tensor": 8}, "all": {"data": 2, "expert": 2, "tensor": 2}, "fsdp": {"fsdp": 4}}
+
+
+@functools.cache
+def example():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((BATCH, SEQ, D_MODEL)).astype(np.float32)
+    head = rng.standard_normal((D_MODEL, VOCAB)).astype(np.float32)
+    targets = rng.integers(VOCAB, size=(BATCH, SEQ)).astype(np.int32)
+    targets[0, :4] = [0, VOCAB - 1, 4, 5]  # the edges of the vocabulary and of a device's part
+    mask = rng.random((BATCH, SEQ)) < 0.6
+    return tuple(jnp.asarray(a) for a in (x, head, targets, mask))
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 48, 1000])
+@pytest.mark.parametrize("mesh", MESHES)
+def test_sum_and_gradients_equal_the_reference(mesh, chunk):
+    x, head, targets, mask = example()
+    total = functools.partial(cross_entropy_sum, mesh=mesh_of(**MESHES[mesh]), chunk=chunk)
+    value, grads = jax.jit(jax.value_and_grad(lambda x, head: 3 * total(x, head, targets, mask), (0, 1)))(x, head)
+    expected, expected_grads = oracles.value_and_pull(
+        lambda x, head: 3 * jnp.sum(oracles.token_losses(x, head, targets) * mask), (x, head), 1.0
+    )
+    assert abs(value / expected - 1) < 1e-6
+    assert max(oracles.error(a, b) for a, b in zip(grads, expected_grads, strict=True)) < 1e-6
+    # Without a gradient another path computes the value.
+    assert abs(3 * jax.jit(total)(x, head, targets, mask) / expected - 1) < 1e-6
+
+
+@pytest.mark.parametrize("chunk", [5, 1000])
+@pytest.mark.parametrize("mesh", MESHES)
+def test_losses_of_tokens_equal_the_reference(mesh, chunk):
+    x, head, targets, _ = example()
+    losses = jax.jit(functools.partial(token_losses, mesh=mesh_of(**MESHES[mesh]), chunk=chunk))(x, head, targets)
+    expected, _ = oracles.value_and_pull(lambda x, head: oracles.token_losses(x, head, targets), (x, head), losses)
+    assert oracles.error(losses, expected) < 1e-6
+
+
+def test_nothing_masked_in_is_zero():
+    x, head, targets, mask = example()
+    total = functools.partial(cross_entropy_sum, mesh=mesh_of(), chunk=5)
+    value, grad = jax.value_and_grad(lambda x: total(x, head, targets, jnp.zeros_like(mask)))(x)
+    assert value == 0
+    assert not np.any(grad)
+
+
+def test_large_logits_do_not_overflow():
+    x, head, targets, mask = example()
+    total = functools.partial(cross_entropy_sum, mesh=mesh_of(), chunk=5)
+    value, grad = jax.value_and_grad(lambda x: total(x, head, targets, mask))(1e4 * x)
+    assert np.isfinite(value)
+    assert np.isfinite(grad).all()
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+def test_the_logits_of_all_tokens_never_exist(rows):
+    seq, vocab, chunk = 256, 512, 32
+    total = functools.partial(cross_entropy_sum, mesh=mesh_of(), chunk=chunk)
+    shapes = [((rows, seq, 8), jnp.float32), ((8, vocab), jnp.float32), ((rows, seq), jnp.int32), ((rows, seq), bool)]
+    arguments = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+    program = jax.jit(jax.value_and_grad(total, (0, 1))).lower(*arguments).compile()
+    sizes = [math.prod(map(int, dims.split(","))) for dims in re.findall(r"[a-z0-9]+\[([\d,]+)\]", program.as_text())]
+    assert max(sizes) <= max(chunk * vocab, 8 * vocab, rows * seq * 8)
+    assert program.memory_analysis().temp_size_in_bytes < 4 * rows * seq * vocab

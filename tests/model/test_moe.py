@@ -1,0 +1,154 @@
+"""The mixture layer against a reference that goes token by token: output and every gradient, every backend."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from flax import nnx
+from tiny import mesh_of, tiny_config
+
+from mixtral_jax.model.moe import MoE, SelectionBias
+from mixtral_jax.model.routing import choose_experts, expert_capacity
+from mixtral_jax.runtime import make_runtime
+
+BATCH, SEQ, D_MODEL, D_FF, EXPERTS = 3, 11, 8, 12, 4
+ROOMY = ("capacity", "auto", 0, float(EXPERTS))
+KERNELS = [
+    ("dropless", "blocked", 1, 1.0),
+    ("dropless", "blocked", 5, 1.0),
+    ("dropless", "blocked", 0, 1.0),
+    ("dropless", "ragged_dot", 0, 1.0),
+    ROOMY,
+]
+TIGHT = [("capacity", "auto", 0, factor) for factor in (0.3, 1.0)]
+SCENARIOS = ["random", "an expert without tokens", "all on one expert", "padding", "only padding"]
+
+
+@functools.cache
+def layer(k: int, dispatch: str, experts: str, block_size: int, factor: float):
+    """Output, dropped count and gradients of one variant, as a compiled function of (arrays, valid, d_y)."""
+    config = tiny_config(
+        model={"d_model": D_MODEL, "d_ff": D_FF, "num_heads": 2, "num_kv_heads": 1, "head_dim": 4, "num_layers": 1,
+               "num_experts": EXPERTS, "num_experts_per_tok": k, "dispatch": dispatch, "capacity_factor": factor},
+        kernels={"experts": experts, "block_size": block_size},
+    )  # fmt: skip
+    graph, params, bias = nnx.split(
+        MoE(config.model, make_runtime(config, mesh_of()), rngs=nnx.Rngs(0)), nnx.Param, SelectionBias
+    )
+
+    def apply(x, router, w_gate, w_up, w_down, valid):
+        named = {"router": router, "w_gate": w_gate, "w_up": w_up, "w_down": w_down}
+        state = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(named))
+        y, out = nnx.merge(graph, state, bias)(x, valid)
+        return y, out.dropped
+
+    @jax.jit
+    def run(arrays, valid, d_y):
+        y, pull, dropped = jax.vjp(lambda *a: apply(*a, valid), *arrays, has_aux=True)
+        return y, dropped, pull(d_y)
+
+    return run
+
+
+def example(scenario: str):
+    """Arrays (x, router, w_gate, w_up, w_down), validity and the cotangent of the output."""
+    rng = np.random.default_rng(1)
+    shapes = [(BATCH, SEQ, D_MODEL), (D_MODEL, EXPERTS), *[(EXPERTS, D_MODEL, D_FF)] * 2, (EXPERTS, D_FF, D_MODEL)]
+    arrays = [rng.standard_normal(shape).astype(np.float32) * 0.5 for shape in shapes]
+    arrays[0][..., 0] = 1  # so that the router's first row is a bias
+    if scenario == "an expert without tokens":
+        arrays[1][0, 2] = -6
+    if scenario == "all on one expert":
+        arrays[1][0, 1] = 6
+    valid = np.ones((BATCH, SEQ), bool)
+    if scenario == "padding":
+        valid[0, 7:] = valid[1, :] = False
+    if scenario == "only padding":
+        valid[:] = False
+    return arrays, valid, rng.standard_normal(shapes[0]).astype(np.float32)
+
+
+def check(variant, k, scenario, capacity=None) -> tuple[float, np.ndarray]:
+    arrays, valid, d_y = example(scenario)
+    y, dropped, grads = layer(k, *variant)(arrays, valid, d_y)
+    expected, expected_dropped, ran = oracles.moe_by_token(*arrays, k, valid, capacity)
+    assert oracles.error(y, expected) < 1e-5
+    assert dropped == expected_dropped
+    dense, expected_grads = oracles.value_and_pull(lambda *a: oracles.moe_dense(*a, k, ran), arrays, d_y)
+    assert oracles.error(dense, expected) < 1e-12, "the two references differ"
+    for name, grad, reference in zip(("x", "router", "w_gate", "w_up", "w_down"), grads, expected_grads, strict=True):
+        assert oracles.error(grad, reference) < 1e-5, name
+    return float(dropped), ran.sum(axis=(0, 1))
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("k", [1, 2, EXPERTS])
+@pytest.mark.parametrize("variant", KERNELS, ids=str)
+def test_equals_the_reference(variant, k, scenario):
+    dropped, load = check(variant, k, scenario)
+    assert dropped == 0
+    if scenario == "an expert without tokens" and k < EXPERTS:
+        assert load[2] == 0
+    if scenario == "all on one expert":
+        assert load[1] == BATCH * SEQ
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("variant", TIGHT, ids=str)
+def test_a_full_expert_drops_later_tokens_of_the_sequence(variant, k, scenario):
+    capacity = expert_capacity(SEQ, k, EXPERTS, variant[-1])
+    dropped, load = check(variant, k, scenario, capacity)
+    assert load.max() <= BATCH * capacity
+    assert (dropped > 0) == (scenario != "only padding")
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "k", "experts", "factor", "rows"),
+    [(16, 2, 4, 1.0, 8), (16, 2, 4, 1.25, 10), (11, 2, 4, 1.0, 6), (16, 2, 4, 4.0, 16), (2, 1, 8, 1.0, 1)],
+)
+def test_capacity_is_the_balanced_load_times_the_factor(seq_len, k, experts, factor, rows):
+    assert expert_capacity(seq_len, k, experts, factor) == rows
+
+
+@pytest.mark.parametrize("variant", [KERNELS[1], KERNELS[3], TIGHT[1]], ids=str)
+def test_the_order_of_the_experts_does_not_matter(variant):
+    arrays, valid, d_y = example("random")
+    order = np.array([2, 0, 3, 1])
+    permuted = [arrays[0], arrays[1][:, order], *[w[order] for w in arrays[2:]]]
+    y, dropped, _ = layer(2, *variant)(arrays, valid, d_y)
+    y_permuted, dropped_permuted, _ = layer(2, *variant)(permuted, valid, d_y)
+    np.testing.assert_allclose(y, y_permuted, rtol=0, atol=2e-6)
+    assert dropped == dropped_permuted
+
+
+def test_padding_returns_zero_and_its_content_reaches_nothing():
+    arrays, valid, d_y = example("padding")
+    y, _, grads = layer(2, *KERNELS[0])(arrays, valid, d_y)
+    other = [np.where(valid[..., None], arrays[0], np.float32(7)), *arrays[1:]]
+    y_other, _, grads_other = layer(2, *KERNELS[0])(other, valid, d_y)
+    assert not np.any(np.asarray(y)[~valid])
+    jax.tree.map(np.testing.assert_array_equal, (y, grads), (y_other, grads_other))
+
+
+def test_the_selection_bias_moves_the_choice_and_not_the_weights():
+    logits = jnp.array([[2.0, 1.0, 0.0, -1.0]])
+    indices, weights = choose_experts(logits, jnp.array([0.0, -1.0, 0.0, 0.0]), 2)
+    np.testing.assert_array_equal(indices, [[0, 2]])
+    np.testing.assert_allclose(weights, jax.nn.softmax(jnp.array([[2.0, 0.0]])), rtol=1e-6)
+    slope = jax.grad(lambda b: choose_experts(logits, b, 2)[1][0, 0])(jnp.zeros(4))
+    assert not np.any(slope)
+
+
+def test_the_router_multiplies_in_full_float32_on_every_platform():
+    """Accelerators round the factors of float32 products to fewer bits unless they are told not to."""
+    config = tiny_config(precision={"compute": "bfloat16"})
+    moe = MoE(config.model, make_runtime(config, mesh_of()), rngs=nnx.Rngs(0))
+    x, bias = jnp.zeros((1, 4, 32), jnp.bfloat16), jnp.zeros(4)
+    program = jax.jit(lambda x: choose_experts(moe(x, jnp.ones((1, 4), bool))[1].router_logits, bias, 2)).lower(x)
+    products = [line for line in program.as_text().splitlines() if "dot_general" in line and "xbf16" not in line]
+    assert len(products) >= 2
+    assert all("HIGHEST" in product for product in products), products

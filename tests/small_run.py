@@ -1,0 +1,74 @@
+"""A run that takes seconds: its config file, its text, and the command that starts it."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+WORDS = [
+    "the",
+    "river",
+    "and",
+    "a",
+    "stone",
+    "were",
+    "under",
+    "old",
+    "trees",
+    "when",
+    "light",
+    "fell",
+    "slowly",
+    "over",
+    "every",
+    "quiet",
+    "field",
+]
+
+
+def write_config(directory: Path, documents: int = 60) -> Path:
+    """Writes a source of small documents and a config that trains on it."""
+    draw = random.Random(0)
+    source = directory / "text.jsonl"
+    with source.open("w", encoding="utf-8") as file:
+        for _ in range(documents):
+            file.write(json.dumps({"text": " ".join(draw.choices(WORDS, k=80))}) + "\n")
+    config = directory / "config.yaml"
+    config.write_text(
+        f"""
+run_dir: {directory / "run"}
+model: {{d_model: 32, d_ff: 32, num_layers: 2, num_heads: 4, num_kv_heads: 2, head_dim: 8, vocab_size: 320,
+  num_experts: 4, num_experts_per_tok: 2, rope_theta: 1e6, norm_eps: 1e-5}}
+data:
+  seq_len: 32
+  holdout: 0.1
+  tokenizer: train
+  cache_dir: {directory / "cache"}
+  sources: [{{name: words, path: {source}}}]
+train: {{steps: 12, batch_size: 4, log_every: 1, eval_every: 6}}
+optimizer: {{learning_rate: 1e-2, warmup_steps: 2}}
+checkpoint: {{every: 4}}
+mesh: {{fsdp: 1}}
+""",
+        encoding="utf-8",
+    )
+    return config
+
+
+def start(script: str, *arguments: object) -> subprocess.Popen[str]:
+    """Starts an entry script on one CPU device."""
+    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / script), *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+
+
+def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Runs an entry script to its end."""
+    process = start(script, *arguments)
+    out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)

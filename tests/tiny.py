@@ -1,0 +1,85 @@
+"""A model small enough to compile in seconds, batches for it, and the way to a training step on any mesh."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from mixtral_jax.config import Config, MeshConfig
+from mixtral_jax.config_loading import parse_config, replace
+from mixtral_jax.model.mixtral import Architecture
+from mixtral_jax.runtime import make_runtime
+from mixtral_jax.sharding import make_mesh
+from mixtral_jax.training.step import Trainable
+
+TINY = """
+model: {d_model: 32, d_ff: 48, num_layers: 2, num_heads: 4, num_kv_heads: 2, head_dim: 8, vocab_size: 64,
+        num_experts: 4, num_experts_per_tok: 2, rope_theta: 1e4, norm_eps: 1e-5}
+data: {seq_len: 32}
+train: {steps: 20, batch_size: 8}
+optimizer: {learning_rate: 1e-2, warmup_steps: 5}
+"""
+
+
+def tiny_config(**changes: Any) -> Config:
+    """The tiny configuration with changes by section: `tiny_config(model={"num_layers": 1})`."""
+    return replace(parse_config(TINY), **changes)
+
+
+def mesh_of(**sizes: int) -> Mesh:
+    """A mesh over the first so many of the simulated devices; no size: one device."""
+    config = MeshConfig(**{"fsdp": 1, **sizes})
+    return make_mesh(config, jax.devices()[: int(np.prod(list(dataclasses.asdict(config).values())))])
+
+
+def tiny_architecture(config: Config, mesh: Mesh | None = None) -> Architecture:
+    return Architecture(config.model, make_runtime(config, mesh or mesh_of()))
+
+
+def tiny_trainable(config: Config, mesh: Mesh | None = None) -> Trainable:
+    return Trainable(tiny_architecture(config, mesh), config)
+
+
+def packed_ids(lengths: list[list[int]], seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """Segment ids and positions of rows that hold documents of these lengths, padded at the end."""
+    segment_ids, positions = np.zeros((2, len(lengths), seq_len), np.int32)
+    for row, documents in enumerate(lengths):
+        start = 0
+        for number, length in enumerate(documents, 1):
+            segment_ids[row, start : start + length] = number
+            positions[row, start : start + length] = np.arange(length)
+            start += length
+    return segment_ids, positions
+
+
+def tiny_batch(config: Config, seed: int = 0, *, ragged: bool = True) -> dict[str, np.ndarray]:
+    """Documents of a language that can be learnt (each token follows from the last), a different load in every row."""
+    rng = np.random.default_rng(seed)
+    rows, seq_len, vocab = config.train.batch_size, config.data.seq_len, config.model.vocab_size
+    stream = [rng.integers(vocab, size=rows)]
+    for _ in range(seq_len):
+        stream.append(np.where(rng.random(rows) < 0.1, rng.integers(vocab, size=rows), (stream[-1] * 5 + 3) % vocab))
+    text = np.stack(stream, axis=1).astype(np.int32)
+    lengths = [[1 + row % 5, 7, seq_len // 2 - row % 4] if ragged else [seq_len] for row in range(rows)]
+    segment_ids, positions = packed_ids(lengths, seq_len)
+    ends = np.pad(segment_ids[:, 1:], ((0, 0), (0, 1))) != segment_ids
+    loss_mask = (segment_ids > 0) & ~ends & (rng.random(segment_ids.shape) < (0.8 if ragged else 1.1))
+    return {
+        "tokens": text[:, :-1],
+        "targets": text[:, 1:],
+        "segment_ids": segment_ids,
+        "positions": positions,
+        "loss_mask": loss_mask,
+    }
+
+
+def train(trainable: Trainable, steps: int, *, seed: int = 0) -> tuple[dict[str, Any], list[dict[str, np.ndarray]]]:
+    """Trains from scratch on `tiny_batch(seed + step)`; returns the state and the metrics of every step."""
+    state = trainable.start(trainable.architecture.init(seed))
+    history = []
+    for step in range(steps):
+        state, metrics = trainable.step(state, trainable.put(tiny_batch(trainable.config, seed + step)))
+        history.append(jax.tree.map(np.asarray, metrics))
+    return state, history
