@@ -6,7 +6,7 @@ from html import escape
 COLORS = ("#3b6fb6", "#d9803b", "#4f9d69", "#b5485d", "#7d63ab", "#8a6d4b", "#4aa5b5", "#9a9a3b")
 WIDTH = 860
 ROW = 26
-LABEL = 150
+LABEL = 210
 VALUE = 150
 
 

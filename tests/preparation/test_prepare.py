@@ -34,15 +34,7 @@ def prepared(tmp_path_factory):
     """A folder with inputs of every kind and the undisturbed preparation of them in `out`."""
     folder = tmp_path_factory.mktemp("prepare")
     sources = write_mixture(folder)
-    home = folder / "home"
-    home.mkdir()
-    before = {name: os.environ.get(name) for name in ("HOME", "XDG_CACHE_HOME")}
-    os.environ |= {"HOME": str(home), "XDG_CACHE_HOME": str(home)}
-    try:
-        run(config_for(folder, sources, "shard_megabytes=1"))
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+    run(config_for(folder, sources, "shard_megabytes=1"))
     return folder, sources, json.loads((folder / "out" / "report.json").read_text())
 
 
@@ -189,9 +181,19 @@ running.prepare(load_prepare_config(sys.argv[1], ["shard_megabytes=1"]), Console
     assert all(file.stat().st_mtime_ns == time for file, time in finished.items())  # nothing done again
 
 
-def test_writes_nothing_outside_the_output(prepared):
-    folder, _, _ = prepared
-    assert list((folder / "home").rglob("*")) == []
+def test_writes_nothing_outside_the_output(tmp_path):
+    for name in ("home", "temporary", "here"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "a.warc").write_bytes(b"".join(warc_members([("http://a.org/", html(prose("en", 1)))], gzipped=False)))
+    config_for(tmp_path, f"  - {{name: a, path: {tmp_path}/a.warc}}\n")
+    places = {"HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "temporary"), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("XDG", "HF"))} | places
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    settings = ["url_filter.bundled_lists=true", "executor.workers=2"]
+    command = [sys.executable, "-m", "mixtral_jax", "prepare", str(tmp_path / "prepare.yaml"), *settings]
+    subprocess.run(command, check=True, cwd=tmp_path / "here", env=environment, capture_output=True)
+    assert documents(tmp_path / "out")
+    assert [file for name in ("home", "temporary", "here") for file in (tmp_path / name).rglob("*")] == []
 
 
 def test_the_page_needs_no_network(prepared):

@@ -52,7 +52,7 @@ def test_a_bad_length_costs_one_record(gzipped, value, place):
 
 
 @pytest.mark.parametrize("place", [0, 4, 8])
-@pytest.mark.parametrize("where", [0.0, 0.3, 0.99])
+@pytest.mark.parametrize("where", [0.0, 0.3, 0.99, 1.0])
 def test_a_flipped_byte_costs_one_record(place, where):
     members = warc_members(PAGES)
     spoilt = bytearray(members[place])
@@ -84,3 +84,10 @@ def test_a_gigantic_record_is_passed_over(gzipped):
     found, problems = read(b"".join(warc_members(pages, gzipped=gzipped)), gzipped)
     assert found == set(range(9))
     assert problems == ["too large"]
+
+
+def test_a_record_whose_checksum_is_wrong_is_not_read():
+    pages = [PAGES[0], (PAGES[1][0], html("y" * (3 << 20))), PAGES[2]]  # longer than what is decompressed at once
+    members = warc_members(pages)
+    members[1] = members[1][:-1] + bytes([members[1][-1] ^ 1])
+    assert read(b"".join(members), True, limit=8 << 20) == ({0, 2}, ["bad gzip data"])
