@@ -50,12 +50,13 @@ def _plain(stream: Stream) -> Iterator[bytes]:
 def _gunzipped(stream: Stream, report: Report) -> Iterator[bytes | None]:
     """Decompresses member after member; empty bytes mark the end of one, None one that ends badly."""
     raw = stream.read(CHUNK)
+    ending: bytes | None = b""
     while raw:
         if len(raw) < len(MAGIC):
             raw += stream.read(CHUNK)
         start = raw.find(MAGIC)
         if start != 0:  # not where a member should begin
-            if raw.strip(b"\0"):
+            if ending is not None and raw.strip(b"\0"):  # else the rest of what was reported already
                 report("bad gzip data", "bytes between two members")
             while start < 0:
                 tail, more = raw[-2:], stream.read(CHUNK)
@@ -66,7 +67,7 @@ def _gunzipped(stream: Stream, report: Report) -> Iterator[bytes | None]:
             raw = raw[start:]
         member = zlib.decompressobj(31)
         pending, raw = raw, b""
-        ending: bytes | None = b""
+        ending = b""
         try:
             while not member.eof:
                 if piece := member.decompress(pending, CHUNK):

@@ -61,7 +61,7 @@ def test_a_flipped_byte_costs_one_record(place, where):
     found, problems = read(b"".join(members), True)
     assert found >= set(range(9)) - {place}
     assert place not in found
-    assert set(problems) == {"bad gzip data"}
+    assert problems == ["bad gzip data"]
 
 
 @pytest.mark.parametrize("missing", [1, 20, 200])
