@@ -1,6 +1,7 @@
 """The verbs beside training and evaluation: `python -m mixtral_jax VERB ...`."""
 
 import argparse
+import importlib.util
 from pathlib import Path
 
 from mixtral_jax import cli
@@ -47,7 +48,25 @@ def export(arguments: list[str]) -> None:
     )
 
 
-VERBS = {"import": import_, "export": export}
+def prepare(arguments: list[str]) -> None:
+    """Web pages and documents to a clean token cache: prepare CONFIG [key=value ...]."""
+    parser = argparse.ArgumentParser(prog="mixtral_jax prepare", description=prepare.__doc__)
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/prepare_samples.yaml")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="such as executor.workers=8")
+    options = parser.parse_intermixed_args(arguments)
+    from mixtral_jax.preparation.config import load_prepare_config
+
+    config = load_prepare_config(options.config, options.overrides)
+    if importlib.util.find_spec("datatrove") is None:
+        raise UserError("prepare needs packages that are not installed: pip install 'mixtral_jax[prepare]'")
+    from rich.console import Console
+
+    from mixtral_jax.preparation.running import prepare as run
+
+    run(config, Console())
+
+
+VERBS = {"import": import_, "export": export, "prepare": prepare}
 
 
 def main(arguments: list[str]) -> None:

@@ -15,6 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mixtral_jax.config import Config, SourceConfig, UserError
 
+T = TypeVar("T")
+
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Reads a YAML file, applies dotted overrides and validates the result.
@@ -29,22 +31,42 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     Raises:
         UserError: unreadable file, unknown key, wrong type, missing value or contradiction.
     """
-    path = Path(path)
+    config = parse_config(read_config_file(path), overrides, where=str(path))
+    if not config.run_dir:
+        config = dataclasses.replace(config, run_dir=f"runs/{Path(path).stem}")
+    return config
+
+
+def read_config_file(path: str | Path) -> str:
+    """Reads the text of a YAML file; `UserError` when that cannot be."""
     try:
-        text = path.read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"cannot read the config {path}: {getattr(error, 'strerror', error)}; name a YAML file"
         ) from None
-    config = parse_config(text, overrides, where=str(path))
-    if not config.run_dir:
-        config = dataclasses.replace(config, run_dir=f"runs/{path.stem}")
-    return config
 
 
 def parse_config(text: str, overrides: list[str] | None = None, *, where: str = "the config") -> Config:
     """Builds a validated configuration from YAML text and dotted overrides; see `load_config`."""
-    merged = _merge(OmegaConf.structured(Config), text, where)
+    config = parse_structured(Config, text, overrides, where=where)
+    validate(config)
+    return config
+
+
+def parse_structured(schema: type[T], text: str, overrides: list[str] | None = None, *, where: str) -> T:
+    """Builds a frozen dataclass from YAML text and dotted overrides; `UserError` names what does not fit it.
+
+    Args:
+        schema: the dataclass; its fields are the keys.
+        text: YAML that says only what differs from the defaults.
+        overrides: `section.key=value`, the value in YAML syntax.
+        where: what to call the text in an error.
+
+    Returns:
+        The configuration, every type checked, contradictions not.
+    """
+    merged = _merge(OmegaConf.structured(schema), text, where, schema)
     for override in overrides or []:
         key, equals, value = override.partition("=")
         if not equals or not key:
@@ -55,17 +77,16 @@ def parse_config(text: str, overrides: list[str] | None = None, *, where: str = 
             raise UserError(f"the value of {key} is not YAML: {value!r}; quote it for the shell") from None
         for part in reversed(key.split(".")):
             nested = {part: nested}
-        merged = _merge(merged, OmegaConf.to_yaml(OmegaConf.create(nested)), key)
+        merged = _merge(merged, OmegaConf.to_yaml(OmegaConf.create(nested)), key, schema)
     try:
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise UserError(f"{where}: {_sentence(error)}; add it to the file or the command line") from None
-    assert isinstance(config, Config)
-    validate(config)
+        raise UserError(f"{where}: {_sentence(error, schema)}; add it to the file or the command line") from None
+    assert isinstance(config, schema)
     return config
 
 
-def _merge(base: Any, text: str, where: str) -> Any:
+def _merge(base: Any, text: str, where: str, schema: type) -> Any:
     try:
         loaded = OmegaConf.create(text) if text.strip() else OmegaConf.create()
         assert OmegaConf.is_dict(loaded)
@@ -81,10 +102,10 @@ def _merge(base: Any, text: str, where: str) -> Any:
     try:
         return OmegaConf.merge(base, loaded)
     except (OmegaConfBaseException, TypeError, ValueError) as error:
-        raise UserError(f"{where}: {_sentence(error, where)}") from None
+        raise UserError(f"{where}: {_sentence(error, schema, where)}") from None
 
 
-def _sentence(error: Exception, where: str = "") -> str:
+def _sentence(error: Exception, schema: type, where: str = "") -> str:
     """One line out of OmegaConf's report: the problem and the whole key."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     full_key = next((line.split(":", 1)[1].strip() for line in lines if line.strip().startswith("full_key")), "")
@@ -97,7 +118,7 @@ def _sentence(error: Exception, where: str = "") -> str:
     elif "missing mandatory value" in head:
         head = "a value is needed"
     if "not in" in head and "Did you mean" not in head and full_key:
-        close = difflib.get_close_matches(full_key, all_keys(), n=1, cutoff=0.5)
+        close = difflib.get_close_matches(full_key, all_keys(schema), n=1, cutoff=0.5)
         head += f". Did you mean: '{close[0]}'?" if close else ". The keys are listed in docs/config.md"
     return head if not full_key or full_key == where else f"{full_key}: {head}"
 
@@ -120,18 +141,16 @@ def to_yaml(config: Config) -> str:
 
 def changed_keys(old: Config, new: Config) -> list[str]:
     """Lists the dotted keys in which two configurations differ."""
-    left, right = _flatten(dataclasses.asdict(old)), _flatten(dataclasses.asdict(new))
+    left, right = flatten(dataclasses.asdict(old)), flatten(dataclasses.asdict(new))
     return sorted(key for key in left | right if left.get(key) != right.get(key))
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Turns nested dictionaries into one with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
-
-
-T = TypeVar("T")
 
 
 def replace(config: T, **changes: Any) -> T:
@@ -216,11 +235,11 @@ def validate(config: Config) -> None:
 def _validate_sources(sources: list[SourceConfig]) -> None:
     names = [source.name for source in sources]
     for source in sources:
-        given = [key for key in ("path", "hub", "builtin") if getattr(source, key)]
+        given = [key for key in ("path", "hub", "builtin", "prepared") if getattr(source, key)]
         _require(
             len(given) == 1,
             f"source '{source.name}' of data.sources names {' and '.join(given) or 'nothing'}: "
-            "give exactly one of path, hub and builtin",
+            "give exactly one of path, hub, builtin and prepared",
         )
         _require(
             0 < source.weight < float("inf"), f"source '{source.name}' has weight {source.weight}: it must be above 0"
