@@ -10,7 +10,11 @@ from mixtral_jax.config import RESUMABLE_KEYS, Config, UserError
 from mixtral_jax.config_loading import all_keys, changed_keys, load_config, parse_config, replace, to_yaml
 from tests.tiny import TINY
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+CONFIGS = [
+    path
+    for path in sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+    if not path.stem.startswith("prepare")  # of another schema
+]
 CONFIGS = [path for path in CONFIGS if not path.stem.startswith("prepare")]
 
 
@@ -43,7 +47,9 @@ def test_shipped_configs_say_only_what_differs(path):
     config = load_config(path)
     assert config.run_dir == f"runs/{path.stem}"
     written = yaml.safe_load(path.read_text())
-    said = [f"{section}.{key}" for section, entries in written.items() for key in entries]
+    said = []
+    for section, entries in written.items():
+        said += [f"{section}.{key}" for key in entries] if isinstance(entries, dict) else [section]
     assert [key for key in said if key not in changed_keys(Config(), config)] == []
 
 

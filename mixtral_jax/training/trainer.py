@@ -103,6 +103,9 @@ class Trainer:
         if not self.config.init_from:
             return self.trainable.start(architecture.init(self.config.seed)), 0
         source, step = find_checkpoint(Path(self.config.init_from))
+        if source.read_file(step, "tokenizer.model") != self.tokenizer.model_bytes:
+            file = source.directory / str(step) / "tokenizer.model"
+            raise UserError(f"init_from was trained with another tokenizer: set data.tokenizer={file}")
         arrays = source.restore(step, architecture.abstract())
         self.say(f"parameters from step {step} of {self.config.init_from}")
         return self.trainable.start(arrays), 0
