@@ -1,0 +1,71 @@
+"""Train, release, import, continue on other text, release: transformers measures the same perplexity."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.small_run import run, write_config
+
+pytestmark = pytest.mark.slow
+VERBS = "mixtral_jax/__main__.py"
+
+
+def succeed(*command: Any) -> None:
+    result = run(*command)
+    assert result.returncode == 0, result.stderr
+
+
+def theirs(release: Path, documents: list[str]) -> float:
+    """Perplexity of whole documents between BOS and EOS."""
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(release / "tokenizer.model"))
+    model = AutoModelForCausalLM.from_pretrained(release).float()
+    nats, count = 0.0, 0
+    for text in documents:
+        ids = torch.tensor([[tokenizer.bos_id(), *tokenizer.encode(text), tokenizer.eos_id()]])
+        with torch.no_grad():
+            logits = model(ids[:, :-1]).logits.double()
+        nats += torch.nn.functional.cross_entropy(logits[0], ids[0, 1:], reduction="sum").item()
+        count += ids.shape[1] - 1
+    return math.exp(nats / count)
+
+
+def ours(checkpoint: Path, text: Path) -> float:
+    result = text.with_suffix(".out")
+    succeed(
+        "eval.py", checkpoint, "--json", result, f"data.sources=[{{name: x, path: {text}}}]",
+        "eval.mode=document", "eval.context=512",
+    )  # fmt: skip
+    return json.loads(result.read_text())["total"]["perplexity"]
+
+
+def test_continued_and_released(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    quiet = ("train.eval_every=0",)
+    succeed("train.py", config, *quiet)
+    documents = [" ".join(f"{word} {i * j % 7}" for j, word in enumerate(["one", "two", "ten"])) for i in range(60)]
+    new, old = tmp_path / "new.jsonl", tmp_path / "text.jsonl"
+    new.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    succeed(VERBS, "export", tmp_path / "run", tmp_path / "released", "--format", "mistral")
+    succeed(VERBS, "import", tmp_path / "released", tmp_path / "import", f"data.cache_dir={tmp_path / 'cache'}")
+    before, old_before = ours(tmp_path / "import", new), ours(tmp_path / "import", old)
+
+    tokenizer = tmp_path / "released" / "tokenizer.model"
+    continued = (
+        f"init_from={tmp_path / 'import'}", f"run_dir={tmp_path / 'more'}", f"data.tokenizer={tokenizer}",
+        f"data.sources=[{{name: new, path: {new}}}]", "train.steps=30",
+    )  # fmt: skip
+    succeed("train.py", config, *quiet, *continued)
+    succeed(VERBS, "export", tmp_path / "more", tmp_path / "again", "--format", "hf")
+    # Measured whole, as for the import: a copy is not known as what was trained on.
+    copy = tmp_path / "copy.jsonl"
+    copy.write_text(new.read_text())
+    after, old_after = ours(tmp_path / "more", copy), ours(tmp_path / "more", old)
+    print(f"new text {before:.3f} -> {after:.3f}, old text {old_before:.3f} -> {old_after:.3f}")
+    assert after < 0.8 * before
+    assert theirs(tmp_path / "again", documents) == pytest.approx(after, abs=1e-3)
