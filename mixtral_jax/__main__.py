@@ -46,7 +46,7 @@ def export(arguments: list[str]) -> None:
 def prepare(arguments: list[str]) -> None:
     """Web pages and documents to a clean token cache: prepare CONFIG [key=value ...]."""
     parser = argparse.ArgumentParser(prog="mixtral_jax prepare", description=prepare.__doc__)
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/prepare_samples.yaml")
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/prepare_local.yaml")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="such as executor.workers=8")
     options = parser.parse_intermixed_args(arguments)
     from mixtral_jax.preparation.config import load_prepare_config
