@@ -1,4 +1,4 @@
-"""Writes docs/config.md from the comments in mixtral_jax/config.py: `python docs/make_config.py`."""
+"""Writes docs/config.md and docs/preparation-config.md from the comments at the keys: `python docs/make_config.py`."""
 
 import ast
 from pathlib import Path
@@ -7,8 +7,13 @@ ROOT = Path(__file__).parent.parent
 HEAD = """# Every key of the configuration
 
 A YAML file says only what differs from these defaults; `section.key=value` on the command line overrides it. A key
-without a default must be given. This page is made from `mixtral_jax/config.py` by `python docs/make_config.py`.
+without a default must be given. This page is made from `{module}` by `python docs/make_config.py`.
 """
+# Page: the module, its top class, and classes of list members by the key of the list.
+PAGES = {
+    "config.md": ("mixtral_jax/config.py", "Config", {"data.sources": "SourceConfig"}),
+    "preparation-config.md": ("mixtral_jax/preparation/config.py", "PrepareConfig", {"sources": "PrepareSource"}),
+}
 
 
 def comment_of(lines: list[str], node: ast.AnnAssign) -> str:
@@ -22,17 +27,18 @@ def comment_of(lines: list[str], node: ast.AnnAssign) -> str:
     return " ".join([*above, behind]).strip()
 
 
-def make_page() -> str:
-    """Renders the page."""
-    source = (ROOT / "mixtral_jax" / "config.py").read_text(encoding="utf-8")
+def make_page(page: str = "config.md") -> str:
+    """Renders a page."""
+    module, top, members = PAGES[page]
+    source = (ROOT / module).read_text(encoding="utf-8")
     lines = source.splitlines()
     classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
-    sections = {"": classes["Config"]}
-    for node in classes["Config"].body:
+    sections = {"": classes[top]}
+    for node in classes[top].body:
         if isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation) in classes:
             sections[node.target.id + "."] = classes[ast.unparse(node.annotation)]  # type: ignore[union-attr]
-    sections["data.sources[]."] = classes["SourceConfig"]
-    out = [HEAD]
+    sections |= {f"{key}[].": classes[name] for key, name in members.items()}
+    out = [HEAD.format(module=module)]
     for prefix, node in sections.items():
         fields = [f for f in node.body if isinstance(f, ast.AnnAssign) and ast.unparse(f.annotation) not in classes]
         out += [f"## {prefix.rstrip('.') or 'top level'}", "", ast.get_docstring(node) or "", ""]
@@ -40,6 +46,11 @@ def make_page() -> str:
         for entry in fields:
             default = ast.unparse(entry.value) if entry.value else ""
             default = {"MISSING": "(none)", "field(default_factory=list)": "[]"}.get(default, default)
+            default = (
+                default.removeprefix("field(default_factory=lambda: ").removesuffix(")")
+                if "lambda" in default
+                else default
+            )
             kind = ast.unparse(entry.annotation).replace("|", "\\|")
             name = entry.target.id  # type: ignore[union-attr]
             out.append(f"| `{prefix}{name}` | {kind} | `{default}` | {comment_of(lines, entry)} |")
@@ -48,4 +59,5 @@ def make_page() -> str:
 
 
 if __name__ == "__main__":
-    (ROOT / "docs" / "config.md").write_text(make_page(), encoding="utf-8")
+    for page in PAGES:
+        (ROOT / "docs" / page).write_text(make_page(page), encoding="utf-8")

@@ -38,13 +38,14 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One source of text: exactly one of `path`, `hub` and `builtin`."""
+    """One source of text: exactly one of `path`, `hub`, `builtin` and `prepared`."""
 
     name: str = MISSING  # appears in logs and evaluation tables
     path: str | None = None  # file, glob or directory: txt, md, jsonl, json.gz, jsonl.zst, parquet
     hub: str | None = None  # name on the Hugging Face hub, "name" or "name:config:split", streamed
     # `python`: what every installation carries, the documentation and source of the standard library.
     builtin: Literal["python"] | None = None
+    prepared: str | None = None  # directory of tokens that `python -m mixtral_jax prepare` wrote
     text_field: str = "text"  # field of a record that holds the text
     weight: float = 1.0  # share of the training tokens, relative to the other sources
 

@@ -5,6 +5,7 @@ Contradictions are `UserError`s whose sentence holds the fix.
 
 import dataclasses
 import difflib
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +14,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mixtral_jax.config import Config, SourceConfig, UserError
+
+T = TypeVar("T")
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -28,22 +31,42 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     Raises:
         UserError: unreadable file, unknown key, wrong type, missing value or contradiction.
     """
-    path = Path(path)
+    config = parse_config(read_config_file(path), overrides, where=str(path))
+    if not config.run_dir:
+        config = dataclasses.replace(config, run_dir=f"runs/{Path(path).stem}")
+    return config
+
+
+def read_config_file(path: str | Path) -> str:
+    """Reads the text of a YAML file; `UserError` when that cannot be."""
     try:
-        text = path.read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"cannot read the config {path}: {getattr(error, 'strerror', error)}; name a YAML file"
         ) from None
-    config = parse_config(text, overrides, where=str(path))
-    if not config.run_dir:
-        config = dataclasses.replace(config, run_dir=f"runs/{path.stem}")
-    return config
 
 
 def parse_config(text: str, overrides: list[str] | None = None, *, where: str = "the config") -> Config:
     """Builds a validated configuration from YAML text and dotted overrides; see `load_config`."""
-    merged = _merge(OmegaConf.structured(Config), text, where)
+    config = parse_structured(Config, text, overrides, where=where)
+    validate(config)
+    return config
+
+
+def parse_structured(schema: type[T], text: str, overrides: list[str] | None = None, *, where: str) -> T:
+    """Builds a frozen dataclass from YAML text and dotted overrides; `UserError` names what does not fit it.
+
+    Args:
+        schema: the dataclass; its fields are the keys.
+        text: YAML that says only what differs from the defaults.
+        overrides: `section.key=value`, the value in YAML syntax.
+        where: what to call the text in an error.
+
+    Returns:
+        The configuration, every type checked, contradictions not.
+    """
+    merged = _merge(OmegaConf.structured(schema), text, where, schema)
     for override in overrides or []:
         key, equals, value = override.partition("=")
         if not equals or not key:
@@ -52,31 +75,25 @@ def parse_config(text: str, overrides: list[str] | None = None, *, where: str = 
             nested: Any = yaml.safe_load(value) if value else ""
         except yaml.YAMLError:
             raise UserError(f"the value of {key} is not YAML: {value!r}; quote it for the shell") from None
-        if isinstance(nested, str):
-            nested = _number(nested)
         for part in reversed(key.split(".")):
             nested = {part: nested}
-        merged = _merge(merged, OmegaConf.to_yaml(OmegaConf.create(nested)), key)
+        merged = _merge(merged, OmegaConf.to_yaml(OmegaConf.create(nested)), key, schema)
     try:
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise UserError(f"{where}: {_sentence(error)}; add it to the file or the command line") from None
-    assert isinstance(config, Config)
-    validate(config)
+        raise UserError(f"{where}: {_sentence(error, schema)}; add it to the file or the command line") from None
+    assert isinstance(config, schema)
     return config
 
 
-def _number(text: str) -> Any:
-    """YAML 1.1 reads 3e-4 as a string; people mean a number."""
-    try:
-        return float(text) if "e" in text.lower() else text
-    except ValueError:
-        return text
-
-
-def _merge(base: Any, text: str, where: str) -> Any:
+def _merge(base: Any, text: str, where: str, schema: type) -> Any:
     try:
         loaded = OmegaConf.create(text) if text.strip() else OmegaConf.create()
+        assert OmegaConf.is_dict(loaded)
+    except AssertionError:  # OmegaConf's own, for a lone number
+        raise UserError(
+            f"{where} holds no sections: write lines such as 'train:' and below it, indented, 'steps: 100'"
+        ) from None
     except (yaml.YAMLError, OmegaConfBaseException, OSError) as error:
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         mark = getattr(error, "problem_mark", None)
@@ -85,16 +102,23 @@ def _merge(base: Any, text: str, where: str) -> Any:
     try:
         return OmegaConf.merge(base, loaded)
     except (OmegaConfBaseException, TypeError, ValueError) as error:
-        raise UserError(f"{where}: {_sentence(error, where)}") from None
+        raise UserError(f"{where}: {_sentence(error, schema, where)}") from None
 
 
-def _sentence(error: Exception, where: str = "") -> str:
+def _sentence(error: Exception, schema: type, where: str = "") -> str:
     """One line out of OmegaConf's report: the problem and the whole key."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     full_key = next((line.split(":", 1)[1].strip() for line in lines if line.strip().startswith("full_key")), "")
     head = lines[0].rstrip(".")
+    section = re.match(r"Merge error: \w+ is not a subclass of (\w+)Config", head)
+    if section:
+        head = f"{section[1].lower()} is a section: give it keys with values"
+    elif isinstance(error, TypeError):
+        head = "a list is given as a whole, such as data.sources=[{name: mine, path: mine.txt}]"
+    elif "missing mandatory value" in head:
+        head = "a value is needed"
     if "not in" in head and "Did you mean" not in head and full_key:
-        close = difflib.get_close_matches(full_key, all_keys(), n=1, cutoff=0.5)
+        close = difflib.get_close_matches(full_key, all_keys(schema), n=1, cutoff=0.5)
         head += f". Did you mean: '{close[0]}'?" if close else ". The keys are listed in docs/config.md"
     return head if not full_key or full_key == where else f"{full_key}: {head}"
 
@@ -117,18 +141,16 @@ def to_yaml(config: Config) -> str:
 
 def changed_keys(old: Config, new: Config) -> list[str]:
     """Lists the dotted keys in which two configurations differ."""
-    left, right = _flatten(dataclasses.asdict(old)), _flatten(dataclasses.asdict(new))
+    left, right = flatten(dataclasses.asdict(old)), flatten(dataclasses.asdict(new))
     return sorted(key for key in left | right if left.get(key) != right.get(key))
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Turns nested dictionaries into one with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
-
-
-T = TypeVar("T")
 
 
 def replace(config: T, **changes: Any) -> T:
@@ -145,23 +167,42 @@ def _require(ok: bool, sentence: str) -> None:
         raise UserError(sentence)
 
 
+def _values(section: Any, names: tuple[str, ...]) -> list[tuple[str, Any]]:
+    prefix = type(section).__name__.removesuffix("Config").lower()
+    return [(f"{prefix}.{name}", getattr(section, name)) for name in names]
+
+
 def validate(config: Config) -> None:
     """Raises `UserError` for values that contradict each other or cannot be."""
-    model, train, losses = config.model, config.train, config.losses
-    for section, names in (
+    model, train = config.model, config.train
+    positive: tuple[tuple[Any, tuple[str, ...]], ...] = (
         (model, ("d_model", "d_ff", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size",
-                 "num_experts", "num_experts_per_tok", "rope_theta", "norm_eps", "capacity_factor")),
+                 "num_experts", "num_experts_per_tok", "rope_theta", "norm_eps", "capacity_factor", "init_std")),
         (config.data, ("seq_len",)),
-        (train, ("steps", "batch_size", "microbatches", "log_every", "max_nonfinite_steps")),
+        (train, ("steps", "batch_size", "microbatches", "log_every", "eval_batches", "max_nonfinite_steps")),
         (config.optimizer, ("learning_rate", "eps")),
         (config.checkpoint, ("every", "keep")),
         (config.kernels, ("loss_chunk",)),
         (config.eval, ("batch_size",)),
-    ):  # fmt: skip
-        for name in names:
-            value = getattr(section, name)
-            prefix = type(section).__name__.removesuffix("Config").lower()
-            _require(0 < value < float("inf"), f"{prefix}.{name} is {value}: it must be greater than 0")
+    )  # fmt: skip
+    for section, names in positive:
+        for key, value in _values(section, names):
+            _require(0 < value < float("inf"), f"{key} is {value}: it must be greater than 0")
+    not_negative: tuple[tuple[Any, tuple[str, ...]], ...] = (
+        (train, ("eval_every",)),
+        (config.optimizer, ("warmup_steps", "decay_steps", "weight_decay", "clip_norm", "final_learning_rate_ratio")),
+        (config.losses, ("load_balance", "router_z", "selection_bias_rate")),
+        (config.checkpoint, ("keep_every",)),
+        (config.kernels, ("block_size",)),
+        (config.eval, ("context", "max_tokens")),
+    )
+    for section, names in not_negative:
+        for key, value in _values(section, names):
+            _require(0 <= value < float("inf"), f"{key} is {value}: it must be 0 or more")
+    for key, value in (*_values(config.data, ("holdout",)), *_values(config.optimizer, ("beta1", "beta2"))):
+        _require(0 <= value < 1, f"{key} is {value}: it goes from 0 to below 1")
+    stop = train.stop_at_step
+    _require(stop is None or stop > 0, f"train.stop_at_step is {stop}: it must be greater than 0, or null")
     width = model.num_heads * model.head_dim
     _require(
         width == model.d_model,
@@ -182,14 +223,6 @@ def validate(config: Config) -> None:
         train.batch_size % train.microbatches == 0,
         f"train.batch_size={train.batch_size} is not a multiple of train.microbatches={train.microbatches}: change one",
     )
-    _require(0 <= config.data.holdout < 1, f"data.holdout is {config.data.holdout}: it is a share from 0 to below 1")
-    for name in ("load_balance", "router_z", "selection_bias_rate"):
-        _require(
-            0 <= getattr(losses, name) < float("inf"), f"losses.{name} is {getattr(losses, name)}: it must be 0 or more"
-        )
-    for name in ("warmup_steps", "decay_steps", "weight_decay", "clip_norm", "final_learning_rate_ratio"):
-        value = getattr(config.optimizer, name)
-        _require(0 <= value < float("inf"), f"optimizer.{name} is {value}: it must be 0 or more")
     sizes = dataclasses.asdict(config.mesh)
     _require(list(sizes.values()).count(-1) <= 1, "only one mesh axis may be -1: give the others a size")
     for name, size in sizes.items():
@@ -202,11 +235,11 @@ def validate(config: Config) -> None:
 def _validate_sources(sources: list[SourceConfig]) -> None:
     names = [source.name for source in sources]
     for source in sources:
-        given = [key for key in ("path", "hub", "builtin") if getattr(source, key)]
+        given = [key for key in ("path", "hub", "builtin", "prepared") if getattr(source, key)]
         _require(
             len(given) == 1,
             f"source '{source.name}' of data.sources names {' and '.join(given) or 'nothing'}: "
-            "give exactly one of path, hub and builtin",
+            "give exactly one of path, hub, builtin and prepared",
         )
         _require(
             0 < source.weight < float("inf"), f"source '{source.name}' has weight {source.weight}: it must be above 0"

@@ -47,10 +47,8 @@ def make_runtime(config: Config, mesh: Mesh | None = None) -> Runtime:
     """
     mesh = make_mesh(config.mesh) if mesh is None else mesh
     platform = mesh.devices.flat[0].platform
-    attention = AUTO_ATTENTION[platform] if config.kernels.attention == "auto" else config.kernels.attention
+    precision = make_precision(config.precision)
     experts = AUTO_EXPERTS[platform] if config.kernels.experts == "auto" else config.kernels.experts
-    if (attention == "cudnn" and platform != "gpu") or (attention == "splash" and platform == "gpu"):
-        raise UserError(f"kernels.attention={attention} does not run on {platform}: use auto or blockwise")
     model = config.model
     check_divides(mesh, "d_model", "model.d_model", model.d_model)
     check_divides(mesh, "d_ff", "model.d_ff", model.d_ff)
@@ -58,10 +56,15 @@ def make_runtime(config: Config, mesh: Mesh | None = None) -> Runtime:
     check_divides(mesh, "kv_heads", "model.num_kv_heads", model.num_kv_heads)
     check_divides(mesh, "vocab", "model.vocab_size", model.vocab_size)
     check_divides(mesh, "experts", "model.num_experts", model.num_experts)
+    if model.dispatch == "capacity" and mesh.shape["context"] > 1:
+        raise UserError(
+            f"model.dispatch=capacity gives experts room by whole sequences, "
+            f"which mesh.context={mesh.shape['context']} splits: use dropless or mesh.context=1"
+        )
     return Runtime(
         mesh=mesh,
-        precision=make_precision(config.precision),
-        attention=attention,
+        precision=precision,
+        attention=choose_attention(config.kernels.attention, platform, precision),
         experts=experts,
         block_size=config.kernels.block_size,
         loss_chunk=config.kernels.loss_chunk,
@@ -69,11 +72,31 @@ def make_runtime(config: Config, mesh: Mesh | None = None) -> Runtime:
     )
 
 
+def choose_attention(
+    name: Literal["auto", "blockwise", "cudnn", "splash"], platform: str, precision: Precision
+) -> AttentionBackend:
+    """Resolves `auto` by platform and type.
+
+    Raises:
+        UserError: a kernel that the platform lacks or that lacks the type.
+    """
+    wide = precision.compute == precision.full
+    if name == "auto":
+        return "blockwise" if platform == "gpu" and wide else AUTO_ATTENTION[platform]
+    if (name == "cudnn" and platform != "gpu") or (name == "splash" and platform == "gpu"):
+        raise UserError(f"kernels.attention={name} does not run on {platform}: use auto or blockwise")
+    if name == "cudnn" and wide:
+        raise UserError(
+            "kernels.attention=cudnn does not compute in float32: set precision.compute=bfloat16, or use auto"
+        )
+    return name
+
+
 def check_divides(mesh: Mesh, axis: str, key: str, value: int) -> None:
     """Raises `UserError` when the devices of a logical axis do not divide a size that the configuration gives."""
     size = axis_size(mesh, axis)
     if value % size:
         raise UserError(
-            f"{key} is {value}, which does not divide over the {size} devices of mesh axis '{axis}' "
-            f"({' * '.join(RULES[axis])}): make it a multiple of {size} or change the mesh"
+            f"{key} is {value}, which does not divide over the {size} devices of "
+            f"{' * '.join(f'mesh.{name}' for name in RULES[axis])}: make it a multiple of {size} or change the mesh"
         )

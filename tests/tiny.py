@@ -23,9 +23,9 @@ optimizer: {learning_rate: 1e-2, warmup_steps: 5}
 """
 
 
-def tiny_config(**changes: Any) -> Config:
-    """The tiny configuration with changes by section: `tiny_config(model={"num_layers": 1})`."""
-    return replace(parse_config(TINY), **changes)
+def tiny_config(*overrides: str, **changes: Any) -> Config:
+    """The tiny configuration with changes: `tiny_config("train.steps=5", model={"num_layers": 1})`."""
+    return replace(parse_config(TINY, list(overrides)), **changes)
 
 
 def mesh_of(**sizes: int) -> Mesh:

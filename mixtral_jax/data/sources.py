@@ -59,7 +59,13 @@ def document_parts(source: SourceConfig, on_bytes: Callable[[int], None] = _igno
 
 def check_source(source: SourceConfig) -> None:
     """Raises `UserError` when a source's files are missing or the hub cannot be reached, before anything slow."""
-    if source.hub:
+    if source.prepared:
+        if not (Path(source.prepared).expanduser() / "index.json").is_file():
+            raise UserError(
+                f"source '{source.name}' of data.sources: {source.prepared} holds no prepared tokens: name a directory "
+                "tokens/LANGUAGE that `python -m mixtral_jax prepare` wrote"
+            )
+    elif source.hub:
         _check_hub(source)
     else:
         source_files(source)
@@ -71,6 +77,11 @@ def source_files(source: SourceConfig) -> list[Path]:
     Raises:
         UserError: nothing there, or a file of a kind that cannot be read.
     """
+    if source.prepared:
+        raise UserError(
+            f"source '{source.name}' of data.sources holds prepared tokens, no text: for data.tokenizer=train name the "
+            "preparation's documents with path"
+        )
     if source.hub:
         return []
     if source.builtin:

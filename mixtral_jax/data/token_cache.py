@@ -64,6 +64,8 @@ def open_or_build(source: SourceConfig, tokenizer: Tokenizer, cache_dir: Path) -
     Raises:
         UserError: trouble in the source (see `iter_documents`), or no room for the cache.
     """
+    if source.prepared:
+        return _open_prepared(source, source.prepared, tokenizer)
     key = _key(source, tokenizer)
     target = cache_dir / f"tokens-{key[:24]}"
     with locked(target):
@@ -79,6 +81,27 @@ def open_or_build(source: SourceConfig, tokenizer: Tokenizer, cache_dir: Path) -
             if index is None:
                 raise UserError(f"the token cache {target} cannot be read back ({problem}): check the disk")
     return TokenCache(target, source.name, index)
+
+
+def _open_prepared(source: SourceConfig, prepared: str, tokenizer: Tokenizer) -> TokenCache:
+    directory = Path(prepared).expanduser()
+    index, problem = _read_index(directory, prepared_key(tokenizer))
+    if index is None:
+        raise UserError(
+            f"source '{source.name}': cannot use the prepared tokens {directory} ({problem or 'not there'}): prepare "
+            "them with data.tokenizer, or set data.tokenizer to the tokenizer.model of the preparation"
+        )
+    return TokenCache(directory, source.name, index)
+
+
+def prepared_key(tokenizer: Tokenizer) -> str:
+    """Key of a cache that is named by its place, wherever that moves, not by the files it was made of."""
+    return hashlib.sha256(f"{FORMAT} prepared {tokenizer.fingerprint}".encode()).hexdigest()
+
+
+def token_dtype(tokenizer: Tokenizer) -> str:
+    """Type of the integers in a tokenizer's caches."""
+    return "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
 
 
 def _key(source: SourceConfig, tokenizer: Tokenizer) -> str:
@@ -102,7 +125,7 @@ def _read_index(directory: Path, key: str) -> tuple[dict[str, Any] | None, str]:
 
 
 def _build(source: SourceConfig, tokenizer: Tokenizer, directory: Path, key: str) -> None:
-    dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
+    dtype = token_dtype(tokenizer)
     digests = {name: hashlib.sha256() for name in ("tokens", "document_starts", "document_bytes")}
     num_tokens = num_documents = 0
     with contextlib.ExitStack() as stack:
@@ -125,10 +148,27 @@ def _build(source: SourceConfig, tokenizer: Tokenizer, directory: Path, key: str
             num_tokens = int(ends[-1])
             num_documents += len(batch)
             progress.update(progress.task_ids[0], documents=num_documents, tokens=num_tokens / 1e6)
+    write_index(directory, key, source.name, dtype, num_documents, num_tokens, digests)
+
+
+def write_index(
+    directory: Path, key: str, source: str, dtype: str, num_documents: int, num_tokens: int, digests: dict[str, Any]
+) -> None:
+    """Writes the `index.json` of a cache whose other files are complete.
+
+    Args:
+        directory: the cache.
+        key: says what it was made of; who opens it asks for the same.
+        source: name of the text.
+        dtype: of the tokens, see `token_dtype`.
+        num_documents: how many there are.
+        num_tokens: how many there are, BOS and EOS included.
+        digests: SHA-256 objects of the files, by name.
+    """
     sha256 = {name: digest.hexdigest() for name, digest in digests.items()}
     index = {
         "key": key,
-        "source": source.name,
+        "source": source,
         "num_documents": num_documents,
         "num_tokens": num_tokens,
         "dtype": dtype,

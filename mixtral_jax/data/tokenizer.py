@@ -94,8 +94,8 @@ class Tokenizer:
         """Encodes a text without BOS and EOS; control tokens written out in the text stay text."""
         return self._processor.encode(text)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, "_"]]:
-        """Encodes texts like `encode`, on all cores.
+    def encode_batch(self, texts: Sequence[str], threads: int = 0) -> list[Int32[np.ndarray, "_"]]:
+        """Encodes texts like `encode`, on so many threads, or on all cores (0).
 
         The threads are the library's own, so nothing is copied between processes. Long texts are cut where that does
         not change the result: it keeps all cores at work and is faster (merging takes longer than linear time).
@@ -106,12 +106,12 @@ class Tokenizer:
             cut = _cut(text) if self._cuttable else [text]
             chunks += cut
             counts.append(len(cut))
-        encoded = self._encode_chunks(chunks)
+        encoded = self._encode_chunks(chunks, threads or _cores())
         return [np.concatenate([next(encoded) for _ in range(count)]) for count in counts]
 
-    def _encode_chunks(self, chunks: list[str]) -> Iterator[Int32[np.ndarray, "_"]]:
+    def _encode_chunks(self, chunks: list[str], threads: int) -> Iterator[Int32[np.ndarray, "_"]]:
         for start in range(0, len(chunks), GROUP):
-            for ids in self._processor.encode(chunks[start : start + GROUP], num_threads=_cores()):
+            for ids in self._processor.encode(chunks[start : start + GROUP], num_threads=threads):
                 yield np.array(ids, np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:

@@ -4,12 +4,16 @@ A bundle `checkpoints/STEP/` holds `state/` (Orbax, one item for each part of th
 as the tokenizer, and last of all `manifest.json`.
 """
 
+import errno
 import json
 import logging
+import os
+import re
 import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -20,13 +24,17 @@ from mixtral_jax.config import CheckpointConfig, UserError
 from mixtral_jax.training.manifest import NAME as MANIFEST
 from mixtral_jax.training.manifest import find_damage, write_atomically, write_manifest
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every step it takes
+# Orbax tells of every step it takes, and of a failure in stack traces; we raise what a person needs to know.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 META = "meta.json"
 
 
 class Checkpoints:
-    """The checkpoints of one run; one writer at a time (see `RunDirectory`)."""
+    """The checkpoints of one run; one writer at a time (see `RunDirectory`).
+
+    A context manager for whoever saves: leaving it, also by an error, first finishes the save that is under way.
+    """
 
     def __init__(self, directory: Path, config: CheckpointConfig, warn: Callable[[str], None] = print):
         """Looks at nothing yet.
@@ -42,6 +50,7 @@ class Checkpoints:
         self._saver: ocp.AsyncCheckpointer | None = None
         self._sealer: threading.Thread | None = None
         self._error: Exception | None = None
+        self._damaged: set[int] = set()
 
     def steps(self) -> list[int]:
         """Lists the steps of all bundles, finished or not, oldest first."""
@@ -63,7 +72,7 @@ class Checkpoints:
         """
         self.wait()
         bundle = self.directory / str(step)
-        described = {**meta, "arrays": {name: _describe(part) for name, part in state.items()}}
+        described = {**meta, "bundle": step, "arrays": {name: _describe(part) for name, part in state.items()}}
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._check_room(state)
@@ -103,19 +112,28 @@ class Checkpoints:
         Raises:
             UserError: there are finished bundles, but all are damaged.
         """
-        damaged = 0
+        ours = finished = 0
         for step in reversed(self.steps()):
             bundle = self.directory / str(step)
-            damage = find_damage(bundle)
+            damage = self.find_damage(step)
             if damage is None:
                 return step
             self.warn(f"warning: checkpoint {bundle} is passed over: {damage}")
-            damaged += (bundle / MANIFEST).exists()
-        if damaged:
+            self._damaged.add(step)
+            ours += (bundle / META).exists()
+            finished += (bundle / MANIFEST).exists()
+        if finished or ours > 1:  # a run that was killed in its first save leaves one unfinished bundle
             raise UserError(
                 f"every checkpoint in {self.directory} is damaged: restore one from a copy, or choose another run_dir"
             )
         return None
+
+    def find_damage(self, step: int) -> str | None:
+        """Says what is wrong with a bundle; None when it is as it was written."""
+        damage = find_damage(self.directory / str(step))
+        if damage is None and (written := self.read_meta(step)["bundle"]) != step:
+            return f"it is the checkpoint of step {written} under another name"
+        return damage
 
     def read_meta(self, step: int) -> dict[str, Any]:
         """Reads what `save` was given as meta."""
@@ -148,6 +166,19 @@ class Checkpoints:
             for name, part in abstract.items()
         }
 
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.wait()
+        except UserError as failure:
+            if error is None:
+                raise
+            self.warn(f"warning: {failure}")  # the error under way is the one to raise
+
     def _seal(self, step: int, bundle: Path) -> None:
         """Runs in the background: waits for Orbax, writes the manifest, removes what is no longer kept."""
         try:
@@ -163,7 +194,9 @@ class Checkpoints:
     def _retain(self, newest: int) -> None:
         """Removes old bundles and unfinished ones of ours; a directory without our meta file is not ours."""
         ours = [step for step in self.steps() if (self.directory / str(step) / META).exists()]
-        finished = [step for step in ours if (self.directory / str(step) / MANIFEST).exists() and step <= newest]
+        self._damaged.discard(newest)
+        sealed = [step for step in ours if (self.directory / str(step) / MANIFEST).exists() and step <= newest]
+        finished = [step for step in sealed if step not in self._damaged]
         kept = set(finished[-self.config.keep :])
         if self.config.keep_every:
             kept |= {step for step in finished if step % self.config.keep_every == 0}
@@ -189,8 +222,12 @@ class Checkpoints:
 
     def _failure(self, step: int, error: Exception) -> Exception:
         text = f"{error} {error.__cause__ or ''}"
-        if isinstance(error, OSError) or "RESOURCE_EXHAUSTED" in text or "No space left" in text:
-            reason = "the disk is full" if "space" in text or "EXHAUSTED" in text else getattr(error, "strerror", text)
+        code = re.search(r"os_error_code='(\d+)'", text)  # how tensorstore, under Orbax, tells of the system's errors
+        number = error.errno if isinstance(error, OSError) else int(code[1]) if code else None
+        if number is None and "RESOURCE_EXHAUSTED" in text:
+            number = errno.ENOSPC
+        if number is not None:
+            reason = "the disk is full" if number == errno.ENOSPC else os.strerror(number)
             return UserError(
                 f"checkpoint {step} could not be written to {self.directory}: {reason}; mend that and start the same "
                 "command again, the earlier checkpoints are intact"
@@ -213,10 +250,11 @@ def find_checkpoint(path: Path, warn: Callable[[str], None] = print) -> tuple[Ch
     """
     config = CheckpointConfig()
     if (path / META).exists() and path.name.isdecimal():
-        damage = find_damage(path)
+        checkpoints = Checkpoints(path.parent, config, warn)
+        damage = checkpoints.find_damage(int(path.name))
         if damage:
             raise UserError(f"the checkpoint {path} cannot be used: {damage}; name another one")
-        return Checkpoints(path.parent, config, warn), int(path.name)
+        return checkpoints, int(path.name)
     for directory in (path / "checkpoints", path):
         if directory.is_dir():
             checkpoints = Checkpoints(directory, config, warn)

@@ -30,6 +30,17 @@ class RunDirectory:
         self.path = path
         self.config = config
         self._created = not path.exists()
+        self._take_lock()
+        try:
+            self._compare()
+            os.ftruncate(self._lock, 0)
+            os.pwrite(self._lock, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+        except BaseException:
+            self.close()
+            raise
+
+    def _take_lock(self) -> None:
+        path = self.path
         try:
             path.mkdir(parents=True, exist_ok=True)
             foreign = [entry.name for entry in path.iterdir() if entry.name != LOCK]
@@ -46,13 +57,10 @@ class RunDirectory:
             holder = _read_holder(self._lock)
             os.close(self._lock)
             raise UserError(f"{path} is in use by {holder}: stop that one or choose another run_dir") from None
-        try:
-            self._compare()
-            os.ftruncate(self._lock, 0)
-            os.pwrite(self._lock, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
-        except BaseException:
-            self.close()
-            raise
+        # The holder before us may have removed the file between our opening and our locking it.
+        if not (path / LOCK).exists() or (path / LOCK).stat().st_ino != os.fstat(self._lock).st_ino:
+            os.close(self._lock)
+            self._take_lock()
 
     def write_config(self) -> None:
         """Writes the resolved configuration; called when nothing can be wrong with the input any more."""

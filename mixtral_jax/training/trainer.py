@@ -72,11 +72,11 @@ class Trainer:
             self.say(self.runtime.describe())
             self.tokenizer, training, self.heldout = open_documents(self.config)
             self.data = TrainingData(self.config, training)
-            self.checkpoints = Checkpoints(run_dir.path / "checkpoints", self.config.checkpoint, warn=self.say)
-            state, step = self._first_state()
-            run_dir.write_config()
-            if step < self.config.train.steps:
-                state, step = self._train(run_dir.path, state, step)
+            with Checkpoints(run_dir.path / "checkpoints", self.config.checkpoint, self.say) as self.checkpoints:
+                state, step = self._first_state()
+                run_dir.write_config()
+                if step < self.config.train.steps:
+                    state, step = self._train(run_dir.path, state, step)
             return Outcome(
                 step=step,
                 finished=step >= self.config.train.steps,
@@ -103,6 +103,9 @@ class Trainer:
         if not self.config.init_from:
             return self.trainable.start(architecture.init(self.config.seed)), 0
         source, step = find_checkpoint(Path(self.config.init_from))
+        if source.read_file(step, "tokenizer.model") != self.tokenizer.model_bytes:
+            file = source.directory / str(step) / "tokenizer.model"
+            raise UserError(f"init_from was trained with another tokenizer: set data.tokenizer={file}")
         arrays = source.restore(step, architecture.abstract())
         self.say(f"parameters from step {step} of {self.config.init_from}")
         return self.trainable.start(arrays), 0
@@ -134,18 +137,17 @@ class Trainer:
                 pending.append((step, metrics))
                 ends = step == last or stop.requested
                 saves = ends or step % config.checkpoint.every == 0
-                evaluates = bool(config.train.eval_every) and step % config.train.eval_every == 0 and not ends
+                evaluates = bool(config.train.eval_every) and step % config.train.eval_every == 0
                 while len(pending) > (0 if saves or evaluates else IN_FLIGHT):
                     self._report(*pending.popleft())
                 if saves:
                     self._save(step, state)
-                if evaluates:
+                if evaluates and not stop.requested:  # who asks to stop has little time
                     self._evaluate(step, state)
                 if saves or evaluates:  # their time is not training's
                     self.clock, self.clock_step = time.monotonic(), step
                 if ends:
                     break
-        self.checkpoints.wait()
         return state, step
 
     def _report(self, step: int, metrics: dict[str, Any]) -> None:

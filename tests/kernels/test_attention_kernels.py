@@ -5,13 +5,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
-from tiny import mesh_of, packed_ids, tiny_config
 
-from mixtral_jax.config import UserError
 from mixtral_jax.kernels import attention as kernels
-from mixtral_jax.runtime import make_runtime
+from tests import oracles
+from tests.tiny import packed_ids
 
 DOCUMENTS = {
     "one document": [[50], [50]],
@@ -98,10 +96,3 @@ def test_memory_grows_with_the_length_not_its_square(part):
 
     assert temporaries(32768) < 2.2 * temporaries(16384)
     assert temporaries(32768) < 0.01 * (2 * 32768**2 * 4)
-
-
-@pytest.mark.parametrize("backend", ["cudnn"])
-def test_a_backend_of_another_platform_is_refused(backend):
-    config = tiny_config(kernels={"attention": backend})
-    with pytest.raises(UserError, match=r"^kernels.attention=cudnn does not run on cpu: use auto or blockwise$"):
-        make_runtime(config, mesh_of())

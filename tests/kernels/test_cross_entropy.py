@@ -7,11 +7,11 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
-from tiny import mesh_of
 
 from mixtral_jax.kernels.cross_entropy import cross_entropy_sum, token_losses
+from tests import oracles
+from tests.tiny import mesh_of
 
 BATCH, SEQ, D_MODEL, VOCAB = 4, 12, 8, 40
 MESHES = {"one device": {}, "tensor": {"tensor": 8}, "all": {"data": 2, "expert": 2, "tensor": 2}, "fsdp": {"fsdp": 4}}

@@ -6,15 +6,15 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
-from tiny import mesh_of, packed_ids, tiny_architecture, tiny_batch, tiny_config, tiny_trainable
 
 from mixtral_jax.config_loading import load_config, replace
 from mixtral_jax.model.layers import RMSNorm, embed, rotary_tables, rotate
 from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.precision import make_precision
 from mixtral_jax.runtime import make_runtime
+from tests import oracles
+from tests.tiny import mesh_of, packed_ids, tiny_architecture, tiny_batch, tiny_config, tiny_trainable
 
 SEQ = 32
 DISPATCH = {"dropless": {"dispatch": "dropless"}, "tight": {"dispatch": "capacity", "capacity_factor": 0.5}}

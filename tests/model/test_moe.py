@@ -5,14 +5,14 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
 from flax import nnx
-from tiny import mesh_of, tiny_config
 
 from mixtral_jax.model.moe import MoE, SelectionBias
 from mixtral_jax.model.routing import choose_experts, expert_capacity
 from mixtral_jax.runtime import make_runtime
+from tests import oracles
+from tests.tiny import mesh_of, tiny_config
 
 BATCH, SEQ, D_MODEL, D_FF, EXPERTS = 3, 11, 8, 12, 4
 ROOMY = ("capacity", "auto", 0, float(EXPERTS))

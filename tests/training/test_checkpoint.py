@@ -126,6 +126,7 @@ DAMAGE = {
     "stray file": (lambda b: (b / "state" / "stray").write_bytes(b"x"), "does not belong"),
     "no manifest": (lambda b: (b / "manifest.json").unlink(), "unfinished"),
     "bad manifest": (lambda b: (b / "manifest.json").write_bytes(b"{"), "manifest is damaged"),
+    "renamed": (lambda b: shutil.rmtree(b) or shutil.copytree(b.parent / "1", b), "checkpoint of step 1 under another"),
     "flipped bit in meta": (lambda b: (b / "meta.json").write_text((b / "meta.json").read_text()[::-1]), "meta.json"),
 }
 
@@ -173,6 +174,45 @@ def test_all_damaged_is_an_error_but_none_is_a_fresh_start(checkpoints):
     flip_bit(checkpoints.directory / "1")
     with pytest.raises(UserError, match=r"every checkpoint in .* is damaged"):
         checkpoints.latest()
+
+
+def test_lost_manifests_are_no_fresh_start(checkpoints):
+    save(checkpoints, 1, 2)
+    for manifest in checkpoints.directory.glob("*/manifest.json"):
+        manifest.unlink()
+    with pytest.raises(UserError, match="every checkpoint"):
+        checkpoints.latest()
+
+
+def test_damaged_ones_take_no_good_one_s_place(tmp_path, said):
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=2), said.append)
+    save(checkpoints, 1, 2)
+    flip_bit(tmp_path / "2")
+    assert checkpoints.latest() == 1
+    save(checkpoints, 3)
+    assert checkpoints.steps() == [1, 3]
+
+
+def test_an_error_lets_the_save_under_way_finish(checkpoints):
+    def fail_while_saving():
+        with checkpoints:
+            checkpoints.save(1, make_state(1), {}, {})
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_while_saving()
+    assert checkpoints.latest() == 1
+
+
+@pytest.mark.parametrize(("number", "words"), [(errno.EROFS, "Read-only"), (errno.EFBIG, "too large")])
+def test_errors_below_orbax_are_one_sentence(checkpoints, monkeypatch, number, words):
+    def fail(directory):
+        raise ValueError(f"INTERNAL: writing [os_error_code='{number}']")
+
+    monkeypatch.setattr(checkpoint_module, "write_manifest", fail)
+    checkpoints.save(2, make_state(2), {}, {})
+    with pytest.raises(UserError, match=words):
+        checkpoints.wait()
 
 
 @pytest.mark.parametrize("change", ["shape", "dtype", "missing", "extra"])

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import mesh_of, tiny_architecture, tiny_config
 
 from mixtral_jax.config import OptimizerConfig, UserError
 from mixtral_jax.precision import make_precision
 from mixtral_jax.training.optimizer import decay_mask, make_optimizer, make_schedule
+from tests.tiny import mesh_of, tiny_architecture, tiny_config
 
 
 def rates(steps, **changes):

@@ -1,0 +1,175 @@
+"""Speed of each step of the preparation on one core, and of the loader: `python benchmarks/preparation.py [FILES...]`.
+
+Without files, pages are made of random words. Rates are bytes of the step's own input a second: HTML for reading and
+extraction, text for the rest.
+"""
+
+import os
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ["TQDM_DISABLE"] = "1"
+
+import numpy as np
+from datatrove.data import Document
+from datatrove.pipeline.dedup import MinhashDedupSignature
+from datatrove.pipeline.formatters import PIIFormatter
+from loguru import logger
+from rich.console import Console
+from rich.table import Table
+
+from mixtral_jax.config_loading import parse_config
+from mixtral_jax.data.pipeline import TrainingData, open_documents
+from mixtral_jax.preparation import rules
+from mixtral_jax.preparation.caches import CacheBuilder
+from mixtral_jax.preparation.config import PrepareConfig, PrepareSource
+from mixtral_jax.preparation.counting import shared_tokenizer
+from mixtral_jax.preparation.examples import Examples
+from mixtral_jax.preparation.extraction import EXTRACTORS
+from mixtral_jax.preparation.file_readers import read_documents
+from mixtral_jax.preparation.language import LanguageFilter
+from mixtral_jax.preparation.plan import list_files
+from mixtral_jax.preparation.words import RegexWords
+from mixtral_jax.preparation.writing import TokenWriter
+
+SECONDS = 3.0  # of each measurement
+
+
+def rate(work: Callable[[], int]) -> float:
+    """Repeats work that returns its bytes (or tokens) for some seconds; gives them per second."""
+    work()
+    done, start = 0, time.perf_counter()
+    while time.perf_counter() - start < SECONDS:
+        done += work()
+    return done / (time.perf_counter() - start)
+
+
+def made_pages() -> list[str]:
+    draw = random.Random(0)
+    words = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(2, 9))) for _ in range(5000)] + [
+        "the",
+        "and",
+        "of",
+    ] * 300
+    pages = []
+    for _ in range(100):
+        body = "".join(
+            f'<p class="text-{n}">{" ".join(draw.choices(words, k=60)).capitalize()}.</p><a href="/{n}">more</a>'
+            for n in range(draw.randint(5, 40))
+        )
+        pages.append(f"<html><body><nav>menu</nav><article>{body}</article></body></html>")
+    return pages
+
+
+def pages_of(paths: list[str]) -> tuple[list[str], float]:
+    """Pages of WARC files and the speed of reading them."""
+    pages: list[str] = []
+    limit = 10 << 20
+
+    def read() -> int:
+        found = [
+            raw["text"]
+            for path in paths
+            for file in list_files(PrepareSource(name="x", path=path))
+            for raw in read_documents(file, PrepareSource(name="x", path=path), limit, lambda *_: None, lambda _: None)
+        ]
+        pages[:] = found
+        return sum(len(page.encode()) for page in found)
+
+    return pages, rate(read)
+
+
+def documents(texts: list[str]) -> Iterator[Document]:
+    for number, text in enumerate(texts):
+        metadata = {"source": "x", "language": "en", "curated": False, "url": ""}
+        yield Document(text=text, id=str(number), metadata=metadata)
+
+
+def main(paths: list[str]) -> None:
+    logger.remove()
+    table = Table(title="one core")
+    table.add_column("step")
+    table.add_column("MB/s", justify="right")
+
+    def add(name: str, work: Callable[[], int]) -> None:
+        table.add_row(name, f"{rate(work) / 1e6:.2f}")
+
+    if paths:
+        pages, speed = pages_of(paths)
+        table.add_row("reading (HTML)", f"{speed / 1e6:.2f}")
+    else:
+        pages = made_pages()
+    size = sum(len(page.encode()) for page in pages)
+    texts: list[str] = []
+    for name, extract in EXTRACTORS.items():
+        add(f"extraction, {name} (HTML)", lambda extract=extract: len([extract(page) for page in pages]) and size)
+    texts = [text for text in map(EXTRACTORS["resiliparse"], pages) if text.strip()]
+    size_of_text = sum(len(text.encode()) for text in texts)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Examples(Path(folder))
+        config = PrepareConfig(output=folder)
+        language = LanguageFilter(config.language, out)
+
+        def identify() -> int:
+            for document in documents(texts):
+                document.metadata["language"] = ""
+                language.filter(document)
+            return size_of_text
+
+        add("language (text)", identify)
+        for words in ("spacy", "regex"):
+            settings = PrepareConfig(output=folder, words=words)  # type: ignore[arg-type]
+            for make in (rules.gopher_repetition, rules.gopher_quality, rules.c4, rules.fineweb):
+                rule = make(settings, "en")
+                # Distinct texts each time: datatrove remembers the words of the last few.
+                add(
+                    f"{make.__name__}, {words} (text)",
+                    lambda rule=rule: sum(len(d.text.encode()) for d in documents(texts) if rule.filter(d) or True),
+                )
+        signatures = MinhashDedupSignature(f"{folder}/signatures", language=RegexWords())  # type: ignore[arg-type]
+
+        def sign() -> int:
+            signatures.run(documents(texts))
+            return size_of_text
+
+        add("MinHash signatures (text)", sign)
+        mask = PIIFormatter()
+        add("PII (text)", lambda: sum(len(text.encode()) for text in texts if mask.format(text)))
+        tokenizer = shared_tokenizer("mixtral")
+        tokens = sum(map(len, tokenizer.encode_batch(texts)))
+        speed = rate(lambda: len(tokenizer.encode_batch(texts, threads=1)) and tokens)
+        table.add_row("tokenization", f"{speed:,.0f} tokens/s")
+        table.add_row("loader", f"{loader_speed(Path(folder), texts):,.0f} tokens/s")
+    Console().print(table)
+    print(f"{len(pages)} pages, {size / 1e6:.2f} MB of HTML, {size_of_text / 1e6:.2f} MB of text")
+
+
+def loader_speed(folder: Path, texts: list[str]) -> float:
+    """Tokens a second of shuffled, mixed, packed batches out of a warm cache of two sources."""
+    for language in ("en", "fr"):
+        writer = TokenWriter(folder / "parts", "mixtral")
+        stream = list(documents(texts * max(1, 2_000_000 // sum(map(len, texts)))))
+        for document in stream:
+            document.metadata["language"] = language
+        for _ in writer.run(iter(stream)):
+            pass
+    for rank in range(2):
+        CacheBuilder(folder / "parts", folder / "tokens", ["en", "fr"], "mixtral").run(rank=rank)
+    sources = ", ".join(f"{{name: {name}, prepared: {folder}/tokens/{name}}}" for name in ("en", "fr"))
+    model = "d_model: 8, d_ff: 8, num_layers: 1, num_heads: 2, num_kv_heads: 1, head_dim: 4, vocab_size: 32000, "
+    model += "num_experts: 2, num_experts_per_tok: 1, rope_theta: 1e4, norm_eps: 1e-5"
+    config = parse_config(
+        f"model: {{{model}}}\ntrain: {{steps: 1, batch_size: 16}}\n"
+        f"data: {{seq_len: 2048, tokenizer: mixtral, holdout: 0, sources: [{sources}]}}"
+    )
+    data = TrainingData(config, open_documents(config)[1])
+    steps = iter(range(1 << 30))
+    return rate(lambda: int(np.size(data.batch(next(steps))["tokens"])))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,151 @@
+"""The plan of a preparation: which files make which shard, and a note of it that later runs must agree with.
+
+Shards depend on the input alone, never on the number of workers: that makes the output the same for any number.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.core import has_magic, url_to_fs
+
+from mixtral_jax.config import UserError
+from mixtral_jax.config_loading import flatten
+from mixtral_jax.data.cache_files import write_file
+from mixtral_jax.preparation.config import PrepareConfig, PrepareSource, result_settings
+
+ARCHIVES, PAGES, RECORDS, TABLES, TEXTS = (
+    (".warc", ".wet"),
+    (".html", ".htm", ".xhtml"),
+    (".jsonl", ".ndjson", ".json"),
+    (".parquet",),
+    (".txt", ".md"),
+)
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """One file of a source."""
+
+    path: str  # as fsspec opens it
+    name: str  # below the source's directory; part of the documents' names
+    size: int  # bytes
+    version: str  # time of modification, or whatever the store has of the kind
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Files of one source that one task reads."""
+
+    source: str
+    files: list[InputFile]
+
+
+def file_kind(name: str) -> str:
+    """Suffix that tells the format, without that of the compression; empty: unknown."""
+    name = name.lower()
+    for end in COMPRESSIONS:
+        name = name.removesuffix(end)
+    suffix = next((end for end in ARCHIVES + PAGES + RECORDS + TABLES + TEXTS if name.endswith(end)), "")
+    return suffix
+
+
+def compression_of(name: str) -> str | None:
+    """Name of the compression that a file's name tells, if any."""
+    return next((kind for end, kind in COMPRESSIONS.items() if name.lower().endswith(end)), None)
+
+
+def list_files(source: PrepareSource) -> list[InputFile]:
+    """Lists the files of a source in a fixed order.
+
+    Raises:
+        UserError: nothing there, or a file of a kind that cannot be read.
+    """
+    where = f"source '{source.name}'"
+    try:
+        system, path = url_to_fs(str(Path(source.path).expanduser()) if "://" not in source.path else source.path)
+        if has_magic(path):
+            found = {name: info for name, info in system.glob(path, detail=True).items() if info["type"] == "file"}
+            folder = path[: min(path.find(mark) for mark in "*?[" if mark in path)].rpartition("/")[0]
+        elif system.isdir(path):
+            found, folder = system.find(path, detail=True), path.rstrip("/")
+            found = {name: info for name, info in found.items() if file_kind(name)}
+        else:
+            found, folder = {path: system.info(path)}, path.rpartition("/")[0]
+    except ImportError as error:
+        raise UserError(f"{where}: {source.path} needs another package ({error}): install it") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where}: cannot find {source.path} ({type(error).__name__}): check the path") from None
+    if not found:
+        raise UserError(f"{where}: nothing to read at {source.path}: name a file, a directory or a glob")
+    local = isinstance(system, fsspec.get_filesystem_class("file"))
+    files = []
+    for name in sorted(found):
+        if not file_kind(name):
+            kinds = ", ".join(ARCHIVES + PAGES + RECORDS + TABLES + TEXTS)
+            raise UserError(f"{where}: cannot read files such as {name}: the name must end in one of {kinds}, or .gz")
+        info = found[name]
+        version = next((str(info[key]) for key in ("mtime", "ETag", "LastModified") if info.get(key)), "")
+        shown = name.removeprefix(folder).lstrip("/")
+        files.append(InputFile(name if local else system.unstrip_protocol(name), shown, info["size"] or 0, version))
+    return files
+
+
+def make_shards(config: PrepareConfig) -> list[Shard]:
+    """Deals the files of every source out to shards; small files share one, in their order."""
+    limit = config.shard_megabytes << 20
+    output = str(Path(config.output).resolve()) + "/"
+    shards: list[Shard] = []
+    for source in config.sources:
+        group: list[InputFile] = []
+        for file in list_files(source):
+            if file.path.startswith(output):
+                raise UserError(f"source '{source.name}' holds the output directory {config.output}: move one of them")
+            if group and sum(member.size for member in group) + file.size > limit:
+                shards.append(Shard(source.name, group))
+                group = []
+            group.append(file)
+        shards.append(Shard(source.name, group))
+    return shards
+
+
+def settle_plan(config: PrepareConfig, shards: list[Shard]) -> None:
+    """Notes settings and input in the output directory, or checks that they are those of the work done there.
+
+    Raises:
+        UserError: the directory holds other work.
+    """
+    file = plan_file(config)
+    plan = json.loads(json.dumps({"settings": result_settings(config), "shards": [asdict(shard) for shard in shards]}))
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_file(file, json.dumps(plan, indent=1).encode())
+        return
+    old = json.loads(file.read_text())
+    if changed := _changed(old["settings"], plan["settings"]):
+        raise UserError(
+            f"{config.output} was prepared with another {', '.join(changed)}: name another output or remove that one"
+        )
+    if old["shards"] != plan["shards"]:
+        raise UserError(
+            f"the input files changed since {config.output} was begun: name another output or remove that one"
+        )
+
+
+def load_shards(config: PrepareConfig) -> list[Shard]:
+    """Reads the shards back from the plan."""
+    plan = json.loads(plan_file(config).read_text())
+    return [Shard(s["source"], [InputFile(**file) for file in s["files"]]) for s in plan["shards"]]
+
+
+def plan_file(config: PrepareConfig) -> Path:
+    """Where the plan lies."""
+    return Path(config.output) / "work" / "plan.json"
+
+
+def _changed(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    left, right = flatten(old), flatten(new)
+    return sorted(key for key in left | right if left.get(key) != right.get(key))

@@ -1,0 +1,196 @@
+"""The report as one page of HTML that opens without a network: tables, plots as SVG, examples."""
+
+from collections.abc import Iterable
+from html import escape
+from typing import Any
+
+from mixtral_jax.preparation.svg import columns, stacked_bars
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1d2430; background: #fff; max-width: 900px; margin: 2rem auto;
+  padding: 0 1rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #d5dbe3; }
+table { border-collapse: collapse; width: 100%; margin: .8rem 0; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: .2rem .5rem; border-bottom: 1px solid #e6eaf0; vertical-align: top; }
+th:first-child, td:first-child, td.text { text-align: left; } th { font-weight: 600; }
+svg { width: 100%; height: auto; font-size: 12px; } svg text { fill: #1d2430; }
+.legend span { margin-right: 1rem; } .legend i { display: inline-block; width: .8em; height: .8em; margin-right: .3em; }
+.big b { font-size: 1.5rem; display: block; } .big span { display: inline-block; margin-right: 2.5rem; }
+details { margin: .4rem 0; } summary { cursor: pointer; }
+blockquote { margin: .3rem 0 .8rem; padding: .3rem .8rem; border-left: 3px solid #c3ccd8; white-space: pre-wrap;
+  overflow-wrap: anywhere; font-size: 13px; max-height: 11rem; overflow: auto; }
+.note { color: #5a6575; font-size: 13px; overflow-wrap: anywhere; }
+"""
+Numbers = dict[str, Any]
+
+
+def make_page(report: Numbers) -> str:
+    """Renders the whole page.
+
+    Args:
+        report: what `report.json` holds.
+
+    Returns:
+        HTML that refers to nothing outside of itself.
+    """
+    sections = [
+        ("Through the steps", _steps(report)),
+        ("Languages", _languages(report)),
+        ("Sources", _sources(report)),
+        ("Lengths of documents", _lengths(report)),
+        ("What each step dropped", _dropped(report)),
+        ("Duplicates", _duplicates(report)),
+        ("Decontamination", _contamination(report)),
+        ("What could not be read", _problems(report)),
+    ]
+    body = "".join(f"<h2>{title}</h2>{content}" for title, content in sections if content)
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Preparation report</title>'
+        f"<style>{STYLE}</style></head><body><h1>Preparation report</h1>{_summary(report)}{body}</body></html>\n"
+    )
+
+
+def _summary(report: Numbers) -> str:
+    total, read = report["total"], report["input"]
+    size = sum(row["bytes"] for row in read.values()) / 1e6
+    facts = [
+        (f"{sum(row['files'] for row in read.values()):,}", f"files, {size:,.1f} MB"),
+        (f"{report['steps'][0]['out']['documents']:,}", "documents read"),
+        (f"{total['documents']:,}", "documents kept"),
+        (f"{total['tokens']:,}", "tokens"),
+        (f"{report['tokenization'].get('tokens_per_second', 0):,.0f}", "tokens/s and core, tokenization"),
+    ]
+    return '<p class="big">' + "".join(f"<span><b>{value}</b>{escape(name)}</span>" for value, name in facts) + "</p>"
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    def cells(tag: str, values: Iterable[object]) -> str:
+        return "".join(f"<{tag}>{escape(str(value))}</{tag}>" for value in values)
+
+    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
+    return f"<table><tr>{cells('th', head)}</tr>{body}</table>"
+
+
+def _steps(report: Numbers) -> str:
+    rows = []
+    for step in report["steps"]:
+        share = step["dropped"] / max(1, step["in"]["documents"])
+        speed = step.get("bytes_per_second")
+        numbers = [f"{step[side][unit]:,}" for unit in ("characters", "tokens") for side in ("in", "out")]
+        documents = [f"{step['in']['documents']:,}", f"{step['out']['documents']:,}", f"{share:.1%}"]
+        rows.append([step["step"], *documents, *numbers, f"{speed / 1e6:.2f}" if speed else ""])
+    head = ["step", "documents in", "out", "dropped", "characters in", "out", "tokens in", "out", "MB/s and core"]
+    bars = stacked_bars(
+        [
+            (step["step"], {name: row["documents"] for name, row in step["groups"]["sources"].items()})
+            for step in report["steps"]
+        ],
+        "documents",
+    )
+    return bars + _table(head, rows) + _by_group(report, "languages") + _by_group(report, "sources")
+
+
+def _by_group(report: Numbers, kind: str) -> str:
+    """Documents, characters and tokens out of each step for each language or source, folded away."""
+    parts = []
+    for unit in ("documents", "characters", "tokens"):
+        names = sorted({name for step in report["steps"] for name in step["groups"][kind]})
+        rows = [
+            [step["step"], *(f"{step['groups'][kind].get(name, {}).get(unit, 0):,}" for name in names)]
+            for step in report["steps"]
+        ]
+        parts.append(_table([f"{unit} out of", *("not known yet" if name == "-" else name for name in names)], rows))
+    return f"<details><summary>by {kind}</summary>{''.join(parts)}</details>"
+
+
+def _languages(report: Numbers) -> str:
+    rows = [
+        [name, f"{row['documents']:,}", f"{row['characters']:,}", f"{row['tokens']:,}", f"{row['weight']:.1%}"]
+        for name, row in report["languages"].items()
+    ]
+    bars = stacked_bars([(name, {"tokens": row["tokens"]}) for name, row in report["languages"].items()], "tokens")
+    head = ["language", "documents", "characters", "tokens", f"weight at temperature {report['temperature']:g}"]
+    return bars + _table(head, rows)
+
+
+def _sources(report: Numbers) -> str:
+    last = report["steps"][-1]["groups"]["sources"]
+    rows = []
+    for name, row in report["input"].items():
+        kept = last.get(name, {"documents": 0, "tokens": 0})
+        first = report["steps"][0]["groups"]["sources"].get(name, {"documents": 0})
+        skipped = ", ".join(f"{count:,} {reason}" for reason, count in row["skipped"].items())
+        rows.append([
+            name, f"{row['files']:,}", f"{row['bytes'] / 1e6:,.2f}", f"{first['documents']:,}",
+            f"{kept['documents']:,}", f"{kept['tokens']:,}", skipped,
+        ])  # fmt: skip
+    return _table(["source", "files", "MB", "documents read", "kept", "tokens kept", "records passed over"], rows)
+
+
+def _lengths(report: Numbers) -> str:
+    powers = sorted({int(power) for row in report["lengths"].values() for power in row})
+    if not powers:
+        return ""
+    span = range(powers[0], powers[-1] + 1)
+    series = {
+        language: [row.get(power, row.get(str(power), 0)) for power in span]
+        for language, row in report["lengths"].items()
+    }
+    return columns([_short(2**power) for power in span], series, "characters of a document, at least")
+
+
+def _short(number: int) -> str:
+    return f"{number >> 20}M" if number >= 1 << 20 else f"{number >> 10}k" if number >= 1 << 10 else str(number)
+
+
+def _quote(example: Numbers) -> str:
+    facts = (example.get("source"), example.get("language"), example.get("url") or example["id"])
+    return f'<div class="note">{escape(" · ".join(str(fact) for fact in facts if fact))}</div>' + (
+        f"<blockquote>{escape(example['text'])}</blockquote>"
+    )
+
+
+def _dropped(report: Numbers) -> str:
+    parts = []
+    for step in report["steps"]:
+        reasons = step.get("reasons", {})
+        examples = report["examples"].get(step["step"], [])
+        if not step["dropped"]:
+            continue
+        if reasons:
+            parts.append(f"<h3>{escape(step['step'])}</h3>")
+            parts.append(stacked_bars([(name, {"dropped": count}) for name, count in reasons.items()], "documents"))
+        elif examples:
+            parts.append(f"<h3>{escape(step['step'])}</h3>")
+        for reason in dict.fromkeys(example["reason"] for example in examples):
+            quotes = "".join(_quote(example) for example in examples if example["reason"] == reason)
+            parts.append(f"<details><summary>examples: {escape(reason)}</summary>{quotes}</details>")
+    return "".join(parts)
+
+
+def _duplicates(report: Numbers) -> str:
+    clusters = report["clusters"]
+    if not clusters["sizes"]:
+        return "<p>No clusters of similar documents were found.</p>"
+    sizes = {int(size): count for size, count in clusters["sizes"].items()}
+    parts = [columns([str(size) for size in sizes], {"clusters": list(sizes.values())}, "documents in a cluster")]
+    for pair in clusters["shown"]:
+        size = pair["kept"]["minhash_cluster_size"]
+        inner = "<b>kept</b>" + _quote(pair["kept"]) + "<b>dropped</b>" + "".join(map(_quote, pair["dropped"]))
+        parts.append(f"<details><summary>a cluster of {size}</summary>{inner}</details>")
+    return "".join(parts)
+
+
+def _contamination(report: Numbers) -> str:
+    rows = [[name, f"{count['texts']:,}", f"{count['too_short']:,}"] for name, count in report["contamination"].items()]
+    head = ["evaluation file", "texts", "of these too short to be protected"]
+    return _table(head, rows) if rows else ""
+
+
+def _problems(report: Numbers) -> str:
+    problems = report["problems"]
+    if not problems["counts"]:
+        return "<p>Everything could be read.</p>"
+    bars = stacked_bars([(kind, {"cases": count}) for kind, count in problems["counts"].items()], "cases")
+    rows = [[line["where"], line["kind"], line["detail"]] for line in problems["named"]]
+    return bars + f"<details><summary>the first {len(rows)}</summary>{_table(['where', 'what', ''], rows)}</details>"

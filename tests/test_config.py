@@ -1,0 +1,237 @@
+"""The configuration: what is read, what is written, and the sentence for every mistake."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mixtral_jax.config import RESUMABLE_KEYS, Config, UserError
+from mixtral_jax.config_loading import all_keys, changed_keys, load_config, parse_config, replace, to_yaml
+from tests.tiny import TINY
+
+CONFIGS = [
+    path
+    for path in sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+    if not path.stem.startswith("prepare")  # of another schema
+]
+CONFIGS = [path for path in CONFIGS if not path.stem.startswith("prepare")]
+
+
+def refusal(*overrides: str, text: str = TINY) -> str:
+    with pytest.raises(UserError) as error:
+        parse_config(text, list(overrides), where="mine.yaml")
+    sentence = str(error.value)
+    assert "\n" not in sentence
+    return sentence
+
+
+def get(config: Config, key: str):
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def test_a_whole_configuration_is_written_and_read_back():
+    config = parse_config(TINY, ["data.sources=[{name: a, path: 'x*.txt', weight: 2}, {name: b, builtin: python}]"])
+    assert parse_config(to_yaml(config)) == config
+    assert all(f"{key.split('.')[-1]}:" in to_yaml(config) for key in all_keys())
+
+
+def test_there_are_few_keys():
+    assert 50 < len(all_keys()) < 90
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_say_only_what_differs(path):
+    config = load_config(path)
+    assert config.run_dir == f"runs/{path.stem}"
+    written = yaml.safe_load(path.read_text())
+    said = []
+    for section, entries in written.items():
+        said += [f"{section}.{key}" for key in entries] if isinstance(entries, dict) else [section]
+    assert [key for key in said if key not in changed_keys(Config(), config)] == []
+
+
+def test_keys_that_a_resumed_run_may_change_exist():
+    sections = {field.name for field in dataclasses.fields(Config)}
+    assert set(RESUMABLE_KEYS) <= set(all_keys()) | sections
+
+
+def test_changed_keys_are_named():
+    config = parse_config(TINY)
+    assert changed_keys(config, replace(config, seed=1, train={"steps": 7})) == ["seed", "train.steps"]
+    assert changed_keys(config, config) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("optimizer.learning_rate=3e-4", 3e-4),
+        ("optimizer.learning_rate=1E-3", 1e-3),
+        ("optimizer.eps=.5", 0.5),
+        ("optimizer.weight_decay=1", 1.0),
+        ("model.dispatch=capacity", "capacity"),
+        ("model.attend_across_documents=true", True),
+        ("run_dir=3e4", "3e4"),
+        ("run_dir=runs/a=b", "runs/a=b"),
+        ("data.cache_dir=", ""),
+        ("train.stop_at_step=5", 5),
+        ("train.stop_at_step=null", None),
+    ],
+)
+def test_overrides_are_read_as_the_key_s_type(override, value):
+    got = get(parse_config(TINY, [override]), override.split("=")[0])
+    assert got == value
+    assert type(got) is type(value)
+
+
+def test_the_last_override_counts():
+    assert parse_config(TINY, ["seed=1", "seed=2"]).seed == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("optimizer.learning_rat=1",
+         "optimizer.learning_rat: Key 'learning_rat' not in 'OptimizerConfig'. "
+         "Did you mean one of: 'learning_rate', 'final_learning_rate_ratio'?"),
+        ("optimzer.learning_rate=1", "Key 'optimzer' not in 'Config'. Did you mean: 'optimizer'?"),
+        ("learning_rate=1", "learning_rate: Key 'learning_rate' not in 'Config'. Did you mean: "
+         "'optimizer.learning_rate'?"),
+        ("zzz=1", "zzz: Key 'zzz' not in 'Config'. The keys are listed in docs/config.md"),
+        ("data.sources=[{name: a, pth: b}]", "Key 'pth' not in 'SourceConfig'. Did you mean: 'path'?"),
+        ("train.steps=many", "train.steps: Value 'many' of type 'str' could not be converted to Integer"),
+        ("train.steps=1.5", "train.steps: Value '1.5' of type 'float' could not be converted to Integer"),
+        ("optimizer.learning_rate=fast", "optimizer.learning_rate: Value 'fast' of type 'str' could not be converted"),
+        ("train.steps=", "train.steps: Value '' of type 'str' could not be converted to Integer"),
+        ("model.d_ff=null", "model.d_ff: Incompatible value 'None' for field of type 'int'"),
+        ("kernels.attention=flash",
+         "kernels.attention: Invalid value 'flash', expected one of ['auto', 'blockwise', 'cudnn', 'splash']"),
+        ("optimizer=3", "optimizer: optimizer is a section: give it keys with values"),
+        ("data.sources.0.weight=2",
+         "data.sources.0.weight: a list is given as a whole, such as data.sources=[{name: mine, path: mine.txt}]"),
+        ("train.steps", "'train.steps' is not an override: write key=value, such as train.steps=100"),
+        ("=5", "'=5' is not an override: write key=value, such as train.steps=100"),
+        ("train.steps=[1", "the value of train.steps is not YAML: '[1'; quote it for the shell"),
+        ("run_dir=${nowhere}", "run_dir: Interpolation key 'nowhere' not found"),
+    ],
+)  # fmt: skip
+def test_mistyped_overrides_are_named(override, sentence):
+    assert sentence in refusal(override)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (TINY.replace("d_ff: 48, ", ""),
+         "mine.yaml: model.d_ff: a value is needed; add it to the file or the command line"),
+        ("", "mine.yaml: model.d_model: a value is needed; add it to the file or the command line"),
+        ("train: {steps: 5\n", "mine.yaml is not valid YAML in line 2: "),
+        ("a: 1\na: b: c", "mine.yaml is not valid YAML in line 2: "),
+        ("seed: 1\nseed: 2", "mine.yaml is not valid YAML in line 2: found duplicate key seed; mend the syntax"),
+        ("model: 3", "mine.yaml: model is a section: give it keys with values"),
+        ("model:\n  d_modl: 3", "mine.yaml: model.d_modl: Key 'd_modl' not in 'ModelConfig'. Did you mean: 'd_model'?"),
+        *[(text, "mine.yaml holds no sections: write lines such as 'train:' and below it, indented, 'steps: 100'")
+          for text in ("3", "[1, 2]")],
+    ],
+)  # fmt: skip
+def test_broken_files_are_named(text, sentence):
+    assert refusal(text=text).startswith(sentence)
+
+
+def test_an_unreadable_file_is_named(tmp_path):
+    with pytest.raises(UserError) as error:
+        load_config(tmp_path / "none.yaml")
+    assert (
+        str(error.value) == f"cannot read the config {tmp_path}/none.yaml: No such file or directory; name a YAML file"
+    )
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match=r"cannot read the config .*binary.yaml: .*; name a YAML file$"):
+        load_config(tmp_path / "binary.yaml")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["model.num_heads=8"],
+         "model.num_heads * model.head_dim is 8 * 8 = 64, not model.d_model=32: change one of the three"),
+        (["model.head_dim=1", "model.num_heads=32"],
+         "model.head_dim is 1: rotary embedding needs an even number"),
+        (["model.num_kv_heads=3"],
+         "model.num_heads=4 is not a multiple of model.num_kv_heads=3: change one"),
+        (["model.num_experts_per_tok=5"],
+         "model.num_experts_per_tok=5 is more than model.num_experts=4: lower it"),
+        (["train.microbatches=3"],
+         "train.batch_size=8 is not a multiple of train.microbatches=3: change one"),
+        (["mesh.data=-1"], "only one mesh axis may be -1: give the others a size"),
+        (["mesh.expert=0"], "mesh.expert is 0: it must be 1 or more, or -1 to take the rest"),
+        (["mesh.expert=-2"], "mesh.expert is -2: it must be 1 or more, or -1 to take the rest"),
+        (["eval.stride=33"], "eval.stride=33 is more than eval.context=32: lower it"),
+        (["train.stop_at_step=0"], "train.stop_at_step is 0: it must be greater than 0, or null"),
+    ],
+)  # fmt: skip
+def test_contradictions_are_named(overrides, sentence):
+    assert refusal(*overrides) == sentence
+
+
+@pytest.mark.parametrize("value", ["0", "-1", ".nan", ".inf"])
+@pytest.mark.parametrize(
+    "key", ["model.rope_theta", "model.norm_eps", "model.init_std", "optimizer.learning_rate", "optimizer.eps"]
+)
+def test_numbers_that_must_be_above_zero(key, value):
+    assert refusal(f"{key}={value}").endswith(": it must be greater than 0")
+    assert refusal(f"{key}={value}").startswith(f"{key} is ")
+
+
+COUNTS = ["model.d_model", "model.num_layers", "model.num_experts", "data.seq_len", "train.steps", "train.batch_size",
+          "train.microbatches", "train.log_every", "train.eval_batches", "train.max_nonfinite_steps",
+          "checkpoint.every", "checkpoint.keep", "kernels.loss_chunk", "eval.batch_size"]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [0, -1])
+@pytest.mark.parametrize("key", COUNTS)
+def test_counts_must_be_above_zero(key, value):
+    assert refusal(f"{key}={value}") == f"{key} is {value}: it must be greater than 0"
+
+
+@pytest.mark.parametrize(
+    "key", ["train.eval_every", "optimizer.warmup_steps", "optimizer.decay_steps", "checkpoint.keep_every",
+            "kernels.block_size", "eval.context", "eval.max_tokens"]
+)  # fmt: skip
+def test_counts_that_may_be_zero(key):
+    assert refusal(f"{key}=-1") == f"{key} is -1: it must be 0 or more"
+    assert get(parse_config(TINY, [f"{key}=0"]), key) == 0
+
+
+@pytest.mark.parametrize(
+    "key", ["optimizer.weight_decay", "optimizer.clip_norm", "optimizer.final_learning_rate_ratio",
+            "losses.load_balance", "losses.router_z", "losses.selection_bias_rate"]
+)  # fmt: skip
+def test_numbers_that_may_be_zero(key):
+    assert refusal(f"{key}=-0.5") == f"{key} is -0.5: it must be 0 or more"
+    assert refusal(f"{key}=.nan") == f"{key} is nan: it must be 0 or more"
+    assert get(parse_config(TINY, [f"{key}=0"]), key) == 0
+
+
+@pytest.mark.parametrize("key", ["data.holdout", "optimizer.beta1", "optimizer.beta2"])
+def test_shares_go_from_zero_to_below_one(key):
+    for value in ("1.0", "-0.1"):
+        assert refusal(f"{key}={value}") == f"{key} is {value}: it goes from 0 to below 1"
+
+
+@pytest.mark.parametrize(
+    ("sources", "sentence"),
+    [
+        ("[{name: a}]", "source 'a' of data.sources names nothing: give exactly one of "),
+        ("[{name: a, path: x, hub: y}]", "source 'a' of data.sources names path and hub: give exactly one of "),
+        ("[{name: a, path: x, weight: 0}]", "source 'a' has weight 0.0: it must be above 0"),
+        ("[{name: a, path: x}, {name: a, path: y}]", "data.sources names 'a' twice: give every source its own name"),
+    ],
+)
+def test_sources_that_cannot_be(sources, sentence):
+    assert refusal(f"data.sources={sources}").startswith(sentence)
+
+
+def test_a_source_without_a_name_is_told():
+    assert "name: a value is needed" in refusal("data.sources=[{path: x}]")

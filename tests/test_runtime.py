@@ -1,0 +1,107 @@
+"""What runs where: the mesh, the table of axes, the choice of kernels, and sentences for what cannot be."""
+
+import jax
+import pytest
+from jax.sharding import PartitionSpec
+
+from mixtral_jax.config import MeshConfig, PrecisionConfig, UserError
+from mixtral_jax.precision import make_precision
+from mixtral_jax.runtime import choose_attention, make_runtime
+from mixtral_jax.sharding import MESH_AXES, RULES, axis_size, make_mesh, spec
+from tests.tiny import mesh_of, tiny_config, tiny_trainable
+
+
+def refusal(call, *arguments) -> str:
+    with pytest.raises(UserError) as error:
+        call(*arguments)
+    return str(error.value)
+
+
+def test_the_mesh_takes_the_rest():
+    assert dict(make_mesh(MeshConfig(expert=2)).shape) == dict(zip(MESH_AXES, (1, 4, 2, 1, 1), strict=True))
+
+
+@pytest.mark.parametrize("config", [MeshConfig(data=3), MeshConfig(fsdp=1), MeshConfig(data=16)])
+def test_a_mesh_of_another_size_is_refused(config):
+    sentence = refusal(make_mesh, config)
+    assert "there are 8: change a mesh size, or set one to -1 to take the rest" in sentence
+    assert f"data={config.data} * " in sentence
+
+
+def test_the_table_names_axes_of_the_mesh():
+    assert {name for axes in RULES.values() for name in axes} <= set(MESH_AXES)
+    assert axis_size(mesh_of(data=2, expert=2), "batch") == 4
+
+
+def test_specs_come_from_the_table():
+    assert spec(("batch", "sequence", None)) == PartitionSpec(("data", "fsdp", "expert"), "context", None)
+    assert spec(("layers", "experts", "d_model", "d_ff")) == PartitionSpec(None, "expert", "fsdp", "tensor")
+    with pytest.raises(ValueError, match="unknown logical axis 'hidden': the table has batch, "):
+        spec(("hidden",))
+    with pytest.raises(ValueError, match="use a mesh axis twice"):
+        spec(("heads", "d_ff"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes", "sentence"),
+    [
+        ({"train": {"batch_size": 6}}, {"data": 2, "expert": 2},
+         "train.batch_size / train.microbatches is 6, which does not divide over the 4 devices of mesh.data * "
+         "mesh.fsdp * mesh.expert: make it a multiple of 4 or change the mesh"),
+        ({"train": {"microbatches": 4}}, {"fsdp": 4},
+         "train.batch_size / train.microbatches is 2, which does not divide over the 4 devices of mesh.data * "
+         "mesh.fsdp * mesh.expert: make it a multiple of 4 or change the mesh"),
+        ({"data": {"seq_len": 31}}, {"context": 2},
+         "data.seq_len is 31, which does not divide over the 2 devices of mesh.context: "
+         "make it a multiple of 2 or change the mesh"),
+        ({"model": {"num_experts": 3}}, {"expert": 2},
+         "model.num_experts is 3, which does not divide over the 2 devices of mesh.expert: "
+         "make it a multiple of 2 or change the mesh"),
+        ({}, {"tensor": 4},
+         "model.num_kv_heads is 2, which does not divide over the 4 devices of mesh.tensor: "
+         "make it a multiple of 4 or change the mesh"),
+        ({"model": {"dispatch": "capacity"}}, {"context": 2},
+         "model.dispatch=capacity gives experts room by whole sequences, which mesh.context=2 splits: "
+         "use dropless or mesh.context=1"),
+    ],
+)  # fmt: skip
+def test_shapes_that_the_mesh_does_not_divide_are_refused(changes, sizes, sentence):
+    assert refusal(tiny_trainable, tiny_config(**changes), mesh_of(**sizes)) == sentence
+
+
+@pytest.mark.parametrize(
+    ("platform", "compute", "backend"),
+    [
+        ("cpu", "float32", "blockwise"),
+        ("gpu", "bfloat16", "cudnn"),
+        ("gpu", "float32", "blockwise"),  # cuDNN's attention has no float32
+        ("tpu", "bfloat16", "splash"),
+    ],
+)
+def test_auto_chooses_by_platform_and_type(platform, compute, backend):
+    assert choose_attention("auto", platform, make_precision(PrecisionConfig(compute=compute))) == backend
+
+
+@pytest.mark.parametrize(
+    ("backend", "platform", "sentence"),
+    [
+        ("cudnn", "cpu", "kernels.attention=cudnn does not run on cpu: use auto or blockwise"),
+        ("splash", "gpu", "kernels.attention=splash does not run on gpu: use auto or blockwise"),
+        ("cudnn", "gpu",
+         "kernels.attention=cudnn does not compute in float32: set precision.compute=bfloat16, or use auto"),
+    ],
+)  # fmt: skip
+def test_a_kernel_that_cannot_run_is_refused(backend, platform, sentence):
+    assert refusal(choose_attention, backend, platform, make_precision(PrecisionConfig())) == sentence
+
+
+def test_a_forced_kernel_is_checked_before_anything_runs():
+    assert "kernels.attention=cudnn" in refusal(make_runtime, tiny_config(kernels={"attention": "cudnn"}), mesh_of())
+
+
+def test_the_choice_is_told_in_a_line():
+    runtime = make_runtime(tiny_config("precision.compute=bfloat16"), mesh_of(fsdp=2, expert=2))
+    assert runtime.describe() == (
+        f"4 x {jax.devices()[0].device_kind} (fsdp 2 x expert 2); attention: blockwise, experts: blocked, "
+        "compute: bfloat16, remat: none"
+    )
