@@ -145,6 +145,7 @@ def _write_tensors(
                     values = reader.read(tensor)
                     writer.write(tensor.key, values)
                     advance(values.nbytes)
+                    del values  # before the next one is allocated
     if layout.config_file == "config.json" and len(plan) > 1:
         weight_map = {tensor.key: name for name, tensors in plan.items() for tensor in tensors}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
