@@ -12,8 +12,8 @@ from mixtral_jax.kernels.cross_entropy import token_losses
 from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.precision import FULL
 from mixtral_jax.sharding import axis_size, named_sharding
+from mixtral_jax.training.step import BATCH_KEYS, put_batch
 
-KEYS = ("tokens", "targets", "segment_ids", "positions", "loss_mask")
 Score = Callable[[dict[str, np.ndarray]], tuple[float, int]]
 
 
@@ -41,12 +41,9 @@ def make_scorer(architecture: Architecture) -> Callable[[dict[str, Any]], Score]
 
         def score(batch: dict[str, np.ndarray]) -> tuple[float, int]:
             pad = -batch["tokens"].shape[0] % devices  # every device gets a row; empty rows count nothing
-            rows = {key: np.pad(batch[key], ((0, pad), (0, 0))) for key in KEYS}
-            placed = {
-                key: jax.make_array_from_callback(value.shape, sharding, value.__getitem__)
-                for key, value in rows.items()
-            }
-            return float(np.sum(np.asarray(compiled(arrays, placed)), dtype=np.double)), int(rows["loss_mask"].sum())
+            rows = {key: np.pad(batch[key], ((0, pad), (0, 0))) for key in BATCH_KEYS}
+            sums_by_row = np.asarray(compiled(arrays, put_batch(rows, sharding)))
+            return float(np.sum(sums_by_row, dtype=np.double)), int(rows["loss_mask"].sum())
 
         return score
 

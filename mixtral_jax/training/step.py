@@ -31,6 +31,11 @@ Metrics = dict[str, Array]
 BATCH_KEYS = ("tokens", "targets", "segment_ids", "positions", "loss_mask")
 
 
+def put_batch(batch: dict[str, Any], sharding: NamedSharding) -> Batch:
+    """Spreads what a model reads of a global batch, the same on every host, over the devices."""
+    return {key: jax.make_array_from_callback(batch[key].shape, sharding, batch[key].__getitem__) for key in BATCH_KEYS}
+
+
 class Trainable:
     """The training step of a configuration, and the shape and birth of its state."""
 
@@ -76,10 +81,7 @@ class Trainable:
 
     def put(self, batch: dict[str, Any]) -> Batch:
         """Spreads a global batch, the same on every host, over the devices."""
-        return {
-            key: jax.make_array_from_callback(batch[key].shape, self.batch_sharding, batch[key].__getitem__)
-            for key in BATCH_KEYS
-        }
+        return put_batch(batch, self.batch_sharding)
 
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         grads, losses, sums, counts = self._gradients(state, batch)
