@@ -32,6 +32,11 @@ class Runtime:
     loss_chunk: int  # tokens of a device
     remat: Literal["none", "dots", "full"]
 
+    @property
+    def platform(self) -> str:
+        """Name of the mesh's platform: cpu, gpu or tpu, whatever this process's own devices are."""
+        return self.mesh.devices.flat[0].platform
+
     def describe(self) -> str:
         """Says in one line what was chosen."""
         device = self.mesh.devices.flat[0]
