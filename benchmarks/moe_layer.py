@@ -58,7 +58,10 @@ def pieces(options: argparse.Namespace, experts: int, d_ff: int):
     """Compiled forward passes and gradients of the dense layer and of every backend, by name."""
     tokens, d, k = options.tokens, options.d_model, options.per_token
     rng = np.random.default_rng(0)
-    array = lambda *shape: jnp.asarray(rng.standard_normal(shape) * 0.05, options.dtype)
+
+    def array(*shape):
+        return jnp.asarray(rng.standard_normal(shape) * 0.05, options.dtype)
+
     x, d_y = array(tokens, d), array(tokens, d)
     weights = array(experts, d, d_ff), array(experts, d, d_ff), array(experts, d_ff, d)
     # The busiest expert has about 1.5 times the mean load.

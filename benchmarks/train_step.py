@@ -2,9 +2,9 @@
 
     python -m benchmarks.train_step [--shapes small wide] [--rounds 5] [--dtype float32] [--peers grouped_mm eager]
 
-`small` is configs/small.yaml; `wide` has 32 experts of d_ff 448, the same parameters and half of the active ones. Peers are
-experts implementations of transformers, `+compile` adds torch.compile; without torch they are left out. Every contender does
-forward, backward, clipping by the global norm and AdamW on 4 x 512 tokens, with the load-balancing loss.
+`small` is configs/small.yaml; `wide` has 32 experts of d_ff 448, the same parameters and half of the active ones. Peers
+are experts implementations of transformers, `+compile` adds torch.compile; without torch they are left out. Every
+contender does forward, backward, clipping by the global norm and AdamW on 4 x 512 tokens, with the load-balancing loss.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""SwiGLU experts over rows sorted by expert, in blocks with a dynamic count: work for the chosen experts only, anywhere.
+"""SwiGLU experts over rows sorted by expert, in blocks with a dynamic count: no work but for the chosen experts.
 
-An expert's rows are cut into blocks as an amount is paid in coins: as many of the largest size as fit, then of the next;
-only the smallest may reach past the expert's rows. There is no padding between experts: what a last block computes beyond
-its expert is overwritten by the next expert, which is written after it.
+An expert's rows are cut into blocks as an amount is paid in coins: as many of the largest size as fit, then of the
+next; only the smallest may reach past the expert's rows. There is no padding between experts: what a last block
+computes beyond its expert is overwritten by the next expert, which is written after it.
 """
 
 from collections.abc import Callable

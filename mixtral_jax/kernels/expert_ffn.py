@@ -1,8 +1,8 @@
 """The SwiGLU experts over rows that are sorted by expert: work for the chosen experts only.
 
 Backends: `blocked` loops over each expert's active blocks with a dynamic trip count and runs anywhere XLA runs;
-`ragged_dot` is XLA's grouped product, dense on CPU, and on TPU dense in the gradient of the weights; `megablox` is JAX's
-grouped kernel for TPU, forward and both gradients. `equal` serves buffers of one size.
+`ragged_dot` is XLA's grouped product, dense on CPU, and on TPU dense in the gradient of the weights; `megablox` is
+JAX's grouped kernel for TPU, forward and both gradients. `equal` serves buffers of one size.
 """
 
 from typing import Literal
@@ -15,8 +15,8 @@ from mixtral_jax.kernels.blocked import blocked_ffn
 
 ExpertsKernel = Literal["blocked", "ragged_dot", "megablox", "equal"]
 
-# Rows, inner and outer width of a block of megablox, in 2-byte types: with double buffering some 10 MiB, which every TPU's
-# vector memory holds.
+# Rows, inner and outer width of a block of megablox, in 2-byte types: with double buffering some 10 MiB, which the
+# vector memory of every TPU holds.
 TILING = (512, 1024, 1024)
 LANES = 128  # a TPU's registers are so wide
 

@@ -85,7 +85,7 @@ class MoE(nnx.Module):
                 w_down,
                 backend="equal" if config.dispatch == "capacity" else runtime.experts,
                 block_sizes=runtime.block_sizes or choose_block_sizes(batch * seq_len * k, local_experts),
-                interpret=runtime.interpret,
+                interpret=runtime.platform == "cpu",
             )
 
         group = {"num_experts": config.num_experts, "ways": ways, "exchange": runtime.exchange}

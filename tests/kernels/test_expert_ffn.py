@@ -1,4 +1,4 @@
-"""The experts' products on rows sorted by expert, each backend against a float64 loop over rows: output and gradients."""
+"""Expert products on rows sorted by expert, each backend against float64 row by row: output and gradients."""
 
 import jax
 import jax.numpy as jnp

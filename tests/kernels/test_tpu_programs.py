@@ -1,5 +1,4 @@
-"""The fast path of TPUs, compiled without one for the chips and shapes of the shipped configs: it compiles, and it does the
-chosen experts' work alone."""
+"""The fast path of TPUs, compiled without one for shapes of the shipped configs: the chosen experts' work alone."""
 
 import functools
 import importlib.util
@@ -40,7 +39,9 @@ def test_expert_products_are_those_of_the_rows(topology):
     bf16, weights = jnp.bfloat16, (local_experts, d_model, d_ff)
 
     def gradients(x, sizes, *w):
-        run = lambda x, *w: jnp.sum(expert_ffn(x, sizes, *w, backend="megablox").astype(jnp.float32) ** 2)
+        def run(x, *w):
+            return jnp.sum(expert_ffn(x, sizes, *w, backend="megablox").astype(jnp.float32) ** 2)
+
         return jax.grad(run, argnums=(0, 1, 2, 3))(x, *w)
 
     shapes = [((rows, d_model), bf16), ((local_experts,), jnp.int32), (weights, bf16), (weights, bf16)]
@@ -55,7 +56,9 @@ def test_attention_of_packed_rows_compiles_and_is_linear_in_memory(topology):
     length, heads, kv_heads, head_dim = 8192, 32, 8, 128
 
     def gradients(q, k, v, ids):
-        run = lambda *a: jnp.sum(attention(*a, ids, backend="splash", interpret=False).astype(jnp.float32))
+        def run(*a):
+            return jnp.sum(attention(*a, ids, backend="splash", interpret=False).astype(jnp.float32))
+
         return jax.grad(run, argnums=(0, 1, 2))(q, k, v)
 
     shapes = [((1, length, n, head_dim), jnp.bfloat16) for n in (heads, kv_heads, kv_heads)]
