@@ -2,19 +2,26 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import SupportsFloat
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float64
 
 from mixtral_jax.config import EvalConfig, UserError
+from mixtral_jax.evaluation.intervals import Interval, bootstrap_sums, interval
+from mixtral_jax.evaluation.scoring import Score
 from mixtral_jax.evaluation.windows import Documents, evaluation_batches, num_batches, num_selected, window_sizes
 
-# Scores a batch of `evaluation_batches`: the sum of -log p(target) over its loss_mask, in nats, and their number.
-Score = Callable[[dict[str, np.ndarray]], tuple[SupportsFloat, SupportsFloat]]
-
-
 MOST_NATS = 700.0  # per token; exp of more is infinite
+
+
+class Intervals(NamedTuple):
+    """Where the numbers of a `Result` would lie on other documents, with 95% confidence."""
+
+    nats_per_token: Interval
+    perplexity: Interval
+    bits_per_byte: Interval
 
 
 @dataclass(frozen=True)
@@ -24,6 +31,8 @@ class Result:
     tokens: int  # predicted: all but the start signs
     bytes: int  # UTF-8, of the documents' text
     nats: float  # sum of -log p
+    # The same three numbers of each document, source by source.
+    documents: tuple[Float64[np.ndarray, "_ 3"], ...] = field(default=(), compare=False, repr=False)
 
     @property
     def nats_per_token(self) -> float:
@@ -39,6 +48,17 @@ class Result:
     def bits_per_byte(self) -> float:
         """Length of the text, coded by the model, per byte: compares models with different tokenizers."""
         return self.nats / math.log(2) / self.bytes
+
+    def intervals(self) -> Intervals | None:
+        """Draws documents anew within every source; None where a source has fewer than two."""
+        sums = bootstrap_sums(self.documents)
+        if sums is None:
+            return None
+        tokens, size, nats = sums.T
+        per_token = interval(nats / tokens)
+        return Intervals(
+            per_token, (math.exp(per_token[0]), math.exp(per_token[1])), interval(nats / math.log(2) / size)
+        )
 
 
 @dataclass(frozen=True)
@@ -62,6 +82,7 @@ def add_up(results: Sequence[Result]) -> Result:
         tokens=sum(result.tokens for result in results),
         bytes=sum(result.bytes for result in results),
         nats=math.fsum(result.nats for result in results),
+        documents=tuple(stratum for result in results for stratum in result.documents),
     )
 
 
@@ -75,49 +96,68 @@ def measure(
     """Measures a model on every source.
 
     Args:
-        score: sums of a batch; see `Score`.
+        score: see `Score`.
         sources: held-out documents, one entry a source.
         eval: how to cut them and how many tokens to take of each.
         seq_len: tokens of a training row.
         on_batch: called after each batch with the source's name, its batches done and its batches in all.
 
     Returns:
-        Sums of each source, over whole documents, in float64.
+        Sums of each source and each of its documents, in float64.
 
     Raises:
         UserError: a source has no text, or the model's score of it is not finite.
     """
     results = {}
     for documents in sources:
-        size = _text_size(documents, eval)
+        counts = _document_sizes(documents, eval)
         batches = num_batches(documents, eval, seq_len)
-        nats, tokens = [], 0
         for done, batch in enumerate(evaluation_batches(documents, eval, seq_len), 1):
-            batch_nats, batch_tokens = (float(number) for number in score(batch))
-            expected = int(batch["loss_mask"].sum())
-            if batch_tokens != expected:
-                raise AssertionError(f"the score is over {batch_tokens:g} targets, the batch has {expected}")
-            if not batch_nats <= MOST_NATS * expected:  # so written, it is also true of nan
-                raise UserError(
-                    f"the model's score of source '{documents.name}' is {batch_nats} in batch {done} of {batches}: "
-                    "its parameters have diverged, so evaluate an earlier checkpoint"
-                )
-            nats.append(batch_nats)
-            tokens += expected
+            mask = batch["loss_mask"]
+            nats = finite_nats(score(batch).nats, mask, f"source '{documents.name}'", f"batch {done} of {batches}")
+            which = batch["documents"][mask]
+            counts[:, 0] += np.bincount(which, minlength=len(counts))
+            counts[:, 2] += np.bincount(which, weights=nats, minlength=len(counts))
             if on_batch is not None:
                 on_batch(documents.name, done, batches)
-        results[documents.name] = Result(tokens, size, math.fsum(nats))
+        tokens, size, _ = counts.sum(axis=0)
+        results[documents.name] = Result(int(tokens), int(size), math.fsum(counts[:, 2]), (counts,))
     context, stride = window_sizes(eval, seq_len)
     return Evaluation(results, eval.mode, context, stride)
 
 
-def _text_size(documents: Documents, eval: EvalConfig) -> int:
-    size = sum(documents.num_bytes(index) for index in range(num_selected(documents, eval.max_tokens)))
-    if not size:
+def finite_nats(nats: np.ndarray, mask: np.ndarray, what: str, where: str) -> Float64[np.ndarray, " targets"]:
+    """Takes the scores of a batch's targets; a score that is not finite is an error, never averaged away.
+
+    Args:
+        nats: [rows, context], -log p of every position.
+        mask: [rows, context], which positions are targets.
+        what: names the text in an error.
+        where: names the place in it.
+
+    Raises:
+        UserError: a score is not a finite number.
+    """
+    assert nats.shape == mask.shape, f"the scores are {nats.shape}, the batch is {mask.shape}"
+    chosen = nats[mask].astype(np.float64)
+    bad = ~(chosen <= MOST_NATS)  # so written, it is also true of nan
+    if bad.any():
+        raise UserError(
+            f"the model's score of {what} is {chosen[bad][0]:g} in {where}: "
+            "its parameters have diverged, so evaluate an earlier checkpoint"
+        )
+    return chosen
+
+
+def _document_sizes(documents: Documents, eval: EvalConfig) -> Float64[np.ndarray, "_ 3"]:
+    """Makes the table of a source's documents: tokens (zero as yet), bytes, nats (zero as yet)."""
+    counts = np.zeros((num_selected(documents, eval.max_tokens), 3))
+    counts[:, 1] = [documents.num_bytes(index) for index in range(len(counts))]
+    if not counts[:, 1].sum():
         raise UserError(
             f"source '{documents.name}' has no held-out text: raise data.holdout or give the source more documents"
         )
-    return size
+    return counts
 
 
 def uniform_nats(heldout: Documents, vocab_size: int, max_tokens: int = 0) -> float:

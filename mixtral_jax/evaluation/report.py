@@ -10,7 +10,9 @@ from rich.table import Table
 
 from mixtral_jax.config import EvalConfig, UserError
 from mixtral_jax.console import ProgressLine
-from mixtral_jax.evaluation.perplexity import Evaluation, Result, Score, measure
+from mixtral_jax.evaluation.intervals import Interval
+from mixtral_jax.evaluation.perplexity import Evaluation, Result, measure
+from mixtral_jax.evaluation.scoring import Score
 from mixtral_jax.evaluation.windows import Documents, num_batches
 
 
@@ -36,7 +38,9 @@ def results_table(evaluation: Evaluation, baselines: Mapping[str, Result] | None
         A table that a rich console prints.
     """
     cut = f", stride {evaluation.stride:,}" if evaluation.mode == "strided" else ""
-    table = Table(caption=f"{evaluation.mode} mode, context {evaluation.context:,} tokens{cut}")
+    known = any(len(stratum) > 1 for result in evaluation.sources.values() for stratum in result.documents)
+    note = "; below each number its 95% interval over documents" if known else ""
+    table = Table(caption=f"{evaluation.mode} mode, context {evaluation.context:,} tokens{cut}{note}")
     table.add_column("held-out text")
     for name in ("tokens", "bytes", "nats/token", "perplexity", "bits/byte"):
         table.add_column(name, justify="right")
@@ -66,7 +70,8 @@ def results_json(
 
     Returns:
         `sources` (by name), `total` and `baselines` (by name), each with `tokens`, `bytes`, `nats_per_token`,
-        `perplexity` and `bits_per_byte`; `mode`, `context`, `stride`, `tokenizer`, `checkpoint_step`.
+        `perplexity`, `bits_per_byte`, the number of `documents` and the `intervals` of the three (95%, [low, high];
+        null where a source has fewer than two documents); `mode`, `context`, `stride`, `tokenizer`, `checkpoint_step`.
     """
     return {
         "sources": {name: _numbers(result) for name, result in evaluation.sources.items()},
@@ -95,20 +100,29 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _cells(result: Result) -> list[str]:
-    return [
-        f"{result.tokens:,}",
-        f"{result.bytes:,}",
-        f"{result.nats_per_token:.4f}",
-        f"{result.perplexity:,.2f}",
-        f"{result.bits_per_byte:.4f}",
-    ]
+    intervals = result.intervals()
+    cells = [f"{result.tokens:,}", f"{result.bytes:,}"]
+    for name, digits in (("nats_per_token", ".4f"), ("perplexity", ",.2f"), ("bits_per_byte", ".4f")):
+        cell = f"{getattr(result, name):{digits}}"
+        if intervals is not None:
+            cell += f"\n[dim]{interval_text(getattr(intervals, name), digits)}[/dim]"
+        cells.append(cell)
+    return cells
 
 
-def _numbers(result: Result) -> dict[str, int | float]:
+def interval_text(bounds: Interval | None, digits: str) -> str:
+    """Writes an interval; nothing where there is none."""
+    return "" if bounds is None else f"{bounds[0]:{digits}} to {bounds[1]:{digits}}"
+
+
+def _numbers(result: Result) -> dict[str, Any]:
+    intervals = result.intervals()
     return {
         "tokens": result.tokens,
         "bytes": result.bytes,
         "nats_per_token": result.nats_per_token,
         "perplexity": result.perplexity,
         "bits_per_byte": result.bits_per_byte,
+        "documents": sum(len(stratum) for stratum in result.documents),
+        "intervals": None if intervals is None else intervals._asdict(),
     }

@@ -1,7 +1,11 @@
-"""The device's side of evaluation: cross-entropy sums of a batch, and nothing of the router's losses."""
+"""The device's side of evaluation: what a model says at every position of a batch, and nothing of the router's losses.
+
+Everything that evaluation asks of a model goes through `_compile`: rows are spread over the mesh there, and results
+come back whole, on every host, in the order of the batch.
+"""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,42 +13,79 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mixtral_jax.kernels.cross_entropy import token_losses
-from mixtral_jax.model.mixtral import Architecture
-from mixtral_jax.precision import FULL
+from mixtral_jax.model.mixtral import Architecture, Mixtral
 from mixtral_jax.sharding import axis_size, named_sharding
+from mixtral_jax.training.losses import Batch
 from mixtral_jax.training.step import BATCH_KEYS, put_batch
 
-Score = Callable[[dict[str, np.ndarray]], tuple[float, int]]
+HostBatch = dict[str, np.ndarray]
+
+
+class TokenScores(NamedTuple):
+    """What a model says of the targets of a batch, each [rows, context]."""
+
+    nats: np.ndarray  # -log p(target), float32
+    greedy: np.ndarray  # bool: no token is likelier than the target
+
+
+# Scores a batch of [rows, context] arrays (see `evaluation_batches`); where `loss_mask` is false, numbers mean nothing.
+Score = Callable[[HostBatch], TokenScores]
+# The experts chosen in every layer, best first: [rows, context, layers, k]; of padding, they mean nothing.
+Route = Callable[[HostBatch], np.ndarray]
 
 
 def make_scorer(architecture: Architecture) -> Callable[[dict[str, Any]], Score]:
-    """Compiles scoring once and returns a function from a model's arrays to a scorer of host batches.
-
-    A scorer takes a batch of [rows, context] arrays (see `evaluation_batches`) and returns the sum of
-    -log p(target) over `loss_mask` in nats, and the number of those targets.
-    """
+    """Compiles scoring once a shape and returns a function from a model's arrays to a scorer of host batches."""
     runtime = architecture.runtime
-    sharding = named_sharding(runtime.mesh, ("batch", "sequence"))
-    replicated = NamedSharding(runtime.mesh, PartitionSpec())
-    devices = axis_size(runtime.mesh, "batch")
 
-    def sums(arrays: dict[str, Any], batch: dict[str, jax.Array]) -> jax.Array:
-        model = architecture.bind(arrays)
+    def scores(model: Mixtral, batch: Batch) -> Any:
         x, _ = model(batch["tokens"], batch["segment_ids"], batch["positions"])
-        losses = token_losses(x, model.head(), batch["targets"], mesh=runtime.mesh, chunk=runtime.loss_chunk)
-        return jnp.sum(jnp.where(batch["loss_mask"], losses, 0), axis=1, dtype=FULL)
+        return token_losses(x, model.head(), batch["targets"], mesh=runtime.mesh, chunk=runtime.loss_chunk)
 
-    compiled = jax.jit(sums, out_shardings=replicated)
+    compiled = _compile(architecture, scores)
 
     def with_arrays(arrays: dict[str, Any]) -> Score:
+        call = compiled(arrays)
+        return lambda batch: TokenScores(*call(batch))
+
+    return with_arrays
+
+
+def make_router(architecture: Architecture) -> Callable[[dict[str, Any]], Route]:
+    """Compiles routing once a shape and returns a function from a model's arrays to the routes of host batches."""
+    small = jnp.uint8 if architecture.config.num_experts <= 1 << 8 else jnp.uint16
+
+    def routes(model: Mixtral, batch: Batch) -> jax.Array:
+        _, router = model(batch["tokens"], batch["segment_ids"], batch["positions"])
+        return jnp.moveaxis(router.expert_indices, 0, 2).astype(small)
+
+    return _compile(architecture, routes)
+
+
+def _compile(
+    architecture: Architecture, outputs: Callable[[Mixtral, Batch], Any]
+) -> Callable[[dict[str, Any]], Callable[[HostBatch], Any]]:
+    """Makes a function of a model's arrays and of host batches out of one on the device.
+
+    Args:
+        architecture: the model's shapes, on its mesh.
+        outputs: a tree of arrays [rows, context, ...] of a batch.
+    """
+    mesh = architecture.runtime.mesh
+    sharding = named_sharding(mesh, ("batch", "sequence"))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    devices = axis_size(mesh, "batch")
+    compiled = jax.jit(lambda arrays, batch: outputs(architecture.bind(arrays), batch), out_shardings=replicated)
+
+    def with_arrays(arrays: dict[str, Any]) -> Callable[[HostBatch], Any]:
         arrays = {name: arrays[name] for name in ("params", "selection_bias")}
 
-        def score(batch: dict[str, np.ndarray]) -> tuple[float, int]:
-            pad = -batch["tokens"].shape[0] % devices  # every device gets a row; empty rows count nothing
-            rows = {key: np.pad(batch[key], ((0, pad), (0, 0))) for key in BATCH_KEYS}
-            sums_by_row = np.asarray(compiled(arrays, put_batch(rows, sharding)))
-            return float(np.sum(sums_by_row, dtype=np.double)), int(rows["loss_mask"].sum())
+        def call(batch: HostBatch) -> Any:
+            rows = len(batch["tokens"])
+            pad = ((0, -rows % devices), (0, 0))  # every device gets a row; empty rows count nothing
+            padded = {key: np.pad(batch[key], pad) for key in BATCH_KEYS}
+            return jax.tree.map(lambda x: np.asarray(x)[:rows], compiled(arrays, put_batch(padded, sharding)))
 
-        return score
+        return call
 
     return with_arrays

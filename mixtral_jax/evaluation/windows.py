@@ -13,6 +13,8 @@ import numpy as np
 
 from mixtral_jax.config import EvalConfig
 
+ARRAYS = ("tokens", "targets", "segment_ids", "positions", "documents")  # int32, beside the bool loss_mask
+
 
 @runtime_checkable
 class Documents(Protocol):
@@ -46,7 +48,8 @@ class Documents(Protocol):
 class Window:
     """A stretch of one document that the model sees at once."""
 
-    document: np.ndarray  # tokens of the whole document
+    index: int  # of the document
+    document: np.ndarray  # its tokens, all of them
     begin: int  # first input
     end: int  # one past the last input
     counted_from: int  # first input whose successor is predicted here and in no other window
@@ -97,13 +100,14 @@ def evaluation_batches(documents: Documents, eval: EvalConfig, seq_len: int) -> 
 
     Yields:
         Arrays [batch_size, context]: `tokens` and `targets` (int32), `segment_ids` (int32, from 1 in each row; 0 is
-        padding), `positions` (int32, from 0 in each segment) and `loss_mask` (bool: predict this target).
+        padding), `positions` (int32, from 0 in each segment), `loss_mask` (bool: predict this target) and `documents`
+        (int32: which document of the source, where it is not padding).
     """
     context, _ = window_sizes(eval, seq_len)
     rows = _rows(documents, eval, seq_len)
     while chosen := list(islice(rows, eval.batch_size)):
         shape = (eval.batch_size, context)
-        batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
+        batch = {name: np.zeros(shape, np.int32) for name in ARRAYS}
         batch["loss_mask"] = np.zeros(shape, bool)
         for row, windows in enumerate(chosen):
             start = 0
@@ -114,6 +118,7 @@ def evaluation_batches(documents: Documents, eval: EvalConfig, seq_len: int) -> 
                 batch["tokens"][row, here] = window.document[window.begin : window.end]
                 batch["targets"][row, predicted] = targets
                 batch["segment_ids"][row, here] = segment
+                batch["documents"][row, here] = window.index
                 batch["positions"][row, here] = np.arange(size)
                 batch["loss_mask"][row, start + window.counted_from - window.begin : predicted.stop] = True
                 start += size
@@ -133,9 +138,9 @@ def _rows(documents: Documents, eval: EvalConfig, seq_len: int) -> Iterator[list
     for index in range(num_selected(documents, eval.max_tokens)):
         document = documents.tokens(index)
         if eval.mode == "packed":
-            windows = _cut(document, room, context)
+            windows = _cut(index, document, room, context)
         else:
-            windows = _slide(document, context, stride)
+            windows = _slide(index, document, context, stride)
         for window in windows:
             size = window.end - window.begin
             if size > room:
@@ -150,19 +155,19 @@ def _rows(documents: Documents, eval: EvalConfig, seq_len: int) -> Iterator[list
         yield row
 
 
-def _cut(document: np.ndarray, room: int, context: int) -> Iterator[Window]:
+def _cut(index: int, document: np.ndarray, room: int, context: int) -> Iterator[Window]:
     """Fills the room that is left in a row, then whole rows; the end sign takes a place, as in training."""
     begin, end = 0, min(room, len(document))
     while begin < len(document):
-        yield Window(document, begin, end, counted_from=begin)
+        yield Window(index, document, begin, end, counted_from=begin)
         begin, end = end, min(end + context, len(document))
 
 
-def _slide(document: np.ndarray, context: int, stride: int) -> Iterator[Window]:
+def _slide(index: int, document: np.ndarray, context: int, stride: int) -> Iterator[Window]:
     """Moves a window over the document; the end sign is never an input, since nothing follows it."""
     begin = predicted = 0
     last = len(document) - 1
     while predicted < last:
         end = min(begin + context, last)
-        yield Window(document, begin, end, counted_from=predicted)
+        yield Window(index, document, begin, end, counted_from=predicted)
         begin, predicted = begin + stride, end

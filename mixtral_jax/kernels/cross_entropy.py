@@ -53,21 +53,28 @@ def token_losses(
     *,
     mesh: Mesh,
     chunk: int,
-) -> Float[Array, "batch seq"]:
-    """Computes -log softmax(x head)[target] of every position in nats, forward only; see `cross_entropy_sum`."""
+) -> tuple[Float[Array, "batch seq"], Bool[Array, "batch seq"]]:
+    """Computes -log softmax(x head)[target] of every position in nats, forward only; see `cross_entropy_sum`.
 
-    def local(x: Array, head: Array, targets: Array) -> Array:
-        def body(inputs: tuple[Array, Array]) -> Array:
-            _, logsumexp, at_target, _ = _chunk_logits(inputs[0], head, inputs[1])
-            return logsumexp - at_target
+    Returns:
+        The losses, and whether no other token is likelier than the target (what greedy decoding would choose).
+    """
+
+    def local(x: Array, head: Array, targets: Array) -> tuple[Array, Array]:
+        def body(inputs: tuple[Array, Array]) -> tuple[Array, Array]:
+            logits, logsumexp, at_target, _ = _chunk_logits(inputs[0], head, inputs[1])
+            return logsumexp - at_target, at_target >= jax.lax.pmax(jnp.max(logits, axis=-1), VOCAB_AXIS)
 
         size = min(chunk, targets.size)
         chunks = (_split(x.reshape(-1, x.shape[-1]), size), _split(targets.reshape(-1), size))
-        return _join(jax.lax.map(body, chunks), targets.size).reshape(targets.shape)
+        losses, greedy = (_join(out, targets.size).reshape(targets.shape) for out in jax.lax.map(body, chunks))
+        return losses, greedy
 
     tokens = spec(("batch", "sequence"))
     in_specs = (spec(("batch", "sequence", None)), spec((None, "vocab")), tokens)
-    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=tokens, check_vma=False)(x, head, targets)
+    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=(tokens, tokens), check_vma=False)(
+        x, head, targets
+    )
 
 
 def _split(x: Array, chunk: int) -> Array:

@@ -1,9 +1,11 @@
 """Held-out documents in memory, and models simple enough to compute by hand."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from mixtral_jax.evaluation.scoring import TokenScores
 
 BOS, EOS = 1, 2
 
@@ -42,14 +44,18 @@ def history_nats(history: Sequence[int], target: int) -> float:
     return 1.0 + value / 10
 
 
-def score_by_history(batch: dict[str, np.ndarray]) -> tuple[float, float]:
+def score_by_history(batch: dict[str, np.ndarray]) -> TokenScores:
     """Scores a batch as a model would that attends within its segment, up to the token itself."""
-    nats, count = 0.0, 0
+    nats = np.full(batch["tokens"].shape, np.nan)  # what is not asked for must not be counted
     for row, column in zip(*np.nonzero(batch["loss_mask"]), strict=True):
         segment = batch["segment_ids"][row]
         start = np.nonzero(segment == segment[column])[0][0]
         history = batch["tokens"][row, start : column + 1].tolist()
         assert batch["positions"][row, start : column + 1].tolist() == list(range(len(history)))
-        nats += history_nats(history, int(batch["targets"][row, column]))
-        count += 1
-    return nats, count
+        nats[row, column] = history_nats(history, int(batch["targets"][row, column]))
+    return TokenScores(nats, nats < 0)
+
+
+def constant(value: float) -> Callable[[dict[str, np.ndarray]], TokenScores]:
+    """Scores every target alike."""
+    return lambda batch: TokenScores(np.full(batch["tokens"].shape, value), np.zeros(batch["tokens"].shape, bool))

@@ -9,7 +9,8 @@ from rich.console import Console
 from mixtral_jax.config import EvalConfig, UserError
 from mixtral_jax.evaluation.perplexity import Result, add_up, measure, uniform_nats, unigram_nats
 from mixtral_jax.evaluation.report import results_json, results_table, write_json
-from tests.evaluation.corpus import BOS, EOS, Corpus, history_nats, random_corpus, score_by_history
+from mixtral_jax.evaluation.scoring import TokenScores
+from tests.evaluation.corpus import BOS, EOS, Corpus, constant, history_nats, random_corpus, score_by_history
 
 A, B = 3, 4
 # p(next | now) of a model of two letters, as powers of two so that the bits can be counted.
@@ -19,9 +20,9 @@ MODES = [EvalConfig("packed", 4, batch_size=2), EvalConfig("document", 3, batch_
 
 
 def score_by_bigram(batch):
-    mask = batch["loss_mask"]
-    pairs = zip(batch["tokens"][mask].tolist(), batch["targets"][mask].tolist(), strict=True)
-    return sum(BIGRAM_BITS[pair] for pair in pairs) * math.log(2), mask.sum()
+    pairs = np.stack([batch["tokens"], batch["targets"]], axis=-1)
+    bits = np.array([[BIGRAM_BITS.get((a, b), np.nan) for a, b in row] for row in pairs.tolist()])
+    return TokenScores(bits * math.log(2), bits < 0)
 
 
 @pytest.mark.parametrize("eval", MODES)
@@ -83,16 +84,16 @@ def test_bytes_are_those_of_the_documents_that_were_read():
 
 def test_sums_are_exact_where_float32_is_not():
     corpus = Corpus([[A] * 6] * 1000)
-    evaluation = measure(lambda batch: (0.1, batch["loss_mask"].sum()), [corpus], EvalConfig("document", 7, 0, 1), 7)
-    assert evaluation.total.nats == math.fsum([0.1] * 1000)
+    evaluation = measure(constant(0.1), [corpus], EvalConfig("document", 7, 0, 1), 7)
+    assert evaluation.total.nats == pytest.approx(700.0, rel=1e-14)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.nan, 1e9])
 def test_a_score_that_is_not_finite_is_never_averaged_away(bad):
     corpora = [Corpus([[A]], name="good"), Corpus([[A, B]] * 3, name="english")]
-    scores = iter([1.0, 1.0, bad, 1.0])
+    scores = iter([constant(1.0), constant(1.0), constant(bad), constant(1.0)])
     with pytest.raises(UserError, match=r"source 'english' is \S+ in batch 2 of 3: .* evaluate an earlier checkpoint"):
-        measure(lambda batch: (next(scores), batch["loss_mask"].sum()), corpora, EvalConfig("document", 3, 0, 1), 3)
+        measure(lambda batch: next(scores)(batch), corpora, EvalConfig("document", 3, 0, 1), 3)
 
 
 @pytest.mark.parametrize("corpus", [Corpus([], name="english"), Corpus([[]], name="english")])
@@ -102,9 +103,9 @@ def test_a_source_without_text_is_named(corpus):
         measure(score_by_bigram, [corpus], EvalConfig(), seq_len=8)
 
 
-def test_a_score_over_other_targets_is_refused():
-    with pytest.raises(AssertionError, match="the score is over 8 targets, the batch has 3"):
-        measure(lambda batch: (1.0, 8), [Corpus([[A, B]])], EvalConfig("packed", batch_size=1), seq_len=8)
+def test_scores_of_another_shape_are_refused():
+    with pytest.raises(AssertionError, match=r"the scores are \(3,\), the batch is \(1, 8\)"):
+        measure(lambda batch: TokenScores(np.ones(3), np.ones(3) > 0), [Corpus([[A, B]])], EvalConfig(batch_size=1), 8)
 
 
 def test_unigram_by_pencil():
@@ -147,7 +148,8 @@ def test_json_holds_what_scripts_rely_on(evaluation, tmp_path):
     read = json.loads(path.read_text())
     assert list(read["sources"]) == ["one", "two"]
     for entry in (*read["sources"].values(), read["total"], *read["baselines"].values()):
-        assert set(entry) == {"tokens", "bytes", "nats_per_token", "perplexity", "bits_per_byte"}
+        promised = {"tokens", "bytes", "nats_per_token", "perplexity", "bits_per_byte"}
+        assert set(entry) == promised | {"documents", "intervals"}
     assert read["total"]["perplexity"] == pytest.approx(2 ** (15 / 9))
     assert read["baselines"]["uniform"]["perplexity"] == pytest.approx(6)
     assert {key: read[key] for key in ("mode", "context", "stride", "tokenizer", "checkpoint_step")} == {

@@ -54,6 +54,7 @@ def test_batches_have_one_shape_and_segments_are_stretches_of_one_document(corpu
     for batch in batches:
         assert {name: array.dtype.name for name, array in batch.items()} == {
             "tokens": "int32", "targets": "int32", "segment_ids": "int32", "positions": "int32", "loss_mask": "bool",
+            "documents": "int32",
         }  # fmt: skip
         assert {array.shape for array in batch.values()} == {(eval.batch_size, eval.context)}
         for tokens, segments, positions, mask in zip(
@@ -67,6 +68,7 @@ def test_batches_have_one_shape_and_segments_are_stretches_of_one_document(corpu
                 here = np.nonzero(segments == segment)[0]
                 assert (np.diff(here) == 1).all()
                 assert positions[here].tolist() == list(range(len(here)))
+                assert len({places[int(token)][0] for token in tokens[here] if token >= 10}) <= 1
                 steps = [np.subtract(places[int(token)], (0, offset)).tolist()
                          for offset, token in enumerate(tokens[here]) if token >= 10]  # fmt: skip
                 assert all(step == steps[0] for step in steps)
