@@ -1,4 +1,4 @@
-"""Measures perplexity: `python eval.py RUN_OR_CHECKPOINT [--json FILE] [key=value ...]`."""
+"""Measures a model: `python eval.py RUN_OR_CHECKPOINT [MODE] [--json FILE] [--plots DIR] [key=value ...]`."""
 
 import argparse
 from pathlib import Path
@@ -6,34 +6,42 @@ from pathlib import Path
 from rich.console import Console
 
 from mixtral_jax import cli
+from mixtral_jax.config import UserError
+
+MODES = ("perplexity", "context", "passkey", "routing", "tasks")
 
 
 def main(arguments: list[str]) -> None:
-    """Prints a table of perplexity by source and, if asked, writes it as JSON."""
+    """Prints tables of what was measured and, if asked, writes the numbers as JSON and the pictures."""
     parser = argparse.ArgumentParser(prog="eval.py", description=__doc__)
     parser.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT", help="a run directory or one of its checkpoints")
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the numbers to this file")
+    parser.add_argument("--plots", metavar="DIR", type=Path, help="also draw pictures into this directory")
     parser.add_argument(
-        "overrides",
-        metavar="key=value",
-        nargs="*",
-        help="such as eval.mode=strided or data.sources=[{name: x, path: y}]",
+        "--tasks", metavar="TASK", nargs="+", default=[], help="JSONL or YAML files, or lm-eval's names"
     )
+    parser.add_argument("rest", metavar="MODE | key=value", nargs="*", help=f"one of {', '.join(MODES)} (perplexity); "
+                        "overrides such as eval.mode=strided or data.sources=[{name: x, path: y}]")  # fmt: skip
     options = parser.parse_intermixed_args(arguments)
-    from mixtral_jax.evaluation.loading import evaluation_texts, load_model
-    from mixtral_jax.evaluation.report import measure_with_progress, results_json, results_table, write_json
-    from mixtral_jax.evaluation.scoring import make_scorer
+    overrides = [word for word in options.rest if "=" in word]
+    named = [word for word in options.rest if "=" not in word] or ["tasks" if options.tasks else "perplexity"]
+    for word in named:
+        if word not in MODES:
+            raise UserError(f"'{word}' is neither a mode ({', '.join(MODES)}) nor key=value")
+    if len(named) > 1 or (options.tasks and named != ["tasks"]):
+        raise UserError(f"one mode at a time: {', '.join([*named, *['tasks'] * bool(options.tasks)])}")
+    if named == ["tasks"] and not options.tasks:
+        raise UserError("the mode tasks needs --tasks with one or more files or names of tasks")
+    from mixtral_jax.evaluation import modes, pictures
+    from mixtral_jax.evaluation.loading import load_model
 
+    if options.plots:
+        pictures.check_matplotlib()
     console = Console()
-    loaded = load_model(options.checkpoint, options.overrides)
+    loaded = load_model(options.checkpoint, overrides, packed=named[0] in ("perplexity", "routing"))
     console.print(loaded.architecture.runtime.describe(), highlight=False)
-    texts = evaluation_texts(loaded)
-    score = make_scorer(loaded.architecture)(loaded.arrays)
-    evaluation = measure_with_progress(score, texts, loaded.config.eval, loaded.config.data.seq_len)
-    console.print(results_table(evaluation))
-    if options.json:
-        numbers = results_json(evaluation, tokenizer=loaded.tokenizer.fingerprint, checkpoint_step=loaded.step)
-        write_json(options.json, numbers)
+    report = modes.tasks(loaded, options.tasks) if options.tasks else modes.MODES[named[0]](loaded)
+    modes.show(report, console, options.json, options.plots)
 
 
 if __name__ == "__main__":

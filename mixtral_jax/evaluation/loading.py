@@ -29,12 +29,13 @@ class LoadedModel:
     tokenizer: Tokenizer
 
 
-def load_model(path: str, overrides: list[str]) -> LoadedModel:
+def load_model(path: str, overrides: list[str], *, packed: bool = True) -> LoadedModel:
     """Restores the parameters of a run or checkpoint onto the devices at hand.
 
     Args:
         path: a run directory, its `checkpoints` or one checkpoint.
         overrides: `section.key=value` on top of the checkpoint's configuration.
+        packed: rows are those of `eval.mode`; False: texts that share a row never see each other.
 
     Raises:
         UserError: no checkpoint there, a bad override, another tokenizer than the checkpoint's.
@@ -51,7 +52,7 @@ def load_model(path: str, overrides: list[str]) -> LoadedModel:
         named = load_tokenizer(config.data, config.model.vocab_size)
         if named.fingerprint != tokenizer.fingerprint:
             raise UserError(f"data.tokenizer={config.data.tokenizer} is not the tokenizer of {path}: leave it out")
-    if config.eval.mode != "packed":  # windows that share a row must not see each other
+    if not packed or config.eval.mode != "packed":  # windows that share a row must not see each other
         config = replace(config, model={"attend_across_documents": False})
     runtime = make_runtime(config)
     context, _ = window_sizes(config.eval, config.data.seq_len)

@@ -74,9 +74,9 @@ def results_json(
         null where a source has fewer than two documents); `mode`, `context`, `stride`, `tokenizer`, `checkpoint_step`.
     """
     return {
-        "sources": {name: _numbers(result) for name, result in evaluation.sources.items()},
-        "total": _numbers(evaluation.total),
-        "baselines": {name: _numbers(result) for name, result in (baselines or {}).items()},
+        "sources": {name: numbers_of(result) for name, result in evaluation.sources.items()},
+        "total": numbers_of(evaluation.total),
+        "baselines": {name: numbers_of(result) for name, result in (baselines or {}).items()},
         "mode": evaluation.mode,
         "context": evaluation.context,
         "stride": evaluation.stride,
@@ -112,10 +112,11 @@ def _cells(result: Result) -> list[str]:
 
 def interval_text(bounds: Interval | None, digits: str) -> str:
     """Writes an interval; nothing where there is none."""
-    return "" if bounds is None else f"{bounds[0]:{digits}} to {bounds[1]:{digits}}"
+    return "" if bounds is None else f"{bounds[0]:{digits}}\N{EN DASH}{bounds[1]:{digits}}"
 
 
-def _numbers(result: Result) -> dict[str, Any]:
+def numbers_of(result: Result) -> dict[str, Any]:
+    """Makes the JSON of one result; see `results_json`."""
     intervals = result.intervals()
     return {
         "tokens": result.tokens,

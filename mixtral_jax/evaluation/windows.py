@@ -13,8 +13,6 @@ import numpy as np
 
 from mixtral_jax.config import EvalConfig
 
-ARRAYS = ("tokens", "targets", "segment_ids", "positions", "documents")  # int32, beside the bool loss_mask
-
 
 @runtime_checkable
 class Documents(Protocol):
@@ -106,9 +104,7 @@ def evaluation_batches(documents: Documents, eval: EvalConfig, seq_len: int) -> 
     context, _ = window_sizes(eval, seq_len)
     rows = _rows(documents, eval, seq_len)
     while chosen := list(islice(rows, eval.batch_size)):
-        shape = (eval.batch_size, context)
-        batch = {name: np.zeros(shape, np.int32) for name in ARRAYS}
-        batch["loss_mask"] = np.zeros(shape, bool)
+        batch = empty_batch(eval.batch_size, context)
         for row, windows in enumerate(chosen):
             start = 0
             for segment, window in enumerate(windows, 1):
@@ -123,6 +119,12 @@ def evaluation_batches(documents: Documents, eval: EvalConfig, seq_len: int) -> 
                 batch["loss_mask"][row, start + window.counted_from - window.begin : predicted.stop] = True
                 start += size
         yield batch
+
+
+def empty_batch(rows: int, length: int) -> dict[str, np.ndarray]:
+    """Makes a batch of nothing but padding; see `evaluation_batches`."""
+    names = ("tokens", "targets", "segment_ids", "positions", "documents")
+    return {name: np.zeros((rows, length), np.int32) for name in names} | {"loss_mask": np.zeros((rows, length), bool)}
 
 
 def num_batches(documents: Documents, eval: EvalConfig, seq_len: int) -> int:

@@ -1,0 +1,201 @@
+"""Two runs or checkpoints side by side: how they learnt, and what they know."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from mixtral_jax.evaluation.intervals import Interval, bootstrap_sums, interval
+from mixtral_jax.evaluation.loading import LoadedModel, evaluation_texts, load_model
+from mixtral_jax.evaluation.modes import Report
+from mixtral_jax.evaluation.perplexity import Evaluation, Result
+from mixtral_jax.evaluation.pictures import new_figure, save
+from mixtral_jax.evaluation.report import measure_with_progress, numbers_of
+from mixtral_jax.evaluation.scoring import make_scorer
+from mixtral_jax.metrics import parameter_counts
+from mixtral_jax.training.metrics_file import read_metrics
+
+LAST = 10  # logged steps whose mean stands for the end of a run
+
+
+@dataclass(frozen=True)
+class Side:
+    """What is known of one of the two."""
+
+    path: str
+    step: int
+    facts: dict[str, float | int | None]  # by name in the table
+    tokenizer: str  # fingerprint
+    row_tokens: int  # of a training step
+    history: list[dict[str, Any]]  # lines of metrics.jsonl up to the step
+    evaluation: Evaluation
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Bits per byte of the second less those of the first, on one text."""
+
+    bits_per_byte: float
+    interval: Interval | None  # by drawing the same documents for both; None: too few, or other documents
+
+
+def compare_runs(first: str, second: str, overrides: Sequence[str]) -> Report:
+    """Measures both on the held-out text of their sources and reads their logs.
+
+    Args:
+        first, second: each a run or one of its checkpoints.
+        overrides: `section.key=value` for both; `data.sources` measures both on the same texts.
+
+    Raises:
+        UserError: what `load_model` and `measure` raise.
+    """
+    sides = [_look_at(path, list(overrides)) for path in (first, second)]
+    shared = [name for name in sides[0].evaluation.sources if name in sides[1].evaluation.sources]
+    differences = {name: difference(*[side.evaluation.sources[name] for side in sides]) for name in shared}
+    if shared == list(sides[0].evaluation.sources) == list(sides[1].evaluation.sources):
+        differences["total"] = difference(*[side.evaluation.total for side in sides])
+    numbers = {
+        "evaluation": "compare",
+        "runs": [_side_json(side) for side in sides],
+        "differences": {
+            name: {"bits_per_byte": found.bits_per_byte, "interval": found.interval}
+            for name, found in differences.items()
+        },
+    }
+    return Report(
+        [_facts_table(sides), _perplexity_table(sides, differences)],
+        numbers,
+        {"compare.png": lambda path: _draw(sides, path)},
+    )
+
+
+def difference(first: Result, second: Result) -> Difference:
+    """Subtracts bits per byte, with an interval where both were measured on the same documents."""
+    value = second.bits_per_byte - first.bits_per_byte
+    sizes = [[stratum[:, 1] for stratum in result.documents] for result in (first, second)]
+    same = len(sizes[0]) == len(sizes[1]) and all(map(np.array_equal, *sizes))
+    if not same:
+        return Difference(value, None)
+    pairs = zip(first.documents, second.documents, strict=True)
+    sums = bootstrap_sums([np.stack([a[:, 1], b[:, 2] - a[:, 2]], axis=1) for a, b in pairs])
+    return Difference(value, None if sums is None else interval(sums[:, 1] / sums[:, 0] / math.log(2)))
+
+
+def _look_at(path: str, overrides: list[str]) -> Side:
+    loaded = load_model(path, overrides)
+    config = loaded.config
+    score = make_scorer(loaded.architecture)(loaded.arrays)
+    evaluation = measure_with_progress(score, evaluation_texts(loaded), config.eval, config.data.seq_len)
+    history = _history(Path(path), loaded.step)
+    row_tokens = config.train.batch_size * config.data.seq_len
+    return Side(
+        path, loaded.step, _facts(loaded, history), loaded.tokenizer.fingerprint, row_tokens, history, evaluation
+    )
+
+
+def _history(path: Path, step: int) -> list[dict[str, Any]]:
+    """Reads the log of the run that a path lies in, up to a step; nothing, if there is none (an import)."""
+    for directory in (path, path.parent, path.parent.parent):
+        file = directory / "metrics.jsonl"
+        if file.exists():
+            return [entry for entry in read_metrics(file) if entry["step"] <= step]
+    return []
+
+
+def _facts(loaded: LoadedModel, history: list[dict[str, Any]]) -> dict[str, float | int | None]:
+    counts = parameter_counts(loaded.config.model)
+    training = [entry for entry in history if "loss" in entry]
+    heldout = [entry["heldout/total"] for entry in history if entry.get("heldout/total") is not None]
+
+    def end(name: str) -> float | None:
+        values = [entry[name] for entry in training[-LAST:]]
+        # A value that is not finite is None in the log, and must not vanish from the mean.
+        return float(np.mean(values)) if values and None not in values else None
+
+    return {
+        "step": loaded.step,
+        "parameters": counts.total,
+        "active parameters": counts.active,
+        "training tokens": loaded.step * loaded.config.train.batch_size * loaded.config.data.seq_len,
+        "training cross-entropy, nats/token": end("cross_entropy"),
+        "held-out while training, nats/token": heldout[-1] if heldout else None,
+        "load-balancing loss": end("load_balance_loss"),
+        "busiest expert above uniform": end("max_violation"),
+        "dead experts": end("dead_experts"),
+        "tokens/s, median": float(np.median([e["tokens_per_second"] for e in training])) if training else None,
+    }
+
+
+def _facts_table(sides: Sequence[Side]) -> Table:
+    table = Table(caption=f"of training: means of the last {LAST} logged steps")
+    table.add_column("")
+    for letter, side in zip("AB", sides, strict=True):
+        table.add_column(f"{letter}: {side.path}", justify="right", overflow="fold")
+    table.add_row("tokenizer", *[side.tokenizer[:12] for side in sides])
+    for name in sides[0].facts:
+        cells = []
+        for side in sides:
+            value = side.facts[name]
+            cells.append("" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:,.4f}")
+        table.add_row(name, *cells)
+    return table
+
+
+def _perplexity_table(sides: Sequence[Side], differences: dict[str, Difference]) -> Table:
+    table = Table(caption="bits per byte compare across tokenizers, perplexities do not")
+    table.add_column("held-out text")
+    for name in ("A perplexity", "B perplexity", "A bits/byte", "B bits/byte", "B - A bits/byte"):
+        table.add_column(name, justify="right")
+    named = [{**side.evaluation.sources, "total": side.evaluation.total} for side in sides]
+    for name in dict.fromkeys([*named[0], *named[1]]):
+        results = [side.get(name) for side in named]
+        cells = [f"{result.perplexity:,.2f}" if result else "" for result in results]
+        cells += [f"{result.bits_per_byte:.4f}" if result else "" for result in results]
+        found = differences.get(name)
+        last = ""
+        if found is not None:
+            last = f"{found.bits_per_byte:+.4f}"
+            if found.interval is not None:
+                last += f"\n[dim]{found.interval[0]:+.4f}\N{EN DASH}{found.interval[1]:+.4f}[/dim]"
+        table.add_row(name, *cells, last, style="bold" if name == "total" else None)
+    return table
+
+
+def _side_json(side: Side) -> dict[str, Any]:
+    return {
+        "path": side.path,
+        "tokenizer": side.tokenizer,
+        "facts": side.facts,
+        "sources": {name: numbers_of(result) for name, result in side.evaluation.sources.items()},
+        "total": numbers_of(side.evaluation.total),
+    }
+
+
+def _draw(sides: Sequence[Side], path: Path) -> None:
+    """Draws losses, load and bits per byte of both."""
+    figure, panels = new_figure(11, 7.5, 2, 2)
+    for number, (letter, side) in enumerate(zip("AB", sides, strict=True)):
+        colour, label = f"C{number}", f"{letter}: {Path(side.path).name}"
+        for axes, key, name in (
+            (panels[0, 0], "cross_entropy", "training batch, nats per token"),
+            (panels[0, 1], "heldout/total", "held-out text, nats per token"),
+            (panels[1, 0], "max_violation", "busiest expert above the uniform load"),
+        ):
+            points = [(e["step"] * side.row_tokens, e[key]) for e in side.history if e.get(key) is not None]
+            if points:
+                style = "o-" if key == "heldout/total" else "-"
+                axes.plot(*zip(*points, strict=True), style, color=colour, lw=1, ms=4, label=label)
+            axes.set(xlabel="training tokens", title=name)
+            axes.grid(alpha=0.3)
+        axes = panels[1, 1]
+        named = {**side.evaluation.sources, "total": side.evaluation.total}
+        places = np.arange(len(named)) + 0.36 * (number - 0.5)
+        axes.bar(places, [result.bits_per_byte for result in named.values()], 0.36, color=colour, label=label)
+        axes.set_xticks(range(len(named)), list(named), rotation=20)
+        axes.set(title="held-out text, bits per byte")
+        axes.legend()
+    save(figure, path)

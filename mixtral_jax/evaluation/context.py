@@ -1,0 +1,158 @@
+"""What more context is worth: the same targets after contexts of growing length, and the loss at every position.
+
+Source: arXiv 2401.04088, figure 4 (perplexity over the context length).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice, pairwise
+
+import numpy as np
+from jaxtyping import Float64
+
+from mixtral_jax.config import UserError
+from mixtral_jax.evaluation.intervals import Interval, bootstrap_sums, interval
+from mixtral_jax.evaluation.perplexity import finite_nats
+from mixtral_jax.evaluation.scoring import HostBatch, Score
+from mixtral_jax.evaluation.windows import Documents, empty_batch
+
+MOST_LENGTHS = 8  # each half of the one before, from eval.context down
+SHORTEST = 16  # tokens
+
+
+@dataclass(frozen=True)
+class ContextCurve:
+    """Sums over windows of one source."""
+
+    contexts: list[int]  # tokens, ascending
+    targets: int  # scored after every context, per window: the last ones of the window
+    nats: Float64[np.ndarray, "contexts windows"]  # of these targets
+    nats_by_position: Float64[np.ndarray, " longest"]  # of all targets of the whole windows, summed over windows
+
+    @property
+    def windows(self) -> int:
+        """Stretches of the longest context, end to end, that the documents hold."""
+        return self.nats.shape[1]
+
+    def nats_per_token(self) -> Float64[np.ndarray, " contexts"]:
+        """Mean loss of the targets after each context."""
+        return self.nats.sum(axis=1) / (self.windows * self.targets)
+
+    def intervals(self) -> list[Interval | None]:
+        """Draws windows anew."""
+        sums = bootstrap_sums([self.nats.T])
+        if sums is None:
+            return [None] * len(self.contexts)
+        return [interval(column / (self.windows * self.targets)) for column in sums.T]
+
+    def by_position(self) -> list[tuple[int, int, float]]:
+        """Mean loss in bins that grow by about a quarter: first and last number of tokens seen, nats per token."""
+        edges = sorted({int(edge) for edge in np.geomspace(1, len(self.nats_by_position) + 1, 40)})
+        return [
+            (begin, end - 1, float(self.nats_by_position[begin - 1 : end - 1].sum() / ((end - begin) * self.windows)))
+            for begin, end in pairwise(edges)
+        ]
+
+
+def context_lengths(context: int, multiple: int = 1) -> list[int]:
+    """Lists the lengths to compare: the context, its half and so on, ascending.
+
+    Args:
+        context: the longest, tokens.
+        multiple: what each must be a multiple of, because that many devices share a row.
+
+    Raises:
+        UserError: there is nothing to compare.
+    """
+    lengths: list[int] = []
+    length = context
+    while length >= SHORTEST and len(lengths) < MOST_LENGTHS:
+        lengths.append(length)
+        length = length // 2 - length // 2 % multiple
+    if len(lengths) < 2:
+        raise UserError(f"eval.context={context} leaves no shorter context to compare: raise it to {2 * SHORTEST}")
+    return lengths[::-1]
+
+
+def num_windows(documents: Documents, context: int, max_tokens: int) -> int:
+    """Counts the windows of a source; 0 for `max_tokens`: all."""
+    return sum(1 for _ in _windows(documents, context, max_tokens))
+
+
+def measure_contexts(
+    score: Score,
+    documents: Documents,
+    contexts: Sequence[int],
+    batch_tokens: int,
+    max_tokens: int = 0,
+    on_window: Callable[[int], None] | None = None,
+) -> ContextCurve:
+    """Scores the last targets of every window after each of several contexts.
+
+    A window is a stretch of the longest context within one document. Its last targets, half as many as the shortest
+    context has tokens, are scored with the last tokens of the window as input, as many as the context says. So every
+    length is measured on the same targets, and only what is seen before them differs.
+
+    Args:
+        score: see `Score`.
+        documents: one source.
+        contexts: see `context_lengths`.
+        batch_tokens: of a batch; at least one row.
+        max_tokens: stops taking windows when they hold so many tokens; 0: all.
+        on_window: called with the number of windows done so far, each counted once for every context.
+
+    Raises:
+        UserError: no document is long enough, or a score is not finite.
+    """
+    longest, targets = contexts[-1], contexts[0] // 2
+    windows = num_windows(documents, longest, max_tokens)
+    if not windows:
+        most = max((len(documents.tokens(index)) - 1 for index in range(documents.num_documents)), default=0)
+        raise UserError(
+            f"source '{documents.name}' has no held-out document of {longest:,} tokens, the longest has {most:,}: "
+            "lower eval.context or choose a source with longer documents"
+        )
+    nats = np.zeros((len(contexts), windows))
+    by_position = np.zeros(longest)
+    done = 0
+    for number, context in enumerate(contexts):
+        asked = context if context == longest else targets
+        rows = max(1, batch_tokens // context)
+        first = 0
+        for batch, used in _batches(_windows(documents, longest, max_tokens), context, asked, min(rows, windows)):
+            where = f"a window of {context:,} tokens"
+            finite_nats(score_nats := score(batch).nats, batch["loss_mask"], f"source '{documents.name}'", where)
+            values = score_nats[:used].astype(np.float64)
+            nats[number, first : first + used] = values[:, -targets:].sum(axis=1)
+            if context == longest:
+                by_position += values.sum(axis=0)
+            first += used
+            done += used
+            if on_window is not None:
+                on_window(done)
+    return ContextCurve(list(contexts), targets, nats, by_position)
+
+
+def _windows(documents: Documents, context: int, max_tokens: int) -> Iterator[np.ndarray]:
+    """Yields stretches of context + 1 tokens, each beginning with the last token of the one before it."""
+    taken = 0
+    for index in range(documents.num_documents):
+        document = documents.tokens(index)
+        for begin in range(0, len(document) - context, context):
+            if max_tokens and taken >= max_tokens:
+                return
+            yield document[begin : begin + context + 1]
+            taken += context
+
+
+def _batches(windows: Iterator[np.ndarray], context: int, asked: int, rows: int) -> Iterator[tuple[HostBatch, int]]:
+    """Yields batches of the windows' last `context` inputs, the last `asked` targets to score, and their number."""
+    while chosen := list(islice(windows, rows)):
+        batch = empty_batch(rows, context)
+        used = slice(0, len(chosen))
+        ends = np.stack([window[-context - 1 :] for window in chosen])
+        batch["tokens"][used], batch["targets"][used] = ends[:, :-1], ends[:, 1:]
+        batch["segment_ids"][used] = 1
+        batch["positions"][used] = np.arange(context)
+        batch["loss_mask"][used, -asked:] = True
+        yield batch, len(chosen)

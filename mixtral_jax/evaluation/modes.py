@@ -1,0 +1,184 @@
+"""What `eval.py` can measure: each mode turns a loaded model into a `Report` of tables, numbers and pictures."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console, RenderableType
+
+from mixtral_jax.config import UserError
+from mixtral_jax.console import ProgressLine
+from mixtral_jax.evaluation import pictures
+from mixtral_jax.evaluation.context import context_lengths, measure_contexts, num_windows
+from mixtral_jax.evaluation.loading import LoadedModel, evaluation_texts
+from mixtral_jax.evaluation.passkey import DEPTHS, TRIALS, measure_passkey, passkey_lengths
+from mixtral_jax.evaluation.report import measure_with_progress, results_json, results_table, write_json
+from mixtral_jax.evaluation.routing import measure_routing, route_sample, routing_batches
+from mixtral_jax.evaluation.routing_page import write_page
+from mixtral_jax.evaluation.scoring import make_router, make_scorer
+from mixtral_jax.evaluation.tables import (
+    context_json,
+    context_table,
+    passkey_json,
+    passkey_table,
+    routing_json,
+    routing_table,
+)
+from mixtral_jax.evaluation.tasks import measure_tasks, tasks_table
+from mixtral_jax.evaluation.windows import window_sizes
+from mixtral_jax.sharding import axis_size
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a mode found."""
+
+    tables: Sequence[RenderableType]
+    numbers: dict[str, Any]  # JSON
+    # By file name: what writes it.
+    pictures: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)
+
+
+def perplexity(loaded: LoadedModel) -> Report:
+    """Measures perplexity, source by source, as `eval.mode` says."""
+    config = loaded.config
+    score = make_scorer(loaded.architecture)(loaded.arrays)
+    evaluation = measure_with_progress(score, evaluation_texts(loaded), config.eval, config.data.seq_len)
+    numbers = results_json(evaluation, tokenizer=loaded.tokenizer.fingerprint, checkpoint_step=loaded.step)
+    draw = {"perplexity.png": lambda path: pictures.draw_perplexity(evaluation, path)}
+    return Report([results_table(evaluation)], numbers, draw)
+
+
+def context(loaded: LoadedModel) -> Report:
+    """Measures what more context is worth, up to `eval.context`."""
+    config = loaded.config
+    longest, _ = window_sizes(config.eval, config.data.seq_len)
+    lengths = context_lengths(longest, axis_size(loaded.architecture.runtime.mesh, "sequence"))
+    texts = evaluation_texts(loaded)
+    score = make_scorer(loaded.architecture)(loaded.arrays)
+    total = sum(num_windows(text, longest, config.eval.max_tokens) for text in texts) * len(lengths)
+    curves = {}
+    before = 0
+    with ProgressLine("context", total, plain_line_seconds=30) as progress:
+        for text in texts:
+            curves[text.name] = measure_contexts(
+                score,
+                text,
+                lengths,
+                config.eval.batch_size * config.data.seq_len,
+                config.eval.max_tokens,
+                partial(_advance, progress, before, text.name),
+            )
+            before += curves[text.name].windows * len(lengths)
+    return Report(
+        [context_table(curves)],
+        context_json(curves) | _about(loaded),
+        {"context.png": lambda path: pictures.draw_context(curves, path)},
+    )
+
+
+def passkey(loaded: LoadedModel) -> Report:
+    """Hides keys in texts of up to `eval.context` tokens and asks for them."""
+    config = loaded.config
+    longest, _ = window_sizes(config.eval, config.data.seq_len)
+    score = make_scorer(loaded.architecture)(loaded.arrays)
+    lengths = passkey_lengths(loaded.tokenizer, longest)
+    with ProgressLine("passkey", len(lengths) * len(DEPTHS) * TRIALS, plain_line_seconds=30) as progress:
+        grid = measure_passkey(
+            score,
+            loaded.tokenizer,
+            lengths,
+            config.eval.batch_size * config.data.seq_len,
+            seed=config.seed,
+            multiple=axis_size(loaded.architecture.runtime.mesh, "sequence"),
+            share_rows=config.model.dispatch != "capacity",
+            on_batch=lambda done: progress.update(done, ""),
+        )
+    return Report(
+        [passkey_table(grid)],
+        passkey_json(grid) | _about(loaded),
+        {"passkey.png": lambda path: pictures.draw_passkey(grid, path)},
+    )
+
+
+def routing(loaded: LoadedModel) -> Report:
+    """Counts which experts the tokens of each source go to, cut as for perplexity."""
+    config = loaded.config
+    texts = evaluation_texts(loaded)
+    route = make_router(loaded.architecture)(loaded.arrays)
+    seq_len, experts = config.data.seq_len, config.model.num_experts
+    counts = {}
+    done = 0
+    with ProgressLine("routing", routing_batches(texts, config.eval, seq_len), plain_line_seconds=30) as progress:
+        for text in texts:
+            counts[text.name] = measure_routing(
+                route,
+                text,
+                config.eval,
+                seq_len,
+                experts,
+                partial(_advance, progress, done, text.name),
+            )
+            done += len(counts[text.name].batch_loads)
+    context, _ = window_sizes(config.eval, seq_len)
+    samples = [route_sample(route, text, loaded.tokenizer, context) for text in texts]
+    return Report(
+        [routing_table(counts)],
+        routing_json(counts) | _about(loaded),
+        {
+            "routing_shares.png": lambda path: pictures.draw_shares(counts, path),
+            "routing_repeats.png": lambda path: pictures.draw_repeats(counts, path),
+            "routing_load.png": lambda path: pictures.draw_batch_load(counts, path),
+            "routing_text.png": lambda path: pictures.draw_text(samples[0], experts, path),
+            "routing.html": lambda path: write_page(samples, experts, path),
+        },
+    )
+
+
+def tasks(loaded: LoadedModel, names: Sequence[str]) -> Report:
+    """Runs tasks of lm-evaluation-harness."""
+    results = measure_tasks(loaded, names)
+    return Report([tasks_table(results)], {"evaluation": "tasks", "tasks": results} | _about(loaded))
+
+
+MODES: dict[str, Callable[[LoadedModel], Report]] = {
+    "perplexity": perplexity,
+    "context": context,
+    "passkey": passkey,
+    "routing": routing,
+}
+
+
+def show(report: Report, console: Console, json_file: Path | None, plots: Path | None) -> None:
+    """Prints a report and writes what was asked for; of several processes, only the first does.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    if jax.process_index():
+        return
+    for table in report.tables:
+        console.print(table)
+    if json_file is not None:
+        write_json(json_file, report.numbers)
+    if plots is not None and report.pictures:
+        try:
+            plots.mkdir(parents=True, exist_ok=True)
+            for name, draw in report.pictures.items():
+                draw(plots / name)
+        except OSError as error:
+            raise UserError(f"cannot draw into {plots}: {error.strerror}; give another directory to --plots") from None
+        console.print(f"pictures: {', '.join(str(plots / name) for name in report.pictures)}", highlight=False)
+    elif report.pictures:
+        console.print("--plots DIR draws this", style="dim")
+
+
+def _advance(progress: ProgressLine, before: int, name: str, done: int) -> None:
+    progress.update(before + done, name)
+
+
+def _about(loaded: LoadedModel) -> dict[str, Any]:
+    return {"tokenizer": loaded.tokenizer.fingerprint, "checkpoint_step": loaded.step}

@@ -1,0 +1,137 @@
+"""Passkey retrieval: a number hidden at some depth of a long text, asked for at its end.
+
+Source: arXiv 2305.16300, appendix B (the task); arXiv 2401.04088, figure 4 (lengths and positions).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float64
+
+from mixtral_jax.config import UserError
+from mixtral_jax.data.tokenizer import Tokenizer
+from mixtral_jax.evaluation.requests import Request, row_lengths, score_requests
+from mixtral_jax.evaluation.scoring import Score
+
+TASK = "There is a pass key hidden in the text below. Find it and remember it, for you will be asked for it.\n"
+FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
+HIDDEN = "The pass key is {key}. Remember it. {key} is the pass key.\n"
+QUESTION = "What is the pass key? The pass key is"
+DIGITS = 5
+DEPTHS = tuple(np.linspace(0, 1, 9).tolist())
+MOST_LENGTHS = 6
+TRIALS = 5  # keys for each length and depth
+
+
+@dataclass(frozen=True)
+class PasskeyGrid:
+    """How well keys were found, by length (rows) and depth (columns)."""
+
+    lengths: Sequence[int]  # tokens
+    depths: Sequence[float]  # share of the filler that stands before the key
+    trials: int
+    accuracy: Float64[np.ndarray, "lengths depths"]  # share of keys that greedy decoding writes whole
+    nats_per_token: Float64[np.ndarray, "lengths depths"]  # of the key
+
+
+def passkey_request(tokenizer: Tokenizer, length: int, depth: float, key: str) -> Request:
+    """Writes one text of exactly `length` input tokens, whose scored end is the key.
+
+    Args:
+        tokenizer: any that can write digits.
+        length: tokens before the last one.
+        depth: share of the filler that stands before the key, 0 to 1.
+        key: digits.
+
+    Raises:
+        UserError: the length has no room for task, key and question.
+    """
+    begin = [tokenizer.bos_id, *tokenizer.encode(TASK)]
+    hidden = tokenizer.encode(HIDDEN.format(key=key))
+    question, end = tokenizer.encode(QUESTION), tokenizer.encode(f"{QUESTION} {key}")
+    kept = next((i for i, pair in enumerate(zip(question, end, strict=False)) if pair[0] != pair[1]), len(question))
+    room = length + 1 - len(begin) - len(hidden) - len(end)
+    if room < 0:
+        raise UserError(
+            f"a context of {length} tokens is too short for a passkey, which takes {length - room} with this "
+            f"tokenizer: raise eval.context to that or more"
+        )
+    line = tokenizer.encode(FILLER)
+    filler = (line * (room // len(line) + 1))[:room]
+    cut = round(depth * room)
+    tokens = [*begin, *filler[:cut], *hidden, *filler[cut:], *end]
+    return Request(tokens, len(tokens) - len(end) + kept)
+
+
+def passkey_lengths(tokenizer: Tokenizer, context: int) -> list[int]:
+    """Lists the lengths to try, ascending: the context, its half and so on, as long as a passkey fits."""
+    lengths = [context]
+    passkey_request(tokenizer, context, 0.0, "0" * DIGITS)  # raises, if not even this fits
+    while len(lengths) < MOST_LENGTHS:
+        try:
+            passkey_request(tokenizer, lengths[-1] // 2, 0.0, "0" * DIGITS)
+        except UserError:
+            break
+        lengths.append(lengths[-1] // 2)
+    return lengths[::-1]
+
+
+def measure_passkey(
+    score: Score,
+    tokenizer: Tokenizer,
+    lengths: Sequence[int],
+    batch_tokens: int,
+    *,
+    seed: int,
+    multiple: int = 1,
+    share_rows: bool = True,
+    depths: Sequence[float] = DEPTHS,
+    trials: int = TRIALS,
+    on_batch: Callable[[int], None] | None = None,
+) -> PasskeyGrid:
+    """Asks for keys at every length and depth.
+
+    The key's digits are scored in one pass: greedy decoding would write them all if each, after those before it, is the
+    likeliest token.
+
+    Args:
+        score: see `Score`.
+        tokenizer: the model's.
+        lengths: of the texts, tokens, ascending; see `passkey_lengths`.
+        batch_tokens: of a batch; at least one row.
+        seed: of the keys.
+        multiple: devices that share a row.
+        share_rows: see `score_requests`.
+        depths: where to hide the key.
+        trials: keys for each length and depth.
+        on_batch: called after each batch with the number of texts answered.
+
+    Raises:
+        UserError: no passkey fits, the tokenizer cannot write digits, or a score is not finite.
+    """
+    codes = {tuple(tokenizer.encode(digit)) for digit in "0123456789"}
+    if len(codes) < 10:
+        raise UserError("the tokenizer cannot tell the ten digits apart: a passkey needs one that can")
+    rng = np.random.default_rng(seed)
+    keys = rng.integers(10 ** (DIGITS - 1), 10**DIGITS, (len(lengths), len(depths), trials))
+    requests = [
+        passkey_request(tokenizer, length, depth, str(key))
+        for length, by_depth in zip(lengths, keys, strict=True)
+        for depth, by_trial in zip(depths, by_depth, strict=True)
+        for key in by_trial
+    ]
+    answers = score_requests(
+        score,
+        requests,
+        row_lengths(lengths[-1], multiple),
+        batch_tokens,
+        share_rows=share_rows,
+        what="the passkey texts",
+        on_batch=on_batch,
+    )
+    shape = keys.shape
+    tokens = np.array([len(request.tokens) - request.scored_from for request in requests], np.float64).reshape(shape)
+    nats = np.array([answer.nats for answer in answers]).reshape(shape)
+    greedy = np.array([answer.greedy for answer in answers], np.float64).reshape(shape)
+    return PasskeyGrid(lengths, list(depths), trials, greedy.mean(axis=-1), nats.sum(axis=-1) / tokens.sum(axis=-1))

@@ -1,0 +1,163 @@
+"""Scores many short texts at once: packed into rows of a few fixed lengths, so that few programs are compiled."""
+
+import bisect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mixtral_jax.config import UserError
+from mixtral_jax.evaluation.perplexity import finite_nats
+from mixtral_jax.evaluation.scoring import HostBatch, Score
+from mixtral_jax.evaluation.windows import empty_batch
+
+SHORTEST_ROW = 64  # tokens
+GROWTH = 4  # from one row length to the next
+
+
+@dataclass(frozen=True)
+class Request:
+    """A text of which the end is to be scored."""
+
+    tokens: Sequence[int]  # the whole text, from the start sign or the first token that is seen
+    scored_from: int  # place of the first token to score, at least 1
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model says of the scored end."""
+
+    nats: float  # the sum of -log p
+    greedy: bool  # greedy decoding would write the same
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """Which requests share a row, by their numbers; all batches of a length have one shape."""
+
+    length: int  # tokens
+    requests: list[int]
+
+
+def row_lengths(context: int, multiple: int = 1) -> list[int]:
+    """Lists the lengths of rows: 64, 256, 1024 and so on below the context, and the context.
+
+    Args:
+        context: the longest row, tokens.
+        multiple: what each must be a multiple of, because that many devices share a row.
+    """
+    lengths = []
+    length = SHORTEST_ROW
+    while length < context:
+        lengths.append(length + -length % multiple)
+        length *= GROWTH
+    return sorted({*(length for length in lengths if length < context), context})
+
+
+def plan_rows(sizes: Sequence[int], lengths: Sequence[int], *, share: bool = True) -> list[RowPlan]:
+    """Puts requests into rows, the longest first, each into the fullest row that has room.
+
+    Args:
+        sizes: input tokens of each request.
+        lengths: allowed lengths of a row, ascending.
+        share: whether a row may hold several requests.
+
+    Returns:
+        Rows, the longest first. A row is as short as its longest request allows.
+    """
+    rows: list[RowPlan] = []
+    rooms: list[tuple[int, int]] = []  # (room, row), ascending
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        size = sizes[index]
+        place = bisect.bisect_left(rooms, (size, -1))
+        if place < len(rooms):
+            room, row = rooms.pop(place)
+        else:
+            row, room = len(rows), lengths[bisect.bisect_left(lengths, size)]
+            rows.append(RowPlan(room, []))
+        rows[row].requests.append(index)
+        if share:
+            bisect.insort(rooms, (room - size, row))
+    return rows
+
+
+def score_requests(
+    score: Score,
+    requests: Sequence[Request],
+    lengths: Sequence[int],
+    batch_tokens: int,
+    *,
+    share_rows: bool = True,
+    what: str = "the requests",
+    on_batch: Callable[[int], None] | None = None,
+) -> list[Answer]:
+    """Scores requests; each sees itself alone.
+
+    Args:
+        score: see `Score`; attention must stop at segments.
+        requests: in any order.
+        lengths: see `row_lengths`.
+        batch_tokens: of a batch; at least one row.
+        share_rows: False where tokens of a row compete for experts (dispatch=capacity).
+        what: names the requests in an error.
+        on_batch: called after each batch with the number of requests answered so far.
+
+    Returns:
+        An answer for each request, in their order.
+
+    Raises:
+        UserError: a request is longer than the longest row, or a score is not finite.
+    """
+    sizes = [len(request.tokens) - 1 for request in requests]
+    if max(sizes, default=0) > lengths[-1]:
+        raise UserError(
+            f"{what}: one is {max(sizes):,} tokens long and the context is {lengths[-1]:,}: raise eval.context"
+        )
+    nats = np.zeros(len(requests))
+    greedy = np.ones(len(requests), bool)
+    done = 0
+    for number, (batch, members) in enumerate(_batches(requests, plan_rows(sizes, lengths, share=share_rows),
+                                                       batch_tokens), 1):  # fmt: skip
+        scores = score(batch)
+        mask = batch["loss_mask"]
+        values = finite_nats(scores.nats, mask, what, f"batch {number}")
+        which = batch["documents"][mask]
+        nats += np.bincount(which, weights=values, minlength=len(requests))
+        greedy[which[~scores.greedy[mask]]] = False
+        done += members
+        if on_batch is not None:
+            on_batch(done)
+    return [Answer(float(a), bool(b)) for a, b in zip(nats, greedy, strict=True)]
+
+
+def _batches(
+    requests: Sequence[Request], rows: Sequence[RowPlan], batch_tokens: int
+) -> Iterator[tuple[HostBatch, int]]:
+    """Yields batches as `evaluation_batches` does, `documents` being the requests' numbers, and their requests."""
+    start = 0
+    while start < len(rows):
+        length = rows[start].length
+        per_batch = max(1, batch_tokens // length)
+        end = start
+        while end < len(rows) and end - start < per_batch and rows[end].length == length:
+            end += 1
+        while per_batch // GROWTH >= end - start:  # a rest need not be computed as a whole batch
+            per_batch //= GROWTH
+        batch = empty_batch(per_batch, length)
+        members = 0
+        for row, plan in enumerate(rows[start:end]):
+            column = 0
+            for segment, index in enumerate(plan.requests, 1):
+                request = requests[index]
+                size = len(request.tokens) - 1
+                here = slice(column, column + size)
+                batch["tokens"][row, here] = request.tokens[:-1]
+                batch["targets"][row, here] = request.tokens[1:]
+                batch["segment_ids"][row, here] = segment
+                batch["positions"][row, here] = np.arange(size)
+                batch["documents"][row, here] = index
+                batch["loss_mask"][row, column + request.scored_from - 1 : column + size] = True
+                column += size
+            members += len(plan.requests)
+        yield batch, members
+        start = end
