@@ -17,12 +17,12 @@ FLOORS = {
     "model.mixtral": 3, "training.losses": 3, "training.optimizer": 3, "data.pipeline": 3,
     "training": 4, "weights": 4,
     "training.trainer": 5, "training.summary": 5, "evaluation": 5, "inference": 5, "planning": 5, "preparation": 5,
-    "__main__": 6, "train.py": 6, "eval.py": 6,
+    "verbs": 6, "__main__": 6, "train.py": 6, "eval.py": 6,
 }  # fmt: skip
 
 FLOAT_TYPES = {"float16", "bfloat16", "float32", "float64"}
 # The table and the names it is made from; the types that files of weights hold, and their choice on the command line.
-MAY_NAME_FLOAT_TYPES = ("precision", "config", "weights", "__main__")
+MAY_NAME_FLOAT_TYPES = ("precision", "config", "weights", "verbs")
 
 
 @functools.cache

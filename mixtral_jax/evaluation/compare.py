@@ -121,10 +121,10 @@ def _facts(loaded: LoadedModel, history: list[dict[str, Any]]) -> dict[str, floa
         "parameters": counts.total,
         "active parameters": counts.active,
         "training tokens": loaded.step * loaded.config.train.batch_size * loaded.config.data.seq_len,
-        "training cross-entropy, nats/token": end("cross_entropy"),
-        "held-out while training, nats/token": heldout[-1] if heldout else None,
+        "training nats/token": end("cross_entropy"),
+        "held-out nats/token": heldout[-1] if heldout else None,
         "load-balancing loss": end("load_balance_loss"),
-        "busiest expert above uniform": end("max_violation"),
+        "busiest expert, excess": end("max_violation"),
         "dead experts": end("dead_experts"),
         "tokens/s, median": float(np.median([e["tokens_per_second"] for e in training])) if training else None,
     }
@@ -146,10 +146,12 @@ def _facts_table(sides: Sequence[Side]) -> Table:
 
 
 def _perplexity_table(sides: Sequence[Side], differences: dict[str, Difference]) -> Table:
-    table = Table(caption="bits per byte compare across tokenizers, perplexities do not")
+    table = Table(
+        caption="bits per byte compare across tokenizers, perplexities do not; below a difference its 95% interval"
+    )
     table.add_column("held-out text")
-    for name in ("A perplexity", "B perplexity", "A bits/byte", "B bits/byte", "B - A bits/byte"):
-        table.add_column(name, justify="right")
+    for name in ("perplexity\nA", "\nB", "bits/byte\nA", "\nB", "\nB - A"):
+        table.add_column(name, justify="right", no_wrap=True)
     named = [{**side.evaluation.sources, "total": side.evaluation.total} for side in sides]
     for name in dict.fromkeys([*named[0], *named[1]]):
         results = [side.get(name) for side in named]
@@ -160,7 +162,7 @@ def _perplexity_table(sides: Sequence[Side], differences: dict[str, Difference])
         if found is not None:
             last = f"{found.bits_per_byte:+.4f}"
             if found.interval is not None:
-                last += f"\n[dim]{found.interval[0]:+.4f}\N{EN DASH}{found.interval[1]:+.4f}[/dim]"
+                last += f"\n[dim]{found.interval[0]:+.4f} to {found.interval[1]:+.4f}[/dim]"
         table.add_row(name, *cells, last, style="bold" if name == "total" else None)
     return table
 

@@ -124,7 +124,7 @@ def routing(loaded: LoadedModel) -> Report:
             )
             done += len(counts[text.name].batch_loads)
     context, _ = window_sizes(config.eval, seq_len)
-    samples = [route_sample(route, text, loaded.tokenizer, context) for text in texts]
+    samples = [route_sample(route, text, loaded.tokenizer.decode, context) for text in texts]
     return Report(
         [routing_table(counts)],
         routing_json(counts) | _about(loaded),

@@ -88,12 +88,13 @@ def draw_context(curves: Mapping[str, ContextCurve], path: Path) -> None:
 def draw_passkey(grid: PasskeyGrid, path: Path) -> None:
     """Draws two heat maps over length and depth: the share of keys found, and the loss of the key."""
     figure, panels = new_figure(12, 1.6 + 0.5 * len(grid.lengths), 1, 2)
-    for axes, values, title, limits, form in (
-        (panels[0, 0], grid.accuracy, "share of keys that greedy decoding writes", (0, 1), "{:.0%}"),
-        (panels[0, 1], grid.nats_per_token, "nats per token of the key", (0, None), "{:.2f}"),
-    ):
-        colours = "RdYlGn" if limits[1] else "viridis_r"
-        image = axes.imshow(values, aspect="auto", cmap=colours, vmin=limits[0], vmax=limits[1], origin="lower")
+    for axes, values, title, scale, form in (
+        (panels[0, 0], grid.accuracy, "share of keys that greedy decoding writes", ("RdYlGn", 1.0), "{:.0%}"),
+        # Not to the darkest colour, on which the numbers could not be read.
+        (panels[0, 1], grid.nats_per_token, "nats per token of the key", ("YlOrRd", 1.4 * grid.nats_per_token.max()),
+         "{:.2f}"),
+    ):  # fmt: skip
+        image = axes.imshow(values, aspect="auto", cmap=scale[0], vmin=0, vmax=scale[1], origin="lower")
         for row, line in enumerate(values):
             for column, value in enumerate(line):
                 axes.text(column, row, form.format(value), ha="center", va="center", fontsize=7)

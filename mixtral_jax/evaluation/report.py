@@ -43,7 +43,7 @@ def results_table(evaluation: Evaluation, baselines: Mapping[str, Result] | None
     table = Table(caption=f"{evaluation.mode} mode, context {evaluation.context:,} tokens{cut}{note}")
     table.add_column("held-out text")
     for name in ("tokens", "bytes", "nats/token", "perplexity", "bits/byte"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     last = len(evaluation.sources) - 1
     for number, (name, result) in enumerate(evaluation.sources.items()):
         table.add_row(name, *_cells(result), end_section=number == last)
@@ -102,10 +102,14 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def _cells(result: Result) -> list[str]:
     intervals = result.intervals()
     cells = [f"{result.tokens:,}", f"{result.bytes:,}"]
-    for name, digits in (("nats_per_token", ".4f"), ("perplexity", ",.2f"), ("bits_per_byte", ".4f")):
+    for name, digits, coarse in (
+        ("nats_per_token", ".4f", ".3f"),
+        ("perplexity", ",.2f", ",.2f"),
+        ("bits_per_byte", ".4f", ".3f"),
+    ):
         cell = f"{getattr(result, name):{digits}}"
         if intervals is not None:
-            cell += f"\n[dim]{interval_text(getattr(intervals, name), digits)}[/dim]"
+            cell += f"\n[dim]{interval_text(getattr(intervals, name), coarse)}[/dim]"
         cells.append(cell)
     return cells
 

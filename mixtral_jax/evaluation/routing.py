@@ -11,9 +11,10 @@ import numpy as np
 from jaxtyping import Float64, Int64, Integer
 
 from mixtral_jax.config import EvalConfig, UserError
-from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.evaluation.scoring import Route
 from mixtral_jax.evaluation.windows import Documents, empty_batch, evaluation_batches, num_batches
+
+Decode = Callable[[np.ndarray], str]
 
 SAMPLE_TOKENS = 400  # of each source, on the page of coloured text
 
@@ -134,13 +135,13 @@ class RoutedText:
     experts: Integer[np.ndarray, "tokens layers k"]
 
 
-def route_sample(route: Route, documents: Documents, tokenizer: Tokenizer, length: int) -> RoutedText:
+def route_sample(route: Route, documents: Documents, decode: Decode, length: int) -> RoutedText:
     """Routes the begin of a source's first document that is long enough, or of its longest.
 
     Args:
         route: see `Route`.
         documents: the source.
-        tokenizer: of the tokens.
+        decode: turns tokens into text.
         length: tokens of the row; of them at most `SAMPLE_TOKENS` are shown.
     """
     sizes = [len(documents.tokens(index)) for index in range(min(documents.num_documents, 1000))]
@@ -151,14 +152,14 @@ def route_sample(route: Route, documents: Documents, tokenizer: Tokenizer, lengt
     batch["tokens"][0, : len(tokens)] = tokens
     batch["segment_ids"][0, : len(tokens)] = 1
     batch["positions"][0, : len(tokens)] = np.arange(len(tokens))
-    return RoutedText(documents.name, decode_pieces(tokenizer, tokens), route(batch)[0, : len(tokens)])
+    return RoutedText(documents.name, decode_pieces(decode, tokens), route(batch)[0, : len(tokens)])
 
 
-def decode_pieces(tokenizer: Tokenizer, tokens: np.ndarray) -> list[str]:
+def decode_pieces(decode: Decode, tokens: np.ndarray) -> list[str]:
     """Gives each token its part of the decoded text; the last token of a character of several gets all of it."""
     pieces, written = [], 0
     for end in range(1, len(tokens) + 1):
-        text = tokenizer.decode(tokens[:end])
+        text = decode(tokens[:end])
         part = text[written:]
         if part.endswith("\N{REPLACEMENT CHARACTER}") and end < len(tokens):  # a character that is not yet whole
             part = ""

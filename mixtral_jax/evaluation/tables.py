@@ -82,33 +82,31 @@ def routing_table(counts: Mapping[str, RoutingCounts]) -> Table:
     k, layers, num_experts = next(iter(counts.values())).assignments.shape
     random_first, random_any = random_repeats(num_experts, k)
     table = Table(
-        caption=f"{k} of {num_experts} experts a token. share: of the assignments, least to most used expert, by the "
-        "first choice and by all. repeat: neighbouring tokens with the same first choice, and with any in common. "
-        "busiest: expert of a batch against the uniform load."
+        caption=f"{k} of {num_experts} experts a token. share: of the assignments, least and most used expert. "
+        "repeats: neighbouring tokens with the same first choice, or with any choice in common. busiest: the most used "
+        "expert of a batch against the uniform load."
     )
     for name in ("layer", "source"):
         table.add_column(name)
-    for name in ("tokens", "share,\nfirst", "share,\nall", "repeat,\nfirst", "repeat,\nany", "busiest,\nmean", "worst"):
-        table.add_column(name, justify="right")
+    for name in ("share, %\n1st choice", "\nall choices", "repeats\n1st", "\nany", "busiest\nmean", "\nworst"):
+        table.add_column(name, justify="right", no_wrap=True)
     for layer in shown_layers(layers):
         for number, (name, count) in enumerate(counts.items()):
-            first, every = count.shares(0)[layer], count.shares()[layer]
+            first, every = 100 * count.shares(0)[layer], 100 * count.shares()[layer]
             busiest = 1 + count.batch_violations()[:, layer]
             table.add_row(
                 str(layer) if number == 0 else "",
                 name,
-                f"{count.tokens:,}",
-                interval_text((100 * first.min(), 100 * first.max()), ".1f") + "%",
-                interval_text((100 * every.min(), 100 * every.max()), ".1f") + "%",
+                interval_text((first.min(), first.max()), ".1f"),
+                interval_text((every.min(), every.max()), ".1f"),
                 f"{count.first_repeats()[layer]:.1%}",
                 f"{count.any_repeats()[layer]:.1%}",
                 f"{busiest.mean():.2f}x",
                 f"{busiest.max():.2f}x",
                 end_section=number == len(counts) - 1,
             )
-    uniform = f"{1 / num_experts:.1%}"
-    table.add_row("", "random", "", uniform, uniform, f"{random_first:.1%}", f"{random_any:.1%}", "1.00x", "",
-                  style="dim")  # fmt: skip
+    uniform = f"{100 / num_experts:.1f}"
+    table.add_row("", "random", uniform, uniform, f"{random_first:.1%}", f"{random_any:.1%}", "1.00x", "", style="dim")
     return table
 
 
