@@ -179,7 +179,7 @@ def _side_json(side: Side) -> dict[str, Any]:
 
 def _draw(sides: Sequence[Side], path: Path) -> None:
     """Draws losses, load and bits per byte of both."""
-    figure, panels = new_figure(11, 7.5, 2, 2)
+    figure, panels = new_figure(11.0, 7.5, 2, 2)
     for number, (letter, side) in enumerate(zip("AB", sides, strict=True)):
         colour, label = f"C{number}", f"{letter}: {Path(side.path).name}"
         for axes, key, name in (

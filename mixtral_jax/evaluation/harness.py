@@ -114,7 +114,7 @@ class MixtralJax(TemplateLM):
         for index, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items())), []).append(index)
         results = [""] * len(requests)
-        with ProgressLine("generate", len(requests), plain_line_seconds=30) as progress:
+        with ProgressLine("generate", len(requests), plain_line_seconds=30.0) as progress:
             done = 0
             for members in groups.values():
                 ordered = sorted(members, key=lambda index: -len(prompts[index]))
@@ -177,7 +177,7 @@ class MixtralJax(TemplateLM):
         return answers
 
     def _answer(self, requests: Sequence[Request], what: str) -> list[Answer]:
-        with ProgressLine(what, len(requests), plain_line_seconds=30) as progress:
+        with ProgressLine(what, len(requests), plain_line_seconds=30.0) as progress:
             return score_requests(
                 self._score,
                 requests,

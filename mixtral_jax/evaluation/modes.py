@@ -62,7 +62,7 @@ def context(loaded: LoadedModel) -> Report:
     total = sum(num_windows(text, longest, config.eval.max_tokens) for text in texts) * len(lengths)
     curves = {}
     before = 0
-    with ProgressLine("context", total, plain_line_seconds=30) as progress:
+    with ProgressLine("context", total, plain_line_seconds=30.0) as progress:
         for text in texts:
             curves[text.name] = measure_contexts(
                 score,
@@ -86,7 +86,7 @@ def passkey(loaded: LoadedModel) -> Report:
     longest, _ = window_sizes(config.eval, config.data.seq_len)
     score = make_scorer(loaded.architecture)(loaded.arrays)
     lengths = passkey_lengths(loaded.tokenizer, longest)
-    with ProgressLine("passkey", len(lengths) * len(DEPTHS) * TRIALS, plain_line_seconds=30) as progress:
+    with ProgressLine("passkey", len(lengths) * len(DEPTHS) * TRIALS, plain_line_seconds=30.0) as progress:
         grid = measure_passkey(
             score,
             loaded.tokenizer,
@@ -112,7 +112,7 @@ def routing(loaded: LoadedModel) -> Report:
     seq_len, experts = config.data.seq_len, config.model.num_experts
     counts = {}
     done = 0
-    with ProgressLine("routing", routing_batches(texts, config.eval, seq_len), plain_line_seconds=30) as progress:
+    with ProgressLine("routing", routing_batches(texts, config.eval, seq_len), plain_line_seconds=30.0) as progress:
         for text in texts:
             counts[text.name] = measure_routing(
                 route,

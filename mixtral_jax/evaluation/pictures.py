@@ -42,7 +42,7 @@ def save(figure: Any, path: Path) -> None:
 def draw_perplexity(evaluation: Evaluation, path: Path) -> None:
     """Draws the bits per byte of each source with their intervals: they compare across sources and tokenizers."""
     named = {**evaluation.sources, "total": evaluation.total}
-    figure, panels = new_figure(7, 1 + 0.35 * len(named))
+    figure, panels = new_figure(7.0, 1 + 0.35 * len(named))
     axes = panels[0, 0]
     for row, result in enumerate(named.values()):
         bounds = result.intervals()
@@ -58,7 +58,7 @@ def draw_perplexity(evaluation: Evaluation, path: Path) -> None:
 
 def draw_context(curves: Mapping[str, ContextCurve], path: Path) -> None:
     """Draws the loss over the context's length, with its interval, and over the position in the window."""
-    figure, panels = new_figure(10, 4.2, 1, 2, sharey=True)
+    figure, panels = new_figure(10.0, 4.2, 1, 2, sharey=True)
     left, right = panels[0]
     for number, (name, curve) in enumerate(curves.items()):
         colour = f"C{number}"
@@ -87,7 +87,7 @@ def draw_context(curves: Mapping[str, ContextCurve], path: Path) -> None:
 
 def draw_passkey(grid: PasskeyGrid, path: Path) -> None:
     """Draws two heat maps over length and depth: the share of keys found, and the loss of the key."""
-    figure, panels = new_figure(12, 1.6 + 0.5 * len(grid.lengths), 1, 2)
+    figure, panels = new_figure(12.0, 1.6 + 0.5 * len(grid.lengths), 1, 2)
     for axes, values, title, scale, form in (
         (panels[0, 0], grid.accuracy, "share of keys that greedy decoding writes", ("RdYlGn", 1.0), "{:.0%}"),
         # Not to the darkest colour, on which the numbers could not be read.
@@ -132,7 +132,7 @@ def draw_shares(counts: Mapping[str, RoutingCounts], path: Path) -> None:
 def draw_repeats(counts: Mapping[str, RoutingCounts], path: Path) -> None:
     """Draws how often neighbouring tokens repeat an expert, by layer and source, beside chance; as table 5."""
     k, layers, experts = next(iter(counts.values())).assignments.shape
-    figure, panels = new_figure(10, 4, 1, 2)
+    figure, panels = new_figure(10.0, 4.0, 1, 2)
     for axes, title, chance, values in zip(
         panels[0],
         ("same first choice", "any choice in common"),
@@ -153,7 +153,7 @@ def draw_repeats(counts: Mapping[str, RoutingCounts], path: Path) -> None:
 
 def draw_batch_load(counts: Mapping[str, RoutingCounts], path: Path) -> None:
     """Draws the busiest expert's load in each layer: the median over batches, and where 90% of them lie."""
-    figure, panels = new_figure(7, 4)
+    figure, panels = new_figure(7.0, 4.0)
     axes = panels[0, 0]
     for number, (name, count) in enumerate(counts.items()):
         low, middle, high = np.quantile(1 + count.batch_violations(), [0.05, 0.5, 0.95], axis=0)

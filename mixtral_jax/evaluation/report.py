@@ -23,7 +23,7 @@ def measure_with_progress(score: Score, texts: Sequence[Documents], eval: EvalCo
     for documents in texts:
         before[documents.name] = total
         total += num_batches(documents, eval, seq_len)
-    with ProgressLine("evaluate", total, plain_line_seconds=30) as progress:
+    with ProgressLine("evaluate", total, plain_line_seconds=30.0) as progress:
         return measure(score, texts, eval, seq_len, lambda name, done, _: progress.update(before[name] + done, name))
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from mixtral_jax.config import ModelConfig, UserError
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.weights.blocks import BlockLayout, block_layout, host_view, take_block
+from mixtral_jax.weights.hf_tokenizer import tokenizer_files
 from mixtral_jax.weights.names import FORMATS, ExternalTensor, Format, FormatName, Row, external_tensors
 from mixtral_jax.weights.progress import byte_progress
 from mixtral_jax.weights.released_config import describe_hf, describe_mistral
@@ -74,6 +75,9 @@ def export_weights(
         (partial / layout.config_file).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
         if tokenizer is not None:
             (partial / "tokenizer.model").write_bytes(tokenizer)
+            if layout.config_file == "config.json":
+                for name, content in tokenizer_files(tokenizer).items():
+                    (partial / name).write_text(content, encoding="utf-8")
         if directory.exists():
             directory.rmdir()
         partial.rename(directory)

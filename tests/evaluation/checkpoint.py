@@ -1,0 +1,49 @@
+"""A checkpoint that was never trained, with two sources of its own, made in seconds."""
+
+import json
+import random
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from mixtral_jax.config import CheckpointConfig, Config
+from mixtral_jax.config_loading import parse_config, to_yaml
+from mixtral_jax.data.tokenizer_training import train_model
+from mixtral_jax.training.checkpoint import Checkpoints
+from tests.small_run import WORDS
+from tests.tiny import TINY, tiny_architecture
+
+
+def make_run(directory: Path, *, broken: bool = False) -> Path:
+    """Writes a run directory; `broken`: with a parameter that is not finite."""
+    draw = random.Random(0)
+    for name, words in (("one", WORDS[:9]), ("two", WORDS[9:])):
+        documents = [" ".join(draw.choices(words, k=90)) for _ in range(40)]
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in documents)
+        (directory / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    config: Config = parse_config(
+        TINY,
+        [
+            "model={vocab_size: 320, init_std: 0.1}",
+            f"data.sources=[{{name: one, path: {directory}/one.jsonl}}, {{name: two, path: {directory}/two.jsonl}}]",
+            f"data={{seq_len: 64, holdout: 0.2, tokenizer: train, cache_dir: {directory}/cache}}",
+            f"run_dir={directory}/run",
+        ],
+    )
+    arrays = tiny_architecture(config).init(0)
+    if broken:
+        arrays["params"]["final_norm"]["scale"] = arrays["params"]["final_norm"]["scale"].at[3].set(np.nan)
+    run = directory / "run"
+    with Checkpoints(run / "checkpoints", CheckpointConfig()) as checkpoints:
+        files = {"tokenizer.model": train_model(config.data, 320)}
+        for step in (1, 2):
+            checkpoints.save(step, arrays, {"step": step, "config": to_yaml(config), "data_fingerprint": ""}, files)
+            arrays = jax.tree.map(lambda x: x * 0.9, arrays)
+    history = [
+        {"step": step, "loss": 5.0 / step, "cross_entropy": 4.0 / step, "load_balance_loss": 1.1, "max_violation": 0.5,
+         "dead_experts": 0, "tokens_per_second": 10.0, "heldout/total": 6.0 / step}
+        for step in (1, 2)
+    ]  # fmt: skip
+    (run / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in history))
+    return run

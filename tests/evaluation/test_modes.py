@@ -1,0 +1,151 @@
+"""Every mode of eval.py, and `compare`, from the command line to files, on eight devices."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from mixtral_jax import verbs
+from mixtral_jax.config import UserError
+from mixtral_jax.config_loading import parse_config
+from mixtral_jax.data.tokenizer_training import train_model
+from mixtral_jax.evaluation.compare import difference
+from mixtral_jax.evaluation.perplexity import Result
+from tests.evaluation.checkpoint import make_run
+
+ROOT = Path(__file__).parents[2]
+
+
+def eval_script(*arguments: object) -> None:
+    spec = importlib.util.spec_from_file_location("eval_script", ROOT / "eval.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("broken"), broken=True)
+
+
+def measured(tmp_path, *arguments):
+    eval_script(*arguments, "--json", tmp_path / "out.json", "--plots", tmp_path / "plots")
+    for picture in (tmp_path / "plots").glob("*.png"):
+        assert matplotlib.image.imread(picture).std() > 0.01, f"{picture} is blank"
+    return json.loads((tmp_path / "out.json").read_text()), {path.name for path in (tmp_path / "plots").iterdir()}
+
+
+def test_perplexity_is_the_mode_without_a_name(run, tmp_path, capsys):
+    numbers, pictures = measured(tmp_path, run)
+    assert list(numbers["sources"]) == ["one", "two"]
+    assert numbers["total"]["tokens"] == sum(source["tokens"] for source in numbers["sources"].values())
+    low, high = numbers["total"]["intervals"]["perplexity"]
+    assert low < numbers["total"]["perplexity"] < high
+    assert numbers["checkpoint_step"] == 2
+    assert pictures == {"perplexity.png"}
+    assert "8 x cpu (fsdp 8)" in capsys.readouterr().out
+
+
+def test_context(run, tmp_path):
+    numbers, pictures = measured(tmp_path, run, "context", "eval.max_tokens=2000")
+    for source in numbers["sources"].values():
+        assert [entry["context"] for entry in source["by_context"]] == [16, 32, 64]
+        assert source["by_position"][-1]["last"] == 64
+        assert all(entry["interval"][0] < entry["nats_per_token"] for entry in source["by_context"])
+    assert pictures == {"context.png"}
+
+
+def test_passkey(run, tmp_path):
+    numbers, pictures = measured(tmp_path, run, "passkey", "eval.context=256", "eval.batch_size=64")
+    assert numbers["lengths"] == [256]
+    assert np.shape(numbers["accuracy"]) == np.shape(numbers["nats_per_token"]) == (1, 9)
+    assert pictures == {"passkey.png"}
+
+
+def test_routing(run, tmp_path):
+    numbers, pictures = measured(tmp_path, run, "routing")
+    for source in numbers["sources"].values():
+        shares = np.array(source["shares_by_choice"])
+        assert shares.shape == (2, 2, 4)
+        np.testing.assert_allclose(shares.sum(axis=-1), 1)
+    assert pictures == {
+        "routing_shares.png", "routing_repeats.png", "routing_load.png", "routing_text.png", "routing.html",
+    }  # fmt: skip
+    assert "<h2>two</h2>" in (tmp_path / "plots" / "routing.html").read_text(encoding="utf-8")
+
+
+def test_compare(run, tmp_path, capsys):
+    arguments = [run, run / "checkpoints" / "1", "--json", tmp_path / "out.json", "--plots", tmp_path / "plots"]
+    verbs.VERBS["compare"]([str(argument) for argument in arguments])
+    numbers = json.loads((tmp_path / "out.json").read_text())
+    first, second = numbers["runs"]
+    assert (first["facts"]["step"], second["facts"]["step"]) == (2, 1)
+    assert (first["facts"]["training nats/token"], second["facts"]["training nats/token"]) == (3.0, 4.0)
+    for name in ("one", "two"):
+        found = numbers["differences"][name]
+        expected = second["sources"][name]["bits_per_byte"] - first["sources"][name]["bits_per_byte"]
+        assert found["bits_per_byte"] == pytest.approx(expected)
+        assert found["interval"][0] <= found["bits_per_byte"] <= found["interval"][1]
+    assert matplotlib.image.imread(tmp_path / "plots" / "compare.png").std() > 0.01
+    assert "B - A" in capsys.readouterr().out
+
+
+def test_a_difference_is_paired_only_on_the_same_documents():
+    rng = np.random.default_rng(0)
+    sizes, nats = rng.integers(50, 90, 30), rng.normal(100, 30, 30)
+
+    def result(nats, sizes):
+        table = np.stack([np.full(30, 20.0), sizes, nats], axis=1)
+        return Result(600, int(sizes.sum()), float(nats.sum()), (table,))
+
+    close = difference(result(nats, sizes), result(nats + 1 + 0.01 * rng.normal(size=30), sizes))
+    assert close.bits_per_byte == pytest.approx(30 / np.log(2) / sizes.sum(), rel=0.01)
+    low, high = close.interval
+    assert low < close.bits_per_byte < high < 1.3 * low  # the documents' own spread cancels
+    assert difference(result(nats, sizes), result(nats, sizes[::-1])).interval is None
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), [
+    (["context", "routing"], "one mode at a time: context, routing"),
+    (["routing", "--tasks", "x"], "one mode at a time: routing, tasks"),
+    (["perplexty"], r"'perplexty' is neither a mode \(perplexity, context, passkey, routing, tasks\) nor key=value"),
+    (["tasks"], "the mode tasks needs --tasks"),
+    (["context", "eval.context=20000"], "source 'one' has no held-out document of 20,000 tokens, the longest has"),
+    (["passkey"], "a context of 64 tokens is too short for a passkey"),
+    (["--tasks", "none.jsonl"], "there is no task file none.jsonl"),
+    (["routing", "data.sources=[{name: empty, path: EMPTY}]"], "empty"),
+    (["data.tokenizer=mixtral"], "data.tokenizer=mixtral has 32000 tokens but model.vocab_size is 320"),
+])  # fmt: skip
+def test_mistakes_are_one_sentence(run, tmp_path, arguments, sentence):
+    (tmp_path / "empty.txt").write_text("")
+    arguments = [argument.replace("EMPTY", str(tmp_path / "empty.txt")) for argument in arguments]
+    with pytest.raises(UserError, match=sentence) as error:
+        eval_script(run, *arguments, "--json", tmp_path / "out.json")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_another_tokenizer_of_the_same_size_is_refused(run, tmp_path):
+    text = json.loads((run / "checkpoints" / "2" / "meta.json").read_text())["config"]
+    data = parse_config(text, [f"data.sources=[{{name: one, path: {run.parent}/one.jsonl}}]"]).data
+    other = tmp_path / "other.model"
+    other.write_bytes(train_model(data, 300))
+    with pytest.raises(UserError, match=re.escape(f"data.tokenizer={other} is not the tokenizer of {run}: leave")):
+        eval_script(run, f"data.tokenizer={other}")
+
+
+@pytest.mark.parametrize("mode", [["perplexity"], ["context"], ["passkey", "eval.context=256"]])
+def test_a_model_that_diverged_is_named_never_averaged(broken, mode):
+    with pytest.raises(UserError, match=r"is nan in .*: its parameters have diverged, so evaluate an earlier"):
+        eval_script(broken, *mode)
