@@ -40,7 +40,8 @@ def results_table(evaluation: Evaluation, baselines: Mapping[str, Result] | None
     cut = f", stride {evaluation.stride:,}" if evaluation.mode == "strided" else ""
     known = any(len(stratum) > 1 for result in evaluation.sources.values() for stratum in result.documents)
     note = "; below each number its 95% interval over documents" if known else ""
-    table = Table(caption=f"{evaluation.mode} mode, context {evaluation.context:,} tokens{cut}{note}")
+    caption = f"{evaluation.mode} mode, context {evaluation.context:,} tokens{cut}{note}{_cut_documents(evaluation)}"
+    table = Table(caption=caption)
     table.add_column("held-out text")
     for name in ("tokens", "bytes", "nats/token", "perplexity", "bits/byte"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -97,6 +98,16 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         os.replace(fresh, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; give another file to --json") from None
+
+
+def _cut_documents(evaluation: Evaluation) -> str:
+    """Says how many documents are longer than the context, where that makes them lose their begin."""
+    lengths = [stratum[:, 0] for result in evaluation.sources.values() for stratum in result.documents]
+    longer = sum(int((tokens > evaluation.context).sum()) for tokens in lengths)
+    if evaluation.mode != "document" or not longer:
+        return ""
+    whole = sum(map(len, lengths))
+    return f"; {longer:,} of {whole:,} documents are longer and go on in new windows without memory"
 
 
 def _cells(result: Result) -> list[str]:

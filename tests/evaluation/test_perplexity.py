@@ -177,6 +177,17 @@ def test_table_shows_every_number(evaluation):
     assert "strided mode, context 4 tokens, stride 2" in text
 
 
+@pytest.mark.parametrize(("eval", "said"), [
+    (EvalConfig("document", 4), "1 of 2 documents are longer"), (EvalConfig("document", 6), ""),
+    (EvalConfig("strided", 4), ""),
+])  # fmt: skip
+def test_documents_longer_than_the_context_are_said(eval, said):
+    evaluation = measure(score_by_bigram, [Corpus([[A, B], [A, A, B, B, A]])], eval, seq_len=8)
+    caption = str(results_table(evaluation).caption)
+    assert ("documents are longer" in caption) == bool(said)
+    assert said in caption
+
+
 def test_adding_up_nothing_lost():
     parts = [Result(1, 2, 1e16), Result(3, 4, 1.0), Result(5, 6, -1e16)]
     assert add_up(parts) == Result(9, 12, 1.0)

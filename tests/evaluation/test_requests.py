@@ -71,7 +71,7 @@ def test_requests_that_share_a_row_do_not_see_each_other_on_a_mesh():
     config = tiny_config(model={"init_std": 0.3})
     requests = random_requests(np.random.default_rng(1), 30, 60)
     results = []
-    for mesh, share in (({}, False), ({"fsdp": 2, "expert": 2, "tensor": 2}, True)):
+    for mesh, share in (({}, False), ({"fsdp": 2, "context": 2, "tensor": 2}, True)):
         architecture = tiny_architecture(config, mesh_of(**mesh))
         score = make_scorer(architecture)(architecture.init(0))
         answers = score_requests(score, requests, row_lengths(64), 256, share_rows=share)
