@@ -52,6 +52,7 @@ class Tokenizer:
         self.vocab_size: int = self._processor.vocab_size()
         self.bos_id: int = self._processor.bos_id()
         self.eos_id: int = self._processor.eos_id()
+        self.unk_id: int = self._processor.unk_id()
         if min(self.bos_id, self.eos_id) < 0:
             raise UserError(f"{where} has no token for the begin or the end of a document: use one with both")
         ids = range(self.vocab_size)

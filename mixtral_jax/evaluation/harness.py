@@ -189,9 +189,10 @@ class MixtralJax(TemplateLM):
             )
 
     def _text(self, tokens: list[int]) -> str:
-        """Decodes what was generated before the end sign."""
+        """Decodes what was generated before the end sign; `hf`, too, shows nothing of the token for the unknown."""
         end = tokens.index(self.eot_token_id) if self.eot_token_id in tokens else len(tokens)
-        return self.loaded.tokenizer.decode(tokens[:end])
+        tokenizer = self.loaded.tokenizer
+        return tokenizer.decode([token for token in tokens[:end] if token != tokenizer.unk_id])
 
     def _ended(self, tokens: list[int], until: list[str]) -> bool:
         text = self._text(tokens)

@@ -13,6 +13,13 @@ from rich.table import Table
 from mixtral_jax.config import UserError
 from mixtral_jax.evaluation.loading import LoadedModel
 
+
+def _with_space(record: Mapping[str, str]) -> str:
+    """Parts the continuation from its context, as the harness does for the other kinds of task."""
+    continuation = record["continuation"]
+    return continuation if continuation[:1].isspace() else f" {continuation}"
+
+
 # What the records of a JSONL file may hold, and the task that they then are: accuracy is the share of records whose
 # right answer is the likeliest, acc_norm the same by log-likelihood per byte.
 ACCURACY: Any = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")]
@@ -34,7 +41,7 @@ FORMS: dict[tuple[str, ...], dict[str, Any]] = {
     ("context", "continuation"): {
         "output_type": "loglikelihood",
         "doc_to_text": "context",
-        "doc_to_target": "continuation",
+        "doc_to_target": _with_space,
         "metric_list": [{"metric": "perplexity"}, {"metric": "acc"}],
     },
     ("query", "answer"): {
