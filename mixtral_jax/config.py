@@ -159,12 +159,12 @@ class KernelsConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """How perplexity is measured."""
+    """How text is cut and how much of it is measured."""
 
     # packed: rows as in training; document: every document from its start, cut at `context`;
     # strided: every token is predicted once, with at least context - stride tokens before it.
     mode: Literal["packed", "document", "strided"] = "packed"
-    context: int = 0  # tokens; 0: data.seq_len
+    context: int = 0  # tokens that the model sees at once, at most; 0: data.seq_len
     stride: int = 0  # tokens; mode=strided only; 0: half of the context
     batch_size: int = 8  # rows
     max_tokens: int = 0  # per source; 0: all
