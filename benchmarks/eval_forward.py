@@ -3,9 +3,10 @@
     python benchmarks/eval_forward.py                          # configs/small.yaml, 214M parameters
     python benchmarks/eval_forward.py --repeats 3 --json out.json model.num_layers=2
 
-Needs requirements-parity.txt. Both get the log-likelihood of every next token of the same texts; compilation is not
-counted. Two kinds of work: full rows, as for perplexity, and short texts of many lengths, as tasks have them: there,
-this package packs rows and transformers gets batches sorted by length and padded.
+Needs this package installed (`pip install -e .`) and requirements-parity.txt. Both get the log-likelihood of every next
+token of the same texts; compilation is not counted. Two kinds of work: full rows, as for perplexity, and short texts of
+many lengths, as tasks have them: there, this package packs rows and transformers gets batches sorted by length and
+padded.
 """
 
 import argparse

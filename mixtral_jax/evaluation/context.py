@@ -6,6 +6,7 @@ Source: arXiv 2401.04088, figure 4 (perplexity over the context length).
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float64
@@ -18,6 +19,7 @@ from mixtral_jax.evaluation.windows import Documents, empty_batch
 
 MOST_LENGTHS = 8  # each half of the one before, from eval.context down
 SHORTEST = 16  # tokens
+TARGETS = 8  # one in so many tokens of a window, at its end, is scored after every context
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,9 @@ def measure_contexts(
 ) -> ContextCurve:
     """Scores the last targets of every window after each of several contexts.
 
-    A window is a stretch of the longest context within one document. Its last targets, half as many as the shortest
-    context has tokens, are scored with the last tokens of the window as input, as many as the context says. So every
-    length is measured on the same targets, and only what is seen before them differs.
+    A window is a stretch of the longest context within one document. Its last eighth are the targets. With a context of
+    L tokens each is scored after at least L/2 and at most L of the tokens before it; where L is short, that takes
+    several stretches. So every length is measured on the same targets, and only what is seen before them differs.
 
     Args:
         score: see `Score`.
@@ -104,7 +106,8 @@ def measure_contexts(
     Raises:
         UserError: no document is long enough, or a score is not finite.
     """
-    longest, targets = contexts[-1], contexts[0] // 2
+    longest = contexts[-1]
+    targets = max(1, longest // TARGETS)
     windows = num_windows(documents, longest, max_tokens)
     if not windows:
         most = max((len(documents.tokens(index)) - 1 for index in range(documents.num_documents)), default=0)
@@ -114,22 +117,22 @@ def measure_contexts(
         )
     nats = np.zeros((len(contexts), windows))
     by_position = np.zeros(longest)
-    done = 0
     for number, context in enumerate(contexts):
-        asked = context if context == longest else targets
+        stretches = _stretches(_windows(documents, longest, max_tokens), context, targets)
         rows = max(1, batch_tokens // context)
-        first = 0
-        for batch, used in _batches(_windows(documents, longest, max_tokens), context, asked, min(rows, windows)):
-            where = f"a window of {context:,} tokens"
-            finite_nats(score_nats := score(batch).nats, batch["loss_mask"], f"source '{documents.name}'", where)
-            values = score_nats[:used].astype(np.float64)
-            nats[number, first : first + used] = values[:, -targets:].sum(axis=1)
+        while chosen := list(islice(stretches, rows)):
+            batch = _batch(chosen, context, rows)
             if context == longest:
-                by_position += values.sum(axis=0)
-            first += used
-            done += used
+                batch["loss_mask"][: len(chosen)] = True  # for the curve over positions
+            scores = score(batch).nats
+            finite_nats(scores, batch["loss_mask"], f"source '{documents.name}'", f"a window of {context:,} tokens")
+            for row, stretch in enumerate(chosen):
+                values = scores[row].astype(np.float64)
+                nats[number, stretch.window] += values[-stretch.asked :].sum()
+                if context == longest:
+                    by_position += values
             if on_window is not None:
-                on_window(done)
+                on_window(number * windows + chosen[-1].window + 1)
     return ContextCurve(list(contexts), targets, nats, by_position)
 
 
@@ -145,14 +148,28 @@ def _windows(documents: Documents, context: int, max_tokens: int) -> Iterator[np
             taken += context
 
 
-def _batches(windows: Iterator[np.ndarray], context: int, asked: int, rows: int) -> Iterator[tuple[HostBatch, int]]:
-    """Yields batches of the windows' last `context` inputs, the last `asked` targets to score, and their number."""
-    while chosen := list(islice(windows, rows)):
-        batch = empty_batch(rows, context)
-        used = slice(0, len(chosen))
-        ends = np.stack([window[-context - 1 :] for window in chosen])
-        batch["tokens"][used], batch["targets"][used] = ends[:, :-1], ends[:, 1:]
-        batch["segment_ids"][used] = 1
-        batch["positions"][used] = np.arange(context)
-        batch["loss_mask"][used, -asked:] = True
-        yield batch, len(chosen)
+class _Stretch(NamedTuple):
+    """A part of a window as the model sees it."""
+
+    window: int  # number
+    tokens: np.ndarray  # inputs and the last target
+    asked: int  # how many of the last targets are scored
+
+
+def _stretches(windows: Iterator[np.ndarray], context: int, targets: int) -> Iterator[_Stretch]:
+    """Covers the last targets of each window, the last stretch first; each scores at most half of its context."""
+    each = min(targets, context // 2)
+    for number, window in enumerate(windows):
+        for left in range(targets, 0, -each):
+            end = len(window) - (targets - left)
+            yield _Stretch(number, window[end - context - 1 : end], min(each, left))
+
+
+def _batch(stretches: Sequence[_Stretch], context: int, rows: int) -> HostBatch:
+    batch = empty_batch(rows, context)
+    for row, stretch in enumerate(stretches):
+        batch["tokens"][row], batch["targets"][row] = stretch.tokens[:-1], stretch.tokens[1:]
+        batch["segment_ids"][row] = 1
+        batch["positions"][row] = np.arange(context)
+        batch["loss_mask"][row, -stretch.asked :] = True
+    return batch

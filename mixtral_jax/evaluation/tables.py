@@ -88,7 +88,7 @@ def routing_table(counts: Mapping[str, RoutingCounts]) -> Table:
     )
     for name in ("layer", "source"):
         table.add_column(name)
-    for name in ("share, %\n1st choice", "\nall choices", "repeats\n1st", "\nany", "busiest\nmean", "\nworst"):
+    for name in ("share, %\n1st", "\nall", "repeats\n1st", "\nany", "busiest\nmean", "\nworst"):
         table.add_column(name, justify="right", no_wrap=True)
     for layer in shown_layers(layers):
         for number, (name, count) in enumerate(counts.items()):

@@ -24,7 +24,7 @@ def tokenizer_files(model_bytes: bytes) -> dict[str, str]:
     Returns:
         The files' content by name; nothing for a kind of model that has no exact counterpart.
     """
-    described = sentencepiece_model_pb2.ModelProto.FromString(model_bytes)
+    described = sentencepiece_model_pb2.ModelProto.FromString(model_bytes)  # type: ignore[attr-defined]  # made on import
     trained, normal = described.trainer_spec, described.normalizer_spec
     exact = (
         trained.model_type == trained.BPE

@@ -31,13 +31,15 @@ def test_the_same_targets_after_every_context_as_a_slow_loop_finds_them(batch_to
         for begin in range(0, len(document) - 32, 32):
             windows.append(document[begin : begin + 33])
     assert curve.windows == len(windows) > 10
-    assert curve.targets == 2
+    assert curve.targets == 4
+    # Where each target's stretch begins, by context: 4 tokens score two targets, so that takes two stretches.
+    begins = [{29: 26, 30: 26, 31: 28, 32: 28}, dict.fromkeys(range(29, 33), 22), dict.fromkeys(range(29, 33), 0)]
     slow = np.array([
-        [sum(history_nats(window[32 - context : end], window[end]) for end in (31, 32)) for window in windows]
-        for context in contexts
+        [sum(history_nats(window[begin:place], window[place]) for place, begin in places.items()) for window in windows]
+        for places in begins
     ])  # fmt: skip
     np.testing.assert_allclose(curve.nats, slow)
-    np.testing.assert_allclose(curve.nats_per_token(), slow.mean(axis=1) / 2)
+    np.testing.assert_allclose(curve.nats_per_token(), slow.mean(axis=1) / 4)
     by_position = [sum(history_nats(window[:end], window[end]) for window in windows) for end in range(1, 33)]
     np.testing.assert_allclose(curve.nats_by_position, by_position)
     bins = curve.by_position()
@@ -54,7 +56,29 @@ def test_a_limit_takes_the_first_windows():
     done = []
     curve = measure_contexts(constant(1.0), corpus, [16, 32], 64, max_tokens=65, on_window=done.append)
     assert curve.windows == 3
-    assert done == [2, 3, 5, 6] or done[-1] == 6
+    assert done[-1] == 6
+    assert done == sorted(done)
+
+
+@pytest.mark.parametrize(("context", "contexts"), [(1000, [31, 62, 125, 250, 500, 1000]), (40, [20, 40])])
+def test_every_context_scores_the_same_targets(context, contexts):
+    corpus = Corpus([list(range(10, 2100))])
+    asked = {}
+
+    def score(batch):
+        length = batch["tokens"].shape[1]
+        for row, column in zip(*np.nonzero(batch["loss_mask"]), strict=True):
+            asked.setdefault(length, []).append(int(batch["targets"][row, column]))
+            assert length == context or column + 1 > length // 2
+        return constant(1.0)(batch)
+
+    curve = measure_contexts(score, corpus, contexts, 3000)
+    # Token n of the document is n + 9; the longest context also scores all that comes before the last eighth.
+    ends = [target for target in asked.pop(context) if (target - 10) % context >= context - context // 8]
+    assert len(ends) == curve.windows * curve.targets
+    for length, targets in asked.items():
+        assert sorted(targets) == sorted(ends), length
+    np.testing.assert_allclose(curve.nats_per_token(), 1)
 
 
 def test_too_short_documents_and_bad_scores_are_sentences():
