@@ -23,24 +23,24 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("rest", metavar="MODE | key=value", nargs="*", help=f"one of {', '.join(MODES)} (perplexity); "
                         "overrides such as eval.mode=strided or data.sources=[{name: x, path: y}]")  # fmt: skip
     options = parser.parse_intermixed_args(arguments)
-    overrides = [word for word in options.rest if "=" in word]
-    named = [word for word in options.rest if "=" not in word] or ["tasks" if options.tasks else "perplexity"]
+    tasks = [word for word in options.tasks if "=" not in word]
+    overrides = [word for word in (*options.rest, *options.tasks) if "=" in word]
+    named = [word for word in options.rest if "=" not in word] or ["tasks" if tasks else "perplexity"]
     for word in named:
         if word not in MODES:
             raise UserError(f"'{word}' is neither a mode ({', '.join(MODES)}) nor key=value")
-    if len(named) > 1 or (options.tasks and named != ["tasks"]):
-        raise UserError(f"one mode at a time: {', '.join([*named, *['tasks'] * bool(options.tasks)])}")
-    if named == ["tasks"] and not options.tasks:
+    if len(named) > 1 or (tasks and named != ["tasks"]):
+        raise UserError(f"one mode at a time: {', '.join([*named, *['tasks'] * bool(tasks)])}")
+    if named == ["tasks"] and not tasks:
         raise UserError("the mode tasks needs --tasks with one or more files or names of tasks")
-    from mixtral_jax.evaluation import modes, pictures
+    from mixtral_jax.evaluation import modes
     from mixtral_jax.evaluation.loading import load_model
 
-    if options.plots:
-        pictures.check_matplotlib()
+    modes.check_outputs(options.json, options.plots)
     console = Console()
     loaded = load_model(options.checkpoint, overrides, packed=named[0] in ("perplexity", "routing"))
     console.print(loaded.architecture.runtime.describe(), highlight=False)
-    report = modes.tasks(loaded, options.tasks) if options.tasks else modes.MODES[named[0]](loaded)
+    report = modes.tasks(loaded, tasks) if tasks else modes.MODES[named[0]](loaded)
     modes.show(report, console, options.json, options.plots)
 
 

@@ -71,11 +71,9 @@ def compare(arguments: list[str]) -> None:
     from rich.console import Console
 
     from mixtral_jax.evaluation.compare import compare_runs
-    from mixtral_jax.evaluation.modes import show
-    from mixtral_jax.evaluation.pictures import check_matplotlib
+    from mixtral_jax.evaluation.modes import check_outputs, show
 
-    if options.plots:
-        check_matplotlib()
+    check_outputs(options.json, options.plots)
     show(compare_runs(options.runs[0], options.runs[1], options.overrides), Console(), options.json, options.plots)
 
 

@@ -152,6 +152,20 @@ MODES: dict[str, Callable[[LoadedModel], Report]] = {
 }
 
 
+def check_outputs(json_file: Path | None, plots: Path | None) -> None:
+    """Finds out before the work whether `show` will be able to write.
+
+    Raises:
+        UserError: a directory that is missing or cannot be, or no matplotlib.
+    """
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise UserError(f"cannot write {json_file}: there is no such directory; give another file to --json")
+    if plots is not None:
+        pictures.check_matplotlib()
+        if plots.exists() and not plots.is_dir():
+            raise UserError(f"cannot draw into {plots}: it is a file; give another directory to --plots")
+
+
 def show(report: Report, console: Console, json_file: Path | None, plots: Path | None) -> None:
     """Prints a report and writes what was asked for; of several processes, only the first does.
 

@@ -13,6 +13,7 @@ from mixtral_jax import verbs
 from mixtral_jax.config import UserError
 from mixtral_jax.config_loading import parse_config
 from mixtral_jax.data.tokenizer_training import train_model
+from mixtral_jax.evaluation import modes
 from mixtral_jax.evaluation.compare import difference
 from mixtral_jax.evaluation.perplexity import Result
 from tests.evaluation.checkpoint import make_run
@@ -20,13 +21,37 @@ from tests.evaluation.checkpoint import make_run
 ROOT = Path(__file__).parents[2]
 
 
-def eval_script(*arguments: object) -> None:
+def eval_module():
     spec = importlib.util.spec_from_file_location("eval_script", ROOT / "eval.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.main([str(argument) for argument in arguments])
+    return module
+
+
+def eval_script(*arguments: object) -> None:
+    eval_module().main([str(argument) for argument in arguments])
+
+
+def test_the_script_names_the_modes():
+    assert set(eval_module().MODES) == {*modes.MODES, "tasks"}
+
+
+def test_outputs_are_checked_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write .*out\.json: there is no such directory"):
+        eval_script("no run", "--json", tmp_path / "none" / "out.json")
+    with pytest.raises(UserError, match=r"cannot draw into .*file: it is a file; give another directory"):
+        eval_script("no run", "--plots", tmp_path / "file")
+
+
+def test_tasks_may_be_followed_by_overrides(run, tmp_path):
+    (tmp_path / "task.jsonl").write_text(json.dumps({"query": "the", "choices": ["river", "old"], "gold": 0}) + "\n")
+    arguments = ["--tasks", tmp_path / "task.jsonl", "eval.context=32", "--json", tmp_path / "out.json"]
+    eval_script(run, *arguments)
+    numbers = json.loads((tmp_path / "out.json").read_text())
+    assert numbers["tasks"]["task"]["metrics"]["acc"]["value"] in (0, 1)
 
 
 @pytest.fixture(scope="module")
