@@ -19,6 +19,7 @@ from mixtral_jax.evaluation.windows import Documents, empty_batch
 
 MOST_LENGTHS = 8  # each half of the one before, from eval.context down
 SHORTEST = 16  # tokens
+BINS = 20  # of positions, each longer than the one before by the same factor
 TARGETS = 8  # one in so many tokens of a window, at its end, is scored after every context
 
 
@@ -48,8 +49,8 @@ class ContextCurve:
         return [interval(column / (self.windows * self.targets)) for column in sums.T]
 
     def by_position(self) -> list[tuple[int, int, float]]:
-        """Mean loss in bins that grow by about a quarter: first and last number of tokens seen, nats per token."""
-        edges = sorted({int(edge) for edge in np.geomspace(1, len(self.nats_by_position) + 1, 40)})
+        """Mean loss in bins that grow by a factor: first and last number of tokens seen, nats per token."""
+        edges = sorted({int(edge) for edge in np.geomspace(1, len(self.nats_by_position) + 1, BINS)})
         return [
             (begin, end - 1, float(self.nats_by_position[begin - 1 : end - 1].sum() / ((end - begin) * self.windows)))
             for begin, end in pairwise(edges)

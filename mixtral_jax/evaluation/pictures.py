@@ -58,7 +58,7 @@ def draw_perplexity(evaluation: Evaluation, path: Path) -> None:
 
 def draw_context(curves: Mapping[str, ContextCurve], path: Path) -> None:
     """Draws the loss over the context's length, with its interval, and over the position in the window."""
-    figure, panels = new_figure(10.0, 4.2, 1, 2, sharey=True)
+    figure, panels = new_figure(10.0, 4.2, 1, 2)
     left, right = panels[0]
     for number, (name, curve) in enumerate(curves.items()):
         colour = f"C{number}"

@@ -23,7 +23,7 @@ def context_table(curves: Mapping[str, ContextCurve]) -> Table:
         table.add_column(f"{name}\n[dim]{curve.windows:,} windows[/dim]", justify="right")
     columns = [list(zip(curve.nats_per_token(), curve.intervals(), strict=True)) for curve in curves.values()]
     for row, context in enumerate(first.contexts):
-        cells = [f"{column[row][0]:.4f}\n[dim]{interval_text(column[row][1], '.4f')}[/dim]" for column in columns]
+        cells = [f"{column[row][0]:.4f}\n[dim]{interval_text(column[row][1], '.2f')}[/dim]" for column in columns]
         table.add_row(f"{context:,}", *cells)
     return table
 
