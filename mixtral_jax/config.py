@@ -148,12 +148,12 @@ class KernelsConfig:
 
     # Portable blocks, cuDNN on CUDA, splash on TPU.
     attention: Literal["auto", "blockwise", "cudnn", "splash"] = "auto"
-    # Products over rows sorted by expert: blocks with a dynamic count, or XLA's ragged_dot.
-    experts: Literal["auto", "blocked", "ragged_dot"] = "auto"
+    # Products over rows sorted by expert: blocks with a dynamic count, XLA's ragged_dot, or JAX's kernel for TPU.
+    experts: Literal["auto", "blocked", "ragged_dot", "megablox"] = "auto"
     # How rows reach the experts of other devices, the same numbers from each: just those rows (`ragged`, not on CPU),
     # blocks of one size (`padded`), or all tokens to all and sums back (`gather`). auto: gather on CPU, else ragged.
     exchange: Literal["auto", "ragged", "padded", "gather"] = "auto"
-    block_size: int = 0  # rows of a block of the blocked expert products; 0: chosen from the expected load
+    block_size: int = 0  # rows of a block of the blocked expert products; 0: several sizes, from the expected load
     loss_chunk: int = 512  # tokens of a device whose logits exist at once
 
 

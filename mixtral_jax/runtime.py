@@ -12,11 +12,11 @@ from mixtral_jax.sharding import RULES, axis_size, make_mesh
 from mixtral_jax.zigzag import sequence_multiple
 
 AttentionBackend = Literal["blockwise", "cudnn", "splash"]
-ExpertsBackend = Literal["blocked", "ragged_dot"]
+ExpertsBackend = Literal["blocked", "ragged_dot", "megablox"]
 Exchange = Literal["ragged", "padded", "gather"]
 
 AUTO_ATTENTION: dict[str, AttentionBackend] = {"cpu": "blockwise", "gpu": "cudnn", "tpu": "splash"}
-AUTO_EXPERTS: dict[str, ExpertsBackend] = {"cpu": "blocked", "gpu": "ragged_dot", "tpu": "ragged_dot"}
+AUTO_EXPERTS: dict[str, ExpertsBackend] = {"cpu": "blocked", "gpu": "ragged_dot", "tpu": "megablox"}
 AUTO_EXCHANGE: dict[str, Exchange] = {"cpu": "gather", "gpu": "ragged", "tpu": "ragged"}
 
 
@@ -29,9 +29,14 @@ class Runtime:
     attention: AttentionBackend
     experts: ExpertsBackend
     exchange: Exchange  # of rows between the devices along the mesh axis `expert`
-    block_size: int  # rows; 0: chosen from the expected load
+    block_sizes: tuple[int, ...]  # rows of the blocks of expert products; empty: chosen from the expected load
     loss_chunk: int  # tokens of a device
     remat: Literal["none", "dots", "full"]
+
+    @property
+    def platform(self) -> str:
+        """Name of the mesh's platform: cpu, gpu or tpu, whatever this process's own devices are."""
+        return self.mesh.devices.flat[0].platform
 
     def describe(self) -> str:
         """Says in one line what was chosen."""
@@ -54,6 +59,8 @@ def make_runtime(config: Config, mesh: Mesh | None = None) -> Runtime:
     platform = mesh.devices.flat[0].platform
     precision = make_precision(config.precision)
     experts = AUTO_EXPERTS[platform] if config.kernels.experts == "auto" else config.kernels.experts
+    if experts == "megablox" and platform == "gpu":
+        raise UserError("kernels.experts=megablox does not run on gpu: use auto, ragged_dot or blocked")
     model = config.model
     check_divides(mesh, "d_model", "model.d_model", model.d_model)
     check_divides(mesh, "d_ff", "model.d_ff", model.d_ff)
@@ -67,7 +74,7 @@ def make_runtime(config: Config, mesh: Mesh | None = None) -> Runtime:
         attention=choose_attention(config.kernels.attention, platform, precision),
         experts=experts,
         exchange=choose_exchange(config.kernels.exchange, platform),
-        block_size=config.kernels.block_size,
+        block_sizes=(config.kernels.block_size,) if config.kernels.block_size else (),
         loss_chunk=config.kernels.loss_chunk,
         remat=config.train.remat,
     )

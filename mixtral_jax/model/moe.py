@@ -10,7 +10,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.kernels.expert_ffn import choose_block_size, expert_ffn
+from mixtral_jax.kernels.blocked import choose_block_sizes
+from mixtral_jax.kernels.expert_ffn import expert_ffn
 from mixtral_jax.model.expert_parallel import compute_capacity, compute_dropless, drop_beyond_capacity
 from mixtral_jax.model.layers import parameter
 from mixtral_jax.model.routing import choose_experts, device_quota, drop_beyond_quota, expert_capacity
@@ -88,7 +89,8 @@ class MoE(nnx.Module):
                 w_up,
                 w_down,
                 backend="equal" if equal else runtime.experts,
-                block_size=runtime.block_size or choose_block_size(batch * seq_len * k, local_experts),
+                block_sizes=runtime.block_sizes or choose_block_sizes(batch * seq_len * k, local_experts),
+                interpret=runtime.platform == "cpu",
             )
 
         group = {"num_experts": config.num_experts, "ways": ways, "exchange": runtime.exchange}
