@@ -20,6 +20,7 @@ from mixtral_jax.zigzag import chunk_starts, column_order, in_order
 
 AXIS = "context"  # the mesh axis whose devices share a sequence
 SPLASH_BLOCKS = (512, 256, 128)  # positions
+MOVES = ("all_gather", "concatenate", "pad", "reshape", "rev", "slice", "squeeze", "transpose")
 BLOCK_NAMES = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")  # of the kernel's options
 
 
@@ -59,12 +60,17 @@ def attention(
         return blockwise_attention(q, k, v, q_ids, ids, starts)
 
     return jax.shard_map(
-        local,
+        jax.checkpoint(local, policy=_all_but_what_moves, prevent_cse=False) if ways > 1 else local,
         mesh=mesh,
         in_specs=(queries, keys, keys, spec(("batch", "sequence")), splits),
         out_specs=queries,
         check_vma=False,
     )(q, k, v, segment_ids, kernel)
+
+
+def _all_but_what_moves(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Says what is kept for the backward pass: not keys and values of whole sequences, in whatever order."""
+    return primitive.name not in MOVES
 
 
 def _cudnn(q: Array, k: Array, v: Array, q_ids: Array, ids: Array, starts: Array) -> Array:

@@ -81,6 +81,15 @@ def test_no_device_sees_all_router_logits(exchange):
     assert not [shape for _, shape in collective_shapes(step(exchange)) if shape[:2] == (rows, seq_len)]
 
 
+def test_keys_and_values_of_whole_sequences_are_gathered_once_a_direction_and_not_kept():
+    config = tiny_config(model={"d_model": D_MODEL, "head_dim": 10})
+    runtime = make_runtime(config, mesh_of(context=2))
+    shapes = collective_shapes(compile_step(Trainable(Architecture(config.model, runtime), config)))
+    gathered = [shape for name, shape in shapes if name == "all-gather" and shape[-2:] == (2, 10)]
+    assert gathered == [(8, 32, 2, 10)] * 4
+    assert not [shape for name, shape in shapes if shape[-2:] == (4, 10) and 32 in shape], "queries move"
+
+
 def test_the_optimizer_state_is_split_like_the_parameters():
     program, shares = step("gather"), collections.Counter()
     leaves = [
