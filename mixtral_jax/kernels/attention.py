@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from mixtral_jax.config import UserError
 from mixtral_jax.kernels.blockwise import blockwise_attention
 from mixtral_jax.sharding import spec
 from mixtral_jax.zigzag import chunk_starts, column_order, in_order
@@ -42,6 +43,9 @@ def attention(
             decrease with the position, except that padding (0) may follow.
         mesh: where the arrays lie.
         backend: see the module.
+
+    Raises:
+        UserError: a length that splash does not take.
     """
     ways, seq_len = mesh.shape[AXIS], q.shape[1]
     queries, keys = spec(("batch", "sequence", "heads", None)), spec(("batch", "sequence", "kv_heads", None))
@@ -87,7 +91,12 @@ def _splash_kernel(mesh: Mesh, seq_len: int, heads: int) -> Any:
     ways = mesh.shape[AXIS]
     causal = splash_attention_mask.CausalMask((seq_len, seq_len))
     causal.q_sequence = column_order(seq_len, ways).astype(causal.q_sequence.dtype)
-    block = next((size for size in SPLASH_BLOCKS if seq_len // ways % size == 0), SPLASH_BLOCKS[-1])
+    block = next((size for size in SPLASH_BLOCKS if seq_len // ways % size == 0), 0)
+    if not block:
+        raise UserError(
+            f"kernels.attention=splash takes multiples of {SPLASH_BLOCKS[-1]} tokens a device, and {seq_len} tokens "
+            f"over mesh.context={ways} are not: change the length or use kernels.attention=blockwise"
+        )
     blocks: Any = {f"block_{name}": block for name in BLOCK_NAMES}
     return splash_attention_kernel.make_splash_mha(
         splash_attention_mask.MultiHeadMask([causal] * heads),

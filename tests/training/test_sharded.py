@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from mixtral_jax.config import Config
+from mixtral_jax.evaluation.scoring import make_scorer
+from mixtral_jax.inference.sample import sample
 from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.runtime import make_runtime
 from mixtral_jax.sharding import MESH_AXES
@@ -79,6 +81,19 @@ def test_a_row_of_32768_tokens_over_eight_devices():
     config = tiny_config(model=model, data={"seq_len": 32768}, train={"batch_size": 1})
     arrays = jax.tree.map(np.asarray, tiny_architecture(config).init(0))
     assert_close(gradient_of(config, arrays, {"context": 8}), gradient_of(config, arrays, {}))
+
+
+def test_evaluation_and_sampling_over_split_sequences():
+    config, results = tiny_config(*OPTIONS), []
+    for mesh in ({}, {"data": 2, "context": 2}):
+        architecture = tiny_architecture(config, mesh_of(**mesh))
+        arrays = jax.device_put(initial(), architecture.shardings())
+        nats, targets = make_scorer(architecture)(arrays)(tiny_batch(config))
+        text = sample(architecture, arrays, [1, 2, 3], new_tokens=10, temperature=1.0, seed=0, stop=-1)
+        results.append((nats, targets, text))
+    (nats, *alone), (split_nats, *split) = results
+    assert split_nats == pytest.approx(nats, rel=1e-6)
+    assert split == alone
 
 
 @functools.cache
