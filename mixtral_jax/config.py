@@ -155,6 +155,7 @@ class KernelsConfig:
     exchange: Literal["auto", "ragged", "padded", "gather"] = "auto"
     block_size: int = 0  # rows of a block of the blocked expert products; 0: several sizes, from the expected load
     loss_chunk: int = 512  # tokens of a device whose logits exist at once
+    admission: bool = True  # on an accelerator, compare kernels with float32 references before training
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from mixtral_jax.hardware import memory_in_use, peak_flops
 from mixtral_jax.metrics import flops_per_token, speed
 from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.runtime import make_runtime
+from mixtral_jax.training.admission import admit_kernels
 from mixtral_jax.training.checkpoint import Checkpoints, find_checkpoint
 from mixtral_jax.training.logger import MetricsLogger
 from mixtral_jax.training.run_dir import RunDirectory
@@ -70,6 +71,8 @@ class Trainer:
         """
         with RunDirectory(Path(self.config.run_dir), self.config) as run_dir:
             self.say(self.runtime.describe())
+            if self.config.kernels.admission and self.runtime.platform != "cpu":
+                self.say(admit_kernels(self.config, self.runtime))
             self.tokenizer, training, self.heldout = open_documents(self.config)
             self.data = TrainingData(self.config, training)
             with Checkpoints(run_dir.path / "checkpoints", self.config.checkpoint, self.say) as self.checkpoints:
