@@ -5,7 +5,7 @@ Compilers and kernels change with every release, and a wrong one trains a wrong 
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -71,8 +71,8 @@ def _attention_differences(config: Config, runtime: Runtime) -> dict[str, float]
     shapes = [(1, seq_len, n, model.head_dim) for n in (heads, kv_heads, kv_heads, heads)]
     real = jnp.asarray(ids[..., None, None] > 0)
 
-    def run(backend: Any, *arrays: Array) -> Array:
-        out = attention(*arrays, jnp.asarray(ids), backend=backend, interpret=runtime.platform == "cpu")
+    def run(backend: Any, q: Array, k: Array, v: Array) -> Array:
+        out = attention(q, k, v, jnp.asarray(ids), backend=backend, interpret=runtime.platform == "cpu")
         return jnp.where(real, out, 0)  # what padding sees is nobody's business
 
     kernel, reference = partial(run, runtime.attention), partial(run, "blockwise")
@@ -108,7 +108,7 @@ def _expert_differences(config: Config, runtime: Runtime) -> dict[str, float]:
 def _differences(
     kernel: Callable[..., Array],
     reference: Callable[..., Array],
-    shapes: list[tuple[int, ...]],
+    shapes: Sequence[tuple[int, ...]],
     names: tuple[str, ...],
     runtime: Runtime,
 ) -> dict[str, float]:

@@ -19,8 +19,7 @@ def admit(*overrides, **mesh):
     return admission.admit_kernels(config, make_runtime(config, mesh_of(**mesh)))
 
 
-@pytest.mark.parametrize("mesh", [{}, {"expert": 2, "fsdp": 2}], ids=str)
-@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("compute", "mesh"), [("float32", {}), ("bfloat16", {"expert": 2, "fsdp": 2})], ids=str)
 def test_kernels_for_tpu_are_admitted(compute, mesh):
     said = admit(f"precision.compute={compute}", **mesh)
     assert float(said.split()[-1]) < (0.02 if compute == "bfloat16" else 1e-4)
