@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from mixtral_jax.config import Config, UserError
 from mixtral_jax.precision import Precision, make_precision
 from mixtral_jax.sharding import RULES, axis_size, make_mesh
+from mixtral_jax.zigzag import sequence_multiple
 
 AttentionBackend = Literal["blockwise", "cudnn", "splash"]
 ExpertsBackend = Literal["blocked", "ragged_dot", "megablox"]
@@ -67,11 +68,6 @@ def make_runtime(config: Config, mesh: Mesh | None = None) -> Runtime:
     check_divides(mesh, "kv_heads", "model.num_kv_heads", model.num_kv_heads)
     check_divides(mesh, "vocab", "model.vocab_size", model.vocab_size)
     check_divides(mesh, "experts", "model.num_experts", model.num_experts)
-    if model.dispatch == "capacity" and mesh.shape["context"] > 1:
-        raise UserError(
-            f"model.dispatch=capacity gives experts room by whole sequences, "
-            f"which mesh.context={mesh.shape['context']} splits: use dropless or mesh.context=1"
-        )
     return Runtime(
         mesh=mesh,
         precision=precision,
@@ -124,4 +120,15 @@ def check_divides(mesh: Mesh, axis: str, key: str, value: int) -> None:
         raise UserError(
             f"{key} is {value}, which does not divide over the {size} devices of "
             f"{' * '.join(f'mesh.{name}' for name in RULES[axis])}: make it a multiple of {size} or change the mesh"
+        )
+
+
+def check_sequence(mesh: Mesh, key: str, value: int) -> None:
+    """Raises `UserError` when a number of tokens does not divide into the chunks of `zigzag`."""
+    ways = mesh.shape["context"]
+    multiple = sequence_multiple(ways)
+    if value % multiple:
+        raise UserError(
+            f"{key} is {value}, which does not divide into two chunks for each of the {ways} devices of mesh.context: "
+            f"make it a multiple of {multiple} or change the mesh"
         )

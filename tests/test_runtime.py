@@ -52,17 +52,14 @@ def test_specs_come_from_the_table():
          "train.batch_size / train.microbatches is 2, which does not divide over the 4 devices of mesh.data * "
          "mesh.fsdp * mesh.expert: make it a multiple of 4 or change the mesh"),
         ({"data": {"seq_len": 31}}, {"context": 2},
-         "data.seq_len is 31, which does not divide over the 2 devices of mesh.context: "
-         "make it a multiple of 2 or change the mesh"),
+         "data.seq_len is 31, which does not divide into two chunks for each of the 2 devices of mesh.context: "
+         "make it a multiple of 4 or change the mesh"),
         ({"model": {"num_experts": 3}}, {"expert": 2},
          "model.num_experts is 3, which does not divide over the 2 devices of mesh.expert: "
          "make it a multiple of 2 or change the mesh"),
         ({}, {"tensor": 4},
          "model.num_kv_heads is 2, which does not divide over the 4 devices of mesh.tensor: "
          "make it a multiple of 4 or change the mesh"),
-        ({"model": {"dispatch": "capacity"}}, {"context": 2},
-         "model.dispatch=capacity gives experts room by whole sequences, which mesh.context=2 splits: "
-         "use dropless or mesh.context=1"),
     ],
 )  # fmt: skip
 def test_shapes_that_the_mesh_does_not_divide_are_refused(changes, sizes, sentence):

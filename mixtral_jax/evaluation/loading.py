@@ -13,7 +13,7 @@ from mixtral_jax.data.token_cache import open_or_build
 from mixtral_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mixtral_jax.evaluation.windows import window_sizes
 from mixtral_jax.model.mixtral import Architecture
-from mixtral_jax.runtime import check_divides, make_runtime
+from mixtral_jax.runtime import check_sequence, make_runtime
 from mixtral_jax.training.checkpoint import find_checkpoint
 
 
@@ -55,7 +55,7 @@ def load_model(path: str, overrides: list[str]) -> LoadedModel:
         config = replace(config, model={"attend_across_documents": False})
     runtime = make_runtime(config)
     context, _ = window_sizes(config.eval, config.data.seq_len)
-    check_divides(runtime.mesh, "sequence", "eval.context", context)
+    check_sequence(runtime.mesh, "eval.context", context)
     architecture = Architecture(config.model, runtime)
     arrays = checkpoints.restore(step, architecture.abstract())
     return LoadedModel(config, saved.data.sources, step, architecture, arrays, tokenizer)

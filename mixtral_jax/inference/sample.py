@@ -8,6 +8,7 @@ import numpy as np
 
 from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.sharding import axis_size
+from mixtral_jax.zigzag import column_order, sequence_multiple
 
 
 def sample(
@@ -36,18 +37,21 @@ def sample(
     """
     mesh = architecture.runtime.mesh
     rows, length = axis_size(mesh, "batch"), len(prompt) + new_tokens
-    length += -length % axis_size(mesh, "sequence")
+    ways = mesh.shape["context"]
+    length += -length % sequence_multiple(ways)
+    position_of = column_order(length, ways)  # the model's columns are in this order
 
     def draw(arrays: dict[str, Any], tokens: jax.Array, key: jax.Array) -> jax.Array:
         model = architecture.bind(arrays)
-        index = jnp.arange(length, dtype=jnp.int32)
+        index = jnp.asarray(position_of, jnp.int32)
+        column_of = jnp.argsort(index)
 
         def next_token(i: jax.Array, tokens: jax.Array) -> jax.Array:
-            row = jnp.broadcast_to(tokens, (rows, length))  # every device computes the same row
+            row = jnp.broadcast_to(tokens[index], (rows, length))  # every device computes the same row
             positions = jnp.broadcast_to(index, row.shape)
             # Tokens not yet drawn are padding, so that they take no expert's room.
             x, _ = model(row, (positions < i).astype(jnp.int32), positions)
-            last = jax.lax.dynamic_slice_in_dim(x, i - 1, 1, axis=1)
+            last = jax.lax.dynamic_slice_in_dim(x, column_of[i - 1], 1, axis=1)
             logits = model.logits(last)[0, 0] / temperature
             return tokens.at[i].set(jax.random.categorical(jax.random.fold_in(key, i), logits))
 

@@ -2,7 +2,6 @@
 
 import math
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -11,7 +10,7 @@ from mixtral_jax.config import ModelConfig
 from mixtral_jax.kernels.attention import attention
 from mixtral_jax.model.layers import parameter, rotate
 from mixtral_jax.runtime import Runtime
-from mixtral_jax.sharding import constrain, spec
+from mixtral_jax.sharding import constrain
 
 HEADS = ("batch", "sequence", "heads", None)
 KV_HEADS = ("batch", "sequence", "kv_heads", None)
@@ -42,17 +41,5 @@ class Attention(nnx.Module):
         q = rotate(project(self.wq, HEADS), *rotary)
         k = rotate(project(self.wk, KV_HEADS), *rotary)
         v = project(self.wv, KV_HEADS)
-
-        def local(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
-            runtime = self.runtime
-            return attention(q, k, v, segment_ids, backend=runtime.attention, interpret=runtime.platform == "cpu")
-
-        whole = (spec(("batch", None, "heads", None)), *[spec(("batch", None, "kv_heads", None))] * 2)
-        out = jax.shard_map(
-            local,
-            mesh=mesh,
-            in_specs=(*whole, spec(("batch", None))),
-            out_specs=whole[0],
-            check_vma=False,
-        )(q, k, v, segment_ids)
+        out = attention(q, k, v, segment_ids, mesh=mesh, backend=self.runtime.attention)
         return jnp.einsum("bshk,hkd->bsd", out, self.wo[...].astype(compute))

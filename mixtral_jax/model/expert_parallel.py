@@ -15,6 +15,7 @@ from mixtral_jax.kernels.permutation import combine_rows, dispatch_rows
 from mixtral_jax.model.routing import RowPlan, capacity_plan, dropless_plan
 from mixtral_jax.precision import FULL
 from mixtral_jax.runtime import Exchange
+from mixtral_jax.zigzag import chunk_starts, in_order
 
 # (rows sorted by expert, rows of each expert) -> one output a row: this device's experts.
 RunExperts = Callable[[Array, Array], Array]
@@ -106,6 +107,26 @@ def compute_capacity(
         (experts < num_experts).reshape(plan.row_of.shape) & (plan.row_of >= plan.source.size), dtype=FULL
     )
     return (_scatter(y) if gathers else y).reshape(shape), dropped
+
+
+def drop_beyond_capacity(
+    experts: Int[Array, "batch seq k"], num_experts: int, shares: int, capacity: int
+) -> Int[Array, "batch seq k"]:
+    """Keeps what `capacity_plan` would keep of whole sequences, where `context` splits them; marks the others.
+
+    Args:
+        experts: of this device's columns, see `zigzag`; `num_experts` marks an assignment that nobody computes.
+        num_experts: experts of the group.
+        shares: devices that share a sequence.
+        capacity: assignments of a sequence to an expert.
+    """
+    chunks = experts.reshape(experts.shape[0], 2, -1)
+    hits = (chunks[..., None] == jnp.arange(num_experts)).astype(jnp.int32)
+    counts = in_order(jax.lax.all_gather(jnp.sum(hits, axis=2), "context", axis=1, tiled=True), shares)
+    mine = chunk_starts(2 * shares, shares, jax.lax.axis_index("context"))
+    before = jnp.take(jnp.cumsum(counts, axis=1) - counts, mine, axis=1)
+    earlier = jnp.sum((before[:, :, None] + jnp.cumsum(hits, axis=2) - 1) * hits, axis=-1)
+    return jnp.where(earlier < capacity, chunks, num_experts).reshape(experts.shape)
 
 
 def own_experts(experts: Int[Array, "*tokens k"], local: int) -> Int[Array, "*tokens k"]:

@@ -65,7 +65,7 @@ class Mixtral(nnx.Module):
         segment_ids: Int[Array, "batch seq"],
         positions: Int[Array, "batch seq"],
     ) -> tuple[Float[Array, "batch seq d_model"], RouterOutput]:
-        """Runs the decoder up to the final norm.
+        """Runs the decoder up to the final norm; columns are in the order of `zigzag` where the mesh splits sequences.
 
         Args:
             tokens: token ids.

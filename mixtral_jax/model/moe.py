@@ -1,7 +1,7 @@
 """The sparse mixture of experts: a float32 router, two dispatch strategies, on any mesh."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,12 @@ from jaxtyping import Array, Bool, Float, Int
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.kernels.blocked import choose_block_sizes
 from mixtral_jax.kernels.expert_ffn import expert_ffn
-from mixtral_jax.model.expert_parallel import compute_capacity, compute_dropless
+from mixtral_jax.model.expert_parallel import compute_capacity, compute_dropless, drop_beyond_capacity
 from mixtral_jax.model.layers import parameter
 from mixtral_jax.model.routing import choose_experts, device_quota, drop_beyond_quota, expert_capacity
 from mixtral_jax.precision import EXACT_PRODUCT, FULL
 from mixtral_jax.runtime import Runtime
-from mixtral_jax.sharding import spec
+from mixtral_jax.sharding import RULES, axis_size, spec
 
 
 class RouterOutput(NamedTuple):
@@ -51,30 +51,35 @@ class MoE(nnx.Module):
         self, x: Float[Array, "batch seq d_model"], valid: Bool[Array, "batch seq"]
     ) -> tuple[Float[Array, "batch seq d_model"], RouterOutput]:
         """Routes and computes; positions that are not `valid` (padding) reach no expert and return zero."""
-        config, compute = self.config, self.runtime.precision.compute
+        compute = self.runtime.precision.compute
         logits = jnp.einsum("bsd,de->bse", x.astype(FULL), self.router[...].astype(FULL), precision=EXACT_PRODUCT)
-        indices, weights = choose_experts(logits, self.selection_bias[...], config.num_experts_per_tok)
-        experts = jnp.where(valid[..., None], indices, config.num_experts)
-        weights = jnp.where(valid[..., None], weights, 0)
-
         tokens = spec(("batch", "sequence", None))
-        w_in, w_out = spec(("experts", None, "d_ff")), spec(("experts", "d_ff", None))
-        y, dropped = jax.shard_map(
-            self._local,
+        w_in, w_out = spec(("experts", "d_model", "d_ff")), spec(("experts", "d_ff", "d_model"))
+        weights = [w[...].astype(compute) for w in (self.w_gate, self.w_up, self.w_down)]
+        split = axis_size(self.runtime.mesh, "d_model") > 1
+        y, indices, dropped = jax.shard_map(
+            jax.checkpoint(self._local, policy=_all_but_whole_weights, prevent_cse=False) if split else self._local,
             mesh=self.runtime.mesh,
-            in_specs=(tokens, tokens, tokens, w_in, w_in, w_out),
-            out_specs=(tokens, PartitionSpec()),
+            in_specs=(tokens, tokens, spec(("batch", "sequence")), PartitionSpec(), w_in, w_in, w_out),
+            out_specs=(tokens, tokens, PartitionSpec()),
             check_vma=False,
-        )(x, experts, weights, *(w[...].astype(compute) for w in (self.w_gate, self.w_up, self.w_down)))
+        )(x, logits, valid, self.selection_bias[...], *weights)
         return y, RouterOutput(logits, indices, dropped)
 
     def _local(
-        self, x: Array, experts: Array, weights: Array, w_gate: Array, w_up: Array, w_down: Array
-    ) -> tuple[Array, Array]:
+        self, x: Array, logits: Array, valid: Array, bias: Array, w_gate: Array, w_up: Array, w_down: Array
+    ) -> tuple[Array, Array, Array]:
         """Computes one device's part: its tokens with the experts of its group, whoever holds them."""
         config, runtime = self.config, self.runtime
-        ways, local_experts = runtime.mesh.shape["expert"], w_gate.shape[0]
-        batch, seq_len, k = experts.shape
+        indices, weights = choose_experts(logits, bias, config.num_experts_per_tok)
+        experts = jnp.where(valid[..., None], indices, config.num_experts)
+        weights = jnp.where(valid[..., None], weights, 0)
+        if axis_size(runtime.mesh, "d_model") > 1:
+            w_gate, w_up, w_down = _whole(w_gate, 1), _whole(w_up, 1), _whole(w_down, 2)
+        (batch, seq_len, k), local_experts = experts.shape, w_gate.shape[0]
+        ways, shares = runtime.mesh.shape["expert"], runtime.mesh.shape["context"]
+        capacity = expert_capacity(seq_len * shares, k, config.num_experts, config.capacity_factor)
+        equal = config.dispatch == "capacity" and shares == 1
 
         def run(rows: Array, group_sizes: Array) -> Array:
             return expert_ffn(
@@ -83,19 +88,32 @@ class MoE(nnx.Module):
                 w_gate,
                 w_up,
                 w_down,
-                backend="equal" if config.dispatch == "capacity" else runtime.experts,
+                backend="equal" if equal else runtime.experts,
                 block_sizes=runtime.block_sizes or choose_block_sizes(batch * seq_len * k, local_experts),
                 interpret=runtime.platform == "cpu",
             )
 
         group = {"num_experts": config.num_experts, "ways": ways, "exchange": runtime.exchange}
-        if config.dispatch == "capacity":
-            capacity = expert_capacity(seq_len, k, config.num_experts, config.capacity_factor)
+        if equal:
             y, dropped = compute_capacity(x, experts, weights, run, capacity=capacity, **group)
         else:
             quota = device_quota(batch * seq_len, k, config.num_experts, ways, config.buffer_factor)
-            kept = drop_beyond_quota(experts, config.num_experts, ways, quota) if config.buffer_factor else experts
+            kept = experts
+            if config.dispatch == "capacity":
+                kept = drop_beyond_capacity(experts, config.num_experts, shares, capacity)
+            elif config.buffer_factor:
+                kept = drop_beyond_quota(experts, config.num_experts, ways, quota)
             dropped = jnp.sum((kept == config.num_experts) & (experts < config.num_experts), dtype=FULL)
             flat_x, flat_kept, flat_weights = (a.reshape(-1, a.shape[-1]) for a in (x, kept, weights))
             y = compute_dropless(flat_x, flat_kept, flat_weights, run, quota=quota, **group).reshape(x.shape)
-        return jax.lax.psum(y, "tensor"), jax.lax.psum(dropped, ("data", "fsdp", "expert", "context"))
+        return jax.lax.psum(y, "tensor"), indices, jax.lax.psum(dropped, ("data", "fsdp", "expert", "context"))
+
+
+def _whole(w: Array, axis: int) -> Array:
+    """Gathers d_model of this device's experts; the backward pass is a reduce-scatter of their gradients."""
+    return jax.lax.all_gather(w, RULES["d_model"], axis=axis, tiled=True)
+
+
+def _all_but_whole_weights(primitive: Any, *_: Any, **parameters: Any) -> bool:
+    """Says what is kept for the backward pass: whole weights would be those of all layers at once."""
+    return primitive is not jax.lax.all_gather_p or parameters["axis_name"] != RULES["d_model"]

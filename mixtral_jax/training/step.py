@@ -11,7 +11,7 @@ from jaxtyping import Array
 from mixtral_jax.config import Config
 from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.precision import FULL
-from mixtral_jax.runtime import check_divides
+from mixtral_jax.runtime import check_divides, check_sequence
 from mixtral_jax.sharding import named_sharding
 from mixtral_jax.training.losses import (
     Batch,
@@ -24,6 +24,7 @@ from mixtral_jax.training.losses import (
     router_sums,
 )
 from mixtral_jax.training.optimizer import make_optimizer, make_schedule, optimizer_shardings, widen
+from mixtral_jax.zigzag import column_order
 
 TrainState = dict[str, Any]
 Metrics = dict[str, Array]
@@ -32,8 +33,10 @@ BATCH_KEYS = ("tokens", "targets", "segment_ids", "positions", "loss_mask")
 
 
 def put_batch(batch: dict[str, Any], sharding: NamedSharding) -> Batch:
-    """Spreads what a model reads of a global batch, the same on every host, over the devices."""
-    return {key: jax.make_array_from_callback(batch[key].shape, sharding, batch[key].__getitem__) for key in BATCH_KEYS}
+    """Spreads what a model reads of a global batch, the same on every host, over the devices, columns by `zigzag`."""
+    order = column_order(batch["tokens"].shape[1], sharding.mesh.shape["context"])
+    columns = {key: batch[key][:, order] for key in BATCH_KEYS}
+    return {key: jax.make_array_from_callback(x.shape, sharding, x.__getitem__) for key, x in columns.items()}
 
 
 class Trainable:
@@ -47,7 +50,7 @@ class Trainable:
         mesh, train = architecture.runtime.mesh, config.train
         rows = train.batch_size // train.microbatches
         check_divides(mesh, "batch", "train.batch_size / train.microbatches", rows)
-        check_divides(mesh, "sequence", "data.seq_len", config.data.seq_len)
+        check_sequence(mesh, "data.seq_len", config.data.seq_len)
         self.replicated = NamedSharding(mesh, PartitionSpec())
         self.batch_sharding = named_sharding(mesh, ("batch", "sequence"))
         self.step = jax.jit(

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixtral_jax.kernels import attention as kernels
+from mixtral_jax.kernels import blockwise
+from mixtral_jax.kernels.attention import attention
 from tests import oracles
-from tests.tiny import packed_ids
+from tests.tiny import mesh_of, packed_ids
 
 DOCUMENTS = {
     "one document": [[50], [50]],
@@ -28,7 +29,7 @@ def compiled(backend: str, block: int):
 
     @jax.jit
     def run(q, k, v, segment_ids, d_out):
-        out, pull = jax.vjp(lambda *a: kernels.attention(*a, segment_ids, backend=backend, interpret=True), q, k, v)
+        out, pull = jax.vjp(lambda *a: attention(*a, segment_ids, mesh=mesh_of(), backend=backend), q, k, v)
         return out, pull(d_out)
 
     return run
@@ -38,7 +39,7 @@ def compare(backend, segment_ids, heads, kv_heads, head_dim, dtype=np.float32):
     rng = np.random.default_rng(0)
     shapes = [(*segment_ids.shape, n, head_dim) for n in (heads, kv_heads, kv_heads, heads)]
     q, k, v, d_out = (jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes)
-    out, grads = compiled(backend, kernels.BLOCK)(q, k, v, segment_ids, d_out)
+    out, grads = compiled(backend, blockwise.BLOCK)(q, k, v, segment_ids, d_out)
     expected, expected_grads = oracles.value_and_pull(
         lambda q, k, v: oracles.attention(q, k, v, segment_ids), (q, k, v), d_out
     )
@@ -48,7 +49,7 @@ def compare(backend, segment_ids, heads, kv_heads, head_dim, dtype=np.float32):
 @pytest.mark.parametrize("documents", DOCUMENTS)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 3), (4, 1)])
 def test_blockwise_equals_the_reference(monkeypatch, documents, heads, kv_heads):
-    monkeypatch.setattr(kernels, "BLOCK", 16)  # 50 positions: three blocks and a bit
+    monkeypatch.setattr(blockwise, "BLOCK", 16)  # 50 positions: three blocks and a bit
     segment_ids, _ = packed_ids(DOCUMENTS[documents], 50)
     assert max(compare("blockwise", segment_ids, heads, kv_heads, 8)) < 2e-6
 
@@ -59,13 +60,13 @@ def test_blockwise_at_its_own_block_size():
 
 
 def test_blockwise_in_bfloat16_accumulates_in_float32(monkeypatch):
-    monkeypatch.setattr(kernels, "BLOCK", 16)
+    monkeypatch.setattr(blockwise, "BLOCK", 16)
     segment_ids, _ = packed_ids(DOCUMENTS["packed"], 50)
     assert max(compare("blockwise", segment_ids, 4, 2, 8, jnp.bfloat16)) < 2e-2
 
 
 def test_large_scores_do_not_overflow(monkeypatch):
-    monkeypatch.setattr(kernels, "BLOCK", 16)
+    monkeypatch.setattr(blockwise, "BLOCK", 16)
     q = jnp.full((1, 50, 1, 8), 1e4)
     segment_ids = jnp.ones((1, 50), int)
     out, grads = compiled("blockwise", 16)(q, q, jnp.ones_like(q), segment_ids, jnp.ones_like(q))
@@ -83,7 +84,7 @@ def test_splash_equals_the_reference(documents):
 @pytest.mark.parametrize("part", ["forward", "gradients"])
 def test_memory_grows_with_the_length_not_its_square(part):
     def forward(q, k, v, segment_ids):
-        return kernels.attention(q, k, v, segment_ids, backend="blockwise")
+        return attention(q, k, v, segment_ids, mesh=mesh_of(), backend="blockwise")
 
     def gradients(*arrays):
         return jax.grad(lambda *a: jnp.sum(forward(*a)), (0, 1, 2))(*arrays)
