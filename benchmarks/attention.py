@@ -17,7 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.measure import Report, interleaved, median_ratio
+from mixtral_jax.config import MeshConfig
 from mixtral_jax.kernels.attention import attention
+from mixtral_jax.sharding import make_mesh
 
 HEADS, KV_HEADS, HEAD_DIM = 8, 2, 64
 
@@ -64,12 +66,13 @@ def pieces(options: argparse.Namespace, length: int) -> dict[str, Callable[[], A
     )
     document = np.arange(length) // (options.packed or length) + 1
     segment_ids = jnp.asarray(np.tile(document, (rows, 1)), jnp.int32)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     work: dict[str, Callable[[], Any]] = {}
     for backend in options.backends:
         arrays = [jnp.asarray(x, options.dtype) for x in (q, k, v, d_out)]
 
         def run(q, k, v, backend=backend):
-            return attention(q, k, v, segment_ids, backend=backend)
+            return attention(q, k, v, segment_ids, mesh=mesh, backend=backend)
 
         forward, gradients = jax.jit(run), jax.jit(lambda q, k, v, d, run=run: jax.vjp(run, q, k, v)[1](d))
         work[f"{backend}, forward"] = lambda f=forward, a=arrays: f(*a[:3])

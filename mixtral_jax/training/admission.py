@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from mixtral_jax.config import Config, UserError
+from mixtral_jax.config import Config, MeshConfig, UserError
 from mixtral_jax.kernels.attention import attention
 from mixtral_jax.kernels.blocked import choose_block_sizes
 from mixtral_jax.kernels.expert_ffn import expert_ffn
 from mixtral_jax.precision import EXACT_PRODUCT, FULL
 from mixtral_jax.runtime import Runtime
-from mixtral_jax.sharding import axis_size
+from mixtral_jax.sharding import axis_size, make_mesh
 
 # Largest ||kernel - reference|| / ||reference|| of an output or gradient. Rounding to bfloat16 gives some 0.005, to
 # TF32 0.0005; a wrong mask, row or expert gives 0.1 and more.
@@ -71,8 +71,10 @@ def _attention_differences(config: Config, runtime: Runtime) -> dict[str, float]
     shapes = [(1, seq_len, n, model.head_dim) for n in (heads, kv_heads, kv_heads, heads)]
     real = jnp.asarray(ids[..., None, None] > 0)
 
+    one_device = make_mesh(MeshConfig(), jax.local_devices()[:1])
+
     def run(backend: Any, q: Array, k: Array, v: Array) -> Array:
-        out = attention(q, k, v, jnp.asarray(ids), backend=backend, interpret=runtime.platform == "cpu")
+        out = attention(q, k, v, jnp.asarray(ids), mesh=one_device, backend=backend)
         return jnp.where(real, out, 0)  # what padding sees is nobody's business
 
     kernel, reference = partial(run, runtime.attention), partial(run, "blockwise")
