@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 
 from mixtral_jax.config import UserError
+from mixtral_jax.distributed import speaks
 
 
 def run(main: Callable[[list[str]], None]) -> None:
@@ -14,7 +15,8 @@ def run(main: Callable[[list[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if speaks():  # of several processes all make the same mistake
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
