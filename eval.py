@@ -44,4 +44,4 @@ def measure(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, several=True)

@@ -224,7 +224,7 @@ def validate(config: Config) -> None:
         f"train.batch_size={train.batch_size} is not a multiple of train.microbatches={train.microbatches}: change one",
     )
     _validate_mesh(config.mesh)
-    _validate_distributed(config.distributed)
+    validate_distributed(config.distributed)
     _validate_sources(config.data.sources)
     context, stride = config.eval.context or config.data.seq_len, config.eval.stride
     _require(0 <= stride <= context, f"eval.stride={stride} is more than eval.context={context}: lower it")
@@ -243,7 +243,8 @@ def _validate_mesh(mesh: MeshConfig) -> None:
         )
 
 
-def _validate_distributed(distributed: DistributedConfig) -> None:
+def validate_distributed(distributed: DistributedConfig) -> None:
+    """Raises `UserError` for keys of `distributed` that contradict each other or cannot be."""
     for name in ("heartbeat_timeout", "step_timeout"):
         seconds = getattr(distributed, name)
         _require(seconds > 0, f"distributed.{name} is {seconds}: it must be greater than 0")

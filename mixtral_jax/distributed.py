@@ -18,13 +18,14 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from mixtral_jax.config import DistributedConfig, UserError
-from mixtral_jax.config_loading import parse_structured
+from mixtral_jax.config_loading import parse_structured, validate_distributed
 from mixtral_jax.supervisor import GIVEN_UP, RESTART, supervise
 from mixtral_jax.watchdog import ROOT, USER_ERROR, Watchdog
 
 T = TypeVar("T")
 
 START_TIMEOUT = 300  # seconds for all processes to come
+CRASH = 1  # exit code of a program's own error
 FOREVER = 7 * 24 * 3600 * 1000  # milliseconds; the watchdog ends what waits in vain
 # What each launcher tells a process: its number, and how many processes it started on this host.
 LAUNCHERS = {
@@ -79,7 +80,9 @@ class _Section:
 def distributed_config(overrides: list[str]) -> DistributedConfig:
     """Picks the keys of `distributed` from overrides of any section; `UserError` names a bad one."""
     own = [override for override in overrides if override.startswith("distributed.")]
-    return parse_structured(_Section, "", own, where="the command line").distributed
+    config = parse_structured(_Section, "", own, where="the command line").distributed
+    validate_distributed(config)
+    return config
 
 
 def is_main() -> bool:
@@ -106,6 +109,8 @@ def may_be_several(config: DistributedConfig, environ: Mapping[str, str]) -> boo
     """Whether anything speaks for more than one process; asks nobody and loads nothing."""
     if config.num_processes:
         return config.num_processes > 1
+    if config.coordinator:
+        return True
     return any(mark in environ for mark in LAUNCHERS) or any(glob.glob(chips) for chips in TPU_CHIPS)
 
 
@@ -124,26 +129,27 @@ def find_cluster(config: DistributedConfig, environ: Mapping[str, str]) -> Clust
     """
     from jax._src.clusters import ClusterEnv  # public only as a part of jax.distributed.initialize
 
-    given = (config.coordinator or None, config.num_processes or None, max(config.process_id, -1))
-    coordinator, count, process = given[0], given[1], None if given[2] < 0 else given[2]
+    coordinator = config.coordinator or None
+    count = config.num_processes or None
+    process = None if config.process_id < 0 else config.process_id
     local: Any = None
     remedy = (
         "give distributed.coordinator, distributed.num_processes and distributed.process_id, or "
         "distributed.num_processes=1 to run alone"
     )
+    if count is None and "OMPI_COMM_WORLD_SIZE" in environ:  # Open MPI 5, which JAX does not recognise
+        count, process = int(environ["OMPI_COMM_WORLD_SIZE"]), int(environ["OMPI_COMM_WORLD_RANK"])
+        local = [int(environ["OMPI_COMM_WORLD_LOCAL_RANK"])]
     if None in (coordinator, count, process):
-        if count is None and environ.get("OMPI_COMM_WORLD_SIZE", "1").isdecimal() and "OMPI_COMM_WORLD_RANK" in environ:
-            # Open MPI 5 no longer tells where process 0 is, and JAX does not recognise it.
-            count, process = int(environ["OMPI_COMM_WORLD_SIZE"]), int(environ["OMPI_COMM_WORLD_RANK"])
-            local = [int(environ.get("OMPI_COMM_WORLD_LOCAL_RANK", "0"))]
         try:
-            found = ClusterEnv.auto_detect_unset_distributed_params(
+            coordinator, count, process, local = ClusterEnv.auto_detect_unset_distributed_params(
                 coordinator, count, process, local, None, START_TIMEOUT
             )
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
             raise UserError(f"cannot tell the processes of this run from the launcher ({reason}): {remedy}") from None
-        coordinator, count, process, local = found
+    if count is None and config.coordinator:
+        raise UserError(f"distributed.coordinator is given but no launcher says how many processes there are: {remedy}")
     if count is None or count == 1:
         return None
     if coordinator is None or process is None:
@@ -202,8 +208,9 @@ def _connect(cluster: Cluster, config: DistributedConfig) -> _Joined:
             local_device_ids=cluster.local_devices,
             cluster_detection_method="deactivate",
             initialization_timeout=START_TIMEOUT,
-            # The watchdog is to speak first; JAX itself, loudly, where the coordinator is gone.
-            heartbeat_timeout_seconds=2 * config.heartbeat_timeout,
+            # The watchdog is to speak first (JAX may act after half of this already); JAX itself, loudly, where the
+            # coordinator is gone.
+            heartbeat_timeout_seconds=3 * config.heartbeat_timeout,
             shutdown_timeout_seconds=60,
             coordinator_bind_address=cluster.bind_address,
         )
@@ -230,13 +237,15 @@ def _end_all(mine: _Joined, error: BaseException) -> None:
         mine.watchdog.end_all(USER_ERROR, str(error))
     if isinstance(error, KeyboardInterrupt):
         mine.watchdog.end_all(130, "interrupted")
+    code = CRASH
     if _is_of_communication(error):
         mine.watchdog.await_verdict()
+        code = GIVEN_UP
     traceback.print_exception(error)
     who = f"process {mine.process} on {socket.gethostname()}"
     first_line = (str(error).strip() or "no message").splitlines()[0]
     text = f"{who} failed with {type(error).__name__}: {first_line}; its log has the traceback; mend it and {RESTART}"
-    mine.watchdog.end_all(GIVEN_UP, text, own_code=1)
+    mine.watchdog.end_all(code, text)
 
 
 def _is_of_communication(error: BaseException) -> bool:
@@ -290,6 +299,12 @@ def progress() -> None:
     """Tells the watchdog that the devices have finished a step or a batch."""
     if _joined:
         _joined.watchdog.progress()
+
+
+def rest() -> None:
+    """Tells the watchdog that no step is to be waited for any more."""
+    if _joined:
+        _joined.watchdog.rest()
 
 
 def is_alone() -> bool:

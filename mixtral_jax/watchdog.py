@@ -73,17 +73,20 @@ class Watchdog:
         """Notes that the devices have finished something."""
         self._progress = time.monotonic()
 
-    def end_all(self, code: int, text: str, own_code: int | None = None) -> None:
+    def rest(self) -> None:
+        """Notes that nothing is to be finished any more; what comes after training takes what it takes."""
+        self._progress = None
+
+    def end_all(self, code: int, text: str) -> None:
         """Ends all processes for a reason that this one has; does not return.
 
         Args:
             code: exit code; 2 is said by process 0 alone, for the others have made the same mistake.
             text: the reason, a sentence.
-            own_code: exit code of this process, if another.
         """
         if self._process and code == USER_ERROR:
             self._await_verdict(3 * self._period + 1)  # process 0 is about to say the same
-        self._leave(self._announce(Verdict(code, text, self._process)), own_code)
+        self._leave(self._announce(Verdict(code, text, self._process)))
 
     def await_verdict(self) -> None:
         """Gives the others, after an error of communication, the time to find out who is lost; may not return."""
@@ -156,7 +159,7 @@ class Watchdog:
             return self._read_verdict() or verdict
         return verdict
 
-    def _leave(self, verdict: Verdict, own_code: int | None = None) -> None:
+    def _leave(self, verdict: Verdict) -> None:
         """Says the verdict and ends the process; the interpreter's own farewells would wait for the others."""
         self._leaving.acquire()  # for ever: only one thread says it
         if self._process == 0 or verdict.code != USER_ERROR:
@@ -174,7 +177,7 @@ class Watchdog:
                 deadline = time.monotonic() + 3 * self._period + 2
                 while time.monotonic() < deadline and self._gone() < self._count - verdict.lost:
                     time.sleep(0.05)
-        os._exit(verdict.code if own_code is None else own_code)
+        os._exit(verdict.code)
 
     def _gone(self) -> int:
         return len(self._client.key_value_dir_get(f"{ROOT}gone/"))

@@ -156,6 +156,7 @@ class Trainer:
                     self.clock, self.clock_step = time.monotonic(), step
                 if ends:
                     break
+        distributed.rest()
         return state, step
 
     def _report(self, step: int, metrics: dict[str, Any]) -> None:
