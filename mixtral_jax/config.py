@@ -31,6 +31,9 @@ class ModelConfig:
     dispatch: Literal["dropless", "capacity"] = "dropless"
     # Rows of an expert's buffer per sequence, as a multiple of the balanced load; dispatch=capacity only.
     capacity_factor: float = 1.25
+    # Rows that a device has room for from its expert group, as a multiple of the balanced load, an equal share for each
+    # sender; what goes beyond is dropped and counted. 0: the worst case, nothing is dropped. dispatch=dropless only.
+    buffer_factor: float = 0.0
     # Of all matrices; those that write to the residual stream get init_std / sqrt(2 * num_layers).
     init_std: float = 0.02
     attend_across_documents: bool = False  # let attention in packed rows cross document boundaries
@@ -175,9 +178,12 @@ class KernelsConfig:
 
     # Portable blocks, cuDNN on CUDA, splash on TPU.
     attention: Literal["auto", "blockwise", "cudnn", "splash"] = "auto"
-    # Products over rows sorted by expert: blocks with a dynamic count, or XLA's ragged_dot.
-    experts: Literal["auto", "blocked", "ragged_dot"] = "auto"
-    block_size: int = 0  # rows of a block of the blocked expert products; 0: chosen from the expected load
+    # Products over rows sorted by expert: blocks with a dynamic count, XLA's ragged_dot, or JAX's kernel for TPU.
+    experts: Literal["auto", "blocked", "ragged_dot", "megablox"] = "auto"
+    # How rows reach the experts of other devices, the same numbers from each: just those rows (`ragged`, not on CPU),
+    # blocks of one size (`padded`), or all tokens to all and sums back (`gather`). auto: gather on CPU, else ragged.
+    exchange: Literal["auto", "ragged", "padded", "gather"] = "auto"
+    block_size: int = 0  # rows of a block of the blocked expert products; 0: several sizes, from the expected load
     loss_chunk: int = 512  # tokens of a device whose logits exist at once
 
 

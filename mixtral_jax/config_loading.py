@@ -220,6 +220,15 @@ def validate(config: Config) -> None:
         "lower it",
     )
     _require(
+        model.buffer_factor == 0 or 1 <= model.buffer_factor < float("inf"),
+        f"model.buffer_factor is {model.buffer_factor}: it must be 1 or more, or 0 for the worst case",
+    )
+    _require(
+        model.buffer_factor == 0 or model.dispatch == "dropless",
+        f"model.buffer_factor={model.buffer_factor:g} bounds the buffers of model.dispatch=dropless, but "
+        "dispatch=capacity has model.capacity_factor for that: leave one out",
+    )
+    _require(
         train.batch_size % train.microbatches == 0,
         f"train.batch_size={train.batch_size} is not a multiple of train.microbatches={train.microbatches}: change one",
     )

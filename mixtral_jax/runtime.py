@@ -11,10 +11,12 @@ from mixtral_jax.precision import Precision, make_precision
 from mixtral_jax.sharding import RULES, axis_size, make_mesh
 
 AttentionBackend = Literal["blockwise", "cudnn", "splash"]
-ExpertsBackend = Literal["blocked", "ragged_dot"]
+ExpertsBackend = Literal["blocked", "ragged_dot", "megablox"]
+Exchange = Literal["ragged", "padded", "gather"]
 
 AUTO_ATTENTION: dict[str, AttentionBackend] = {"cpu": "blockwise", "gpu": "cudnn", "tpu": "splash"}
-AUTO_EXPERTS: dict[str, ExpertsBackend] = {"cpu": "blocked", "gpu": "ragged_dot", "tpu": "ragged_dot"}
+AUTO_EXPERTS: dict[str, ExpertsBackend] = {"cpu": "blocked", "gpu": "ragged_dot", "tpu": "megablox"}
+AUTO_EXCHANGE: dict[str, Exchange] = {"cpu": "gather", "gpu": "ragged", "tpu": "ragged"}
 
 
 @dataclass(frozen=True)
@@ -25,17 +27,24 @@ class Runtime:
     precision: Precision
     attention: AttentionBackend
     experts: ExpertsBackend
-    block_size: int  # rows; 0: chosen from the expected load
+    exchange: Exchange  # of rows between the devices along the mesh axis `expert`
+    block_sizes: tuple[int, ...]  # rows of the blocks of expert products; empty: chosen from the expected load
     loss_chunk: int  # tokens of a device
     remat: Literal["none", "dots", "full"]
+
+    @property
+    def platform(self) -> str:
+        """Name of the mesh's platform: cpu, gpu or tpu, whatever this process's own devices are."""
+        return self.mesh.devices.flat[0].platform
 
     def describe(self) -> str:
         """Says in one line what was chosen."""
         device = self.mesh.devices.flat[0]
         axes = " x ".join(f"{name} {size}" for name, size in self.mesh.shape.items() if size > 1) or "one device"
+        exchange = f"exchange: {self.exchange}, " if self.mesh.shape["expert"] > 1 else ""
         return (
             f"{self.mesh.size} x {device.device_kind} ({axes}); attention: {self.attention}, experts: {self.experts}, "
-            f"compute: {jax.numpy.dtype(self.precision.compute).name}, remat: {self.remat}"
+            f"{exchange}compute: {jax.numpy.dtype(self.precision.compute).name}, remat: {self.remat}"
         )
 
 
@@ -49,6 +58,8 @@ def make_runtime(config: Config, mesh: Mesh | None = None) -> Runtime:
     platform = mesh.devices.flat[0].platform
     precision = make_precision(config.precision)
     experts = AUTO_EXPERTS[platform] if config.kernels.experts == "auto" else config.kernels.experts
+    if experts == "megablox" and platform == "gpu":
+        raise UserError("kernels.experts=megablox does not run on gpu: use auto, ragged_dot or blocked")
     model = config.model
     check_divides(mesh, "d_model", "model.d_model", model.d_model)
     check_divides(mesh, "d_ff", "model.d_ff", model.d_ff)
@@ -66,7 +77,8 @@ def make_runtime(config: Config, mesh: Mesh | None = None) -> Runtime:
         precision=precision,
         attention=choose_attention(config.kernels.attention, platform, precision),
         experts=experts,
-        block_size=config.kernels.block_size,
+        exchange=choose_exchange(config.kernels.exchange, platform),
+        block_sizes=(config.kernels.block_size,) if config.kernels.block_size else (),
         loss_chunk=config.kernels.loss_chunk,
         remat=config.train.remat,
     )
@@ -89,6 +101,19 @@ def choose_attention(
         raise UserError(
             "kernels.attention=cudnn does not compute in float32: set precision.compute=bfloat16, or use auto"
         )
+    return name
+
+
+def choose_exchange(name: Literal["auto", "ragged", "padded", "gather"], platform: str) -> Exchange:
+    """Resolves `auto` by platform.
+
+    Raises:
+        UserError: an exchange that the platform lacks.
+    """
+    if name == "auto":
+        return AUTO_EXCHANGE[platform]
+    if name == "ragged" and platform == "cpu":
+        raise UserError("kernels.exchange=ragged does not run on cpu: use auto, padded or gather")
     return name
 
 

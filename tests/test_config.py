@@ -162,6 +162,11 @@ def test_an_unreadable_file_is_named(tmp_path):
          "model.num_heads=4 is not a multiple of model.num_kv_heads=3: change one"),
         (["model.num_experts_per_tok=5"],
          "model.num_experts_per_tok=5 is more than model.num_experts=4: lower it"),
+        (["model.buffer_factor=0.5"],
+         "model.buffer_factor is 0.5: it must be 1 or more, or 0 for the worst case"),
+        (["model.buffer_factor=1.5", "model.dispatch=capacity"],
+         "model.buffer_factor=1.5 bounds the buffers of model.dispatch=dropless, but dispatch=capacity has "
+         "model.capacity_factor for that: leave one out"),
         (["train.microbatches=3"],
          "train.batch_size=8 is not a multiple of train.microbatches=3: change one"),
         (["mesh.data=-1"], "only one mesh axis may be -1: give the others a size"),

@@ -6,7 +6,7 @@ from jax.sharding import PartitionSpec
 
 from mixtral_jax.config import MeshConfig, PrecisionConfig, UserError
 from mixtral_jax.precision import make_precision
-from mixtral_jax.runtime import choose_attention, make_runtime
+from mixtral_jax.runtime import choose_attention, choose_exchange, make_runtime
 from mixtral_jax.sharding import MESH_AXES, RULES, axis_size, make_mesh, spec
 from tests.tiny import mesh_of, tiny_config, tiny_trainable
 
@@ -99,9 +99,19 @@ def test_a_forced_kernel_is_checked_before_anything_runs():
     assert "kernels.attention=cudnn" in refusal(make_runtime, tiny_config(kernels={"attention": "cudnn"}), mesh_of())
 
 
+@pytest.mark.parametrize(("platform", "exchange"), [("cpu", "gather"), ("gpu", "ragged"), ("tpu", "ragged")])
+def test_auto_chooses_the_exchange_by_platform(platform, exchange):
+    assert choose_exchange("auto", platform) == exchange
+
+
+def test_an_exchange_that_the_platform_lacks_is_refused():
+    sentence = "kernels.exchange=ragged does not run on cpu: use auto, padded or gather"
+    assert refusal(make_runtime, tiny_config(kernels={"exchange": "ragged"}), mesh_of(expert=2)) == sentence
+
+
 def test_the_choice_is_told_in_a_line():
     runtime = make_runtime(tiny_config("precision.compute=bfloat16"), mesh_of(fsdp=2, expert=2))
     assert runtime.describe() == (
         f"4 x {jax.devices()[0].device_kind} (fsdp 2 x expert 2); attention: blockwise, experts: blocked, "
-        "compute: bfloat16, remat: none"
+        "exchange: gather, compute: bfloat16, remat: none"
     )

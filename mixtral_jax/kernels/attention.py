@@ -24,6 +24,7 @@ def attention(
     segment_ids: Int[Array, "batch seq"],
     *,
     backend: Literal["blockwise", "cudnn", "splash"],
+    interpret: bool = False,
 ) -> Float[Array, "batch seq heads head_dim"]:
     """Computes softmax(q k / sqrt(head_dim)) v over the earlier positions of the same segment.
 
@@ -33,11 +34,12 @@ def attention(
         segment_ids: number of each position's document; attention stays within equal numbers. A row's numbers never
             decrease, except that padding (0) may follow.
         backend: see the module.
+        interpret: run splash step by step on a CPU, which has no TPU to compile it for.
     """
     if backend == "cudnn":
         return _cudnn(q, k, v, segment_ids)
     if backend == "splash":
-        return _splash(q, k, v, segment_ids)
+        return _splash(q, k, v, segment_ids, interpret)
     return _blockwise_rows(q, k, v, segment_ids)
 
 
@@ -46,7 +48,7 @@ def _cudnn(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
     return jax.nn.dot_product_attention(q, k, v, mask=same, is_causal=True, implementation="cudnn")
 
 
-def _splash(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
+def _splash(q: Array, k: Array, v: Array, segment_ids: Array, interpret: bool) -> Array:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
     length, heads = q.shape[1], q.shape[2]
@@ -55,7 +57,7 @@ def _splash(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
         splash_attention_mask.MultiHeadMask([causal] * heads),
         head_shards=1,
         q_seq_shards=1,
-        interpret=jax.default_backend() == "cpu",
+        interpret=interpret,
     )
     segments = splash_attention_kernel.SegmentIds(segment_ids, segment_ids)
     by_head = [jnp.swapaxes(x, 1, 2) for x in (q * q.shape[-1] ** -0.5, k, v)]

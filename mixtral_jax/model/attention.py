@@ -44,7 +44,8 @@ class Attention(nnx.Module):
         v = project(self.wv, KV_HEADS)
 
         def local(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
-            return attention(q, k, v, segment_ids, backend=self.runtime.attention)
+            runtime = self.runtime
+            return attention(q, k, v, segment_ids, backend=runtime.attention, interpret=runtime.platform == "cpu")
 
         whole = (spec(("batch", None, "heads", None)), *[spec(("batch", None, "kv_heads", None))] * 2)
         out = jax.shard_map(

@@ -1,4 +1,4 @@
-"""The sparse mixture of experts: a float32 router, two dispatch strategies and portable expert parallelism."""
+"""The sparse mixture of experts: a float32 router, two dispatch strategies, on any mesh."""
 
 import math
 from typing import NamedTuple
@@ -10,10 +10,11 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.kernels.expert_ffn import ExpertsKernel, expert_ffn
-from mixtral_jax.kernels.permutation import combine_rows, dispatch_rows
+from mixtral_jax.kernels.blocked import choose_block_sizes
+from mixtral_jax.kernels.expert_ffn import expert_ffn
+from mixtral_jax.model.expert_parallel import compute_capacity, compute_dropless
 from mixtral_jax.model.layers import parameter
-from mixtral_jax.model.routing import capacity_plan, choose_experts, dropless_plan, expert_capacity
+from mixtral_jax.model.routing import choose_experts, device_quota, drop_beyond_quota, expert_capacity
 from mixtral_jax.precision import EXACT_PRODUCT, FULL
 from mixtral_jax.runtime import Runtime
 from mixtral_jax.sharding import spec
@@ -70,39 +71,31 @@ class MoE(nnx.Module):
     def _local(
         self, x: Array, experts: Array, weights: Array, w_gate: Array, w_up: Array, w_down: Array
     ) -> tuple[Array, Array]:
-        """Computes one device's part: all tokens of its expert group against its own experts.
+        """Computes one device's part: its tokens with the experts of its group, whoever holds them."""
+        config, runtime = self.config, self.runtime
+        ways, local_experts = runtime.mesh.shape["expert"], w_gate.shape[0]
+        batch, seq_len, k = experts.shape
 
-        Expert parallelism by all-gather and reduce-scatter: every device of the group sees the group's tokens, computes
-        the assignments to its experts, and the sums return to the tokens' owners.
-        """
-        config, mesh = self.config, self.runtime.mesh
-        ways, local_experts = mesh.shape["expert"], w_gate.shape[0]
-        if ways > 1:
-            x, experts, weights = (jax.lax.all_gather(a, "expert", axis=0, tiled=True) for a in (x, experts, weights))
-        mine = experts - jax.lax.axis_index("expert") * local_experts
-        mine = jnp.where((mine >= 0) & (mine < local_experts), mine, local_experts)
-        batch, seq_len, k = mine.shape
-        flat_x, flat_weights = x.reshape(-1, x.shape[-1]), weights.reshape(-1, k)
+        def run(rows: Array, group_sizes: Array) -> Array:
+            return expert_ffn(
+                rows,
+                group_sizes,
+                w_gate,
+                w_up,
+                w_down,
+                backend="equal" if config.dispatch == "capacity" else runtime.experts,
+                block_sizes=runtime.block_sizes or choose_block_sizes(batch * seq_len * k, local_experts),
+                interpret=runtime.platform == "cpu",
+            )
+
+        group = {"num_experts": config.num_experts, "ways": ways, "exchange": runtime.exchange}
         if config.dispatch == "capacity":
             capacity = expert_capacity(seq_len, k, config.num_experts, config.capacity_factor)
-            plan = capacity_plan(mine, local_experts, capacity)
-            backend: ExpertsKernel = "equal"
+            y, dropped = compute_capacity(x, experts, weights, run, capacity=capacity, **group)
         else:
-            rows = batch * seq_len * min(k, local_experts)
-            plan = dropless_plan(mine.reshape(-1, k), local_experts, rows)
-            backend = self.runtime.experts
-        expert_rows = expert_ffn(
-            dispatch_rows(flat_x, plan.source, plan.row_of),
-            plan.group_sizes,
-            w_gate,
-            w_up,
-            w_down,
-            backend=backend,
-            block_size=self.runtime.block_size,
-        )
-        y = combine_rows(expert_rows, flat_weights, plan.source, plan.row_of).reshape(x.shape)
-        y = jax.lax.psum(y, "tensor")
-        if ways > 1:
-            y = jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True)
-        dropped = jnp.sum((mine < local_experts).reshape(-1, k) & (plan.row_of >= plan.source.size), dtype=FULL)
-        return y, jax.lax.psum(dropped, ("data", "fsdp", "expert", "context"))
+            quota = device_quota(batch * seq_len, k, config.num_experts, ways, config.buffer_factor)
+            kept = drop_beyond_quota(experts, config.num_experts, ways, quota) if config.buffer_factor else experts
+            dropped = jnp.sum((kept == config.num_experts) & (experts < config.num_experts), dtype=FULL)
+            flat_x, flat_kept, flat_weights = (a.reshape(-1, a.shape[-1]) for a in (x, kept, weights))
+            y = compute_dropless(flat_x, flat_kept, flat_weights, run, quota=quota, **group).reshape(x.shape)
+        return jax.lax.psum(y, "tensor"), jax.lax.psum(dropped, ("data", "fsdp", "expert", "context"))

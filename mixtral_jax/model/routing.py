@@ -59,6 +59,36 @@ def dropless_plan(experts: Int[Array, "tokens k"], num_experts: int, num_rows: i
     return RowPlan(source, row_of.reshape(experts.shape), group_sizes)
 
 
+def device_quota(tokens: int, k: int, num_experts: int, ways: int, factor: float) -> int:
+    """Rows that one device may send to one of the `ways` devices that share the experts.
+
+    Args:
+        tokens: of the sending device.
+        k: experts per token.
+        num_experts: of all devices together.
+        ways: devices.
+        factor: multiple of the balanced load, tokens * k / ways; 0: the worst case, in which nothing is ever dropped.
+    """
+    worst = tokens * min(k, num_experts // ways)
+    return min(worst, math.ceil(factor * tokens * k / ways)) if factor else worst
+
+
+def drop_beyond_quota(
+    experts: Int[Array, "batch seq k"], num_experts: int, ways: int, quota: int
+) -> Int[Array, "batch seq k"]:
+    """Keeps the first `quota` assignments to each device and marks the others with `num_experts`.
+
+    First are the earlier positions, of all sequences alike, so that no token depends on a later one of its sequence.
+    What other devices send has no part in it, so every exchange drops the same assignments.
+    """
+    batch, seq_len, k = experts.shape
+    in_order = experts.swapaxes(0, 1).reshape(-1)
+    hits = (in_order // (num_experts // ways))[:, None] == jnp.arange(ways)
+    earlier = jnp.sum((jnp.cumsum(hits, axis=0) - 1) * hits, axis=-1)
+    kept = jnp.where(earlier < quota, in_order, num_experts)
+    return kept.reshape(seq_len, batch, k).swapaxes(0, 1)
+
+
 def expert_capacity(seq_len: int, k: int, num_experts: int, factor: float) -> int:
     """Rows of one expert's buffer for one sequence: factor times the balanced load, at most the sequence length."""
     return min(seq_len, max(1, math.ceil(factor * seq_len * k / num_experts)))

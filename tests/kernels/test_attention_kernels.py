@@ -28,7 +28,7 @@ def compiled(backend: str, block: int):
 
     @jax.jit
     def run(q, k, v, segment_ids, d_out):
-        out, pull = jax.vjp(lambda *a: kernels.attention(*a, segment_ids, backend=backend), q, k, v)
+        out, pull = jax.vjp(lambda *a: kernels.attention(*a, segment_ids, backend=backend, interpret=True), q, k, v)
         return out, pull(d_out)
 
     return run

@@ -1,0 +1,1 @@
+"""Timings and memory, one command each: `python -m benchmarks.NAME`."""
