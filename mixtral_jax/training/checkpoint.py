@@ -21,6 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from mixtral_jax.config import CheckpointConfig, UserError
+from mixtral_jax.distributed import barrier, from_main, is_main
 from mixtral_jax.training.manifest import NAME as MANIFEST
 from mixtral_jax.training.manifest import find_damage, write_atomically, write_manifest
 
@@ -34,6 +35,9 @@ class Checkpoints:
     """The checkpoints of one run; one writer at a time (see `RunDirectory`).
 
     A context manager for whoever saves: leaving it, also by an error, first finishes the save that is under way.
+
+    Of several processes each writes and reads the parts of its devices, on storage that all share; the main one alone
+    makes the bundle, seals, verifies and removes.
     """
 
     def __init__(self, directory: Path, config: CheckpointConfig, warn: Callable[[str], None] = print):
@@ -74,13 +78,9 @@ class Checkpoints:
         bundle = self.directory / str(step)
         described = {**meta, "bundle": step, "arrays": {name: _describe(part) for name, part in state.items()}}
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._check_room(state)
-            if bundle.exists():  # what a killed process left unfinished
-                shutil.rmtree(bundle)
-            bundle.mkdir()
-            for name, content in {**files, META: json.dumps(described, indent=1).encode()}.items():
-                write_atomically(bundle / name, content)
+            if is_main():
+                self._make(bundle, state, {**files, META: json.dumps(described, indent=1).encode()})
+            barrier()
             self._saver = self._saver or ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
             items = {name: ocp.args.StandardSave(_named(part)) for name, part in state.items()}
             self._saver.save(bundle / "state", args=ocp.args.Composite(**items))
@@ -89,6 +89,16 @@ class Checkpoints:
             raise self._failure(step, error) from error
         self._sealer = threading.Thread(target=self._seal, args=(step, bundle), name="seal-checkpoint")
         self._sealer.start()
+
+    def _make(self, bundle: Path, state: dict[str, Any], files: dict[str, bytes]) -> None:
+        """Makes a bundle that lacks only the arrays and the manifest."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._check_room(state)
+        if bundle.exists():  # what a killed process left unfinished
+            shutil.rmtree(bundle)
+        bundle.mkdir()
+        for name, content in files.items():
+            write_atomically(bundle / name, content)
 
     def wait(self) -> None:
         """Waits until the last save is finished and sealed.
@@ -112,6 +122,9 @@ class Checkpoints:
         Raises:
             UserError: there are finished bundles, but all are damaged.
         """
+        return from_main(self._latest)
+
+    def _latest(self) -> int | None:
         ours = finished = 0
         for step in reversed(self.steps()):
             bundle = self.directory / str(step)
@@ -137,11 +150,16 @@ class Checkpoints:
 
     def read_meta(self, step: int) -> dict[str, Any]:
         """Reads what `save` was given as meta."""
-        return json.loads((self.directory / str(step) / META).read_bytes())
+        return json.loads(self.read_file(step, META))
 
     def read_file(self, step: int, name: str) -> bytes:
-        """Reads one of the files that `save` was given."""
-        return (self.directory / str(step) / name).read_bytes()
+        """Reads one of the files that `save` was given; `UserError` in a process that does not see it."""
+        try:
+            return (self.directory / str(step) / name).read_bytes()
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{error.filename} is missing: checkpoints must lie on storage that all processes share"
+            ) from None
 
     def restore(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
         """Restores the named parts of a state onto any devices.
@@ -184,7 +202,7 @@ class Checkpoints:
         try:
             assert self._saver is not None
             self._saver.wait_until_finished()
-            if jax.process_index() == 0:
+            if is_main():
                 write_manifest(bundle)
                 self._retain(step)
         except Exception as error:  # raised by the next `wait`, in the thread of the loop
@@ -217,7 +235,8 @@ class Checkpoints:
 
     def _abandon(self, bundle: Path) -> None:
         """Removes a failed bundle and the saver with it: Orbax would raise its error again and save nothing."""
-        shutil.rmtree(bundle, ignore_errors=True)
+        if is_main():
+            shutil.rmtree(bundle, ignore_errors=True)
         self._saver = None
 
     def _failure(self, step: int, error: Exception) -> Exception:
@@ -248,19 +267,24 @@ def find_checkpoint(path: Path, warn: Callable[[str], None] = print) -> tuple[Ch
     Raises:
         UserError: there is none, or the named one is damaged.
     """
+    directory, step = from_main(lambda: _find(path, warn))
+    return Checkpoints(Path(directory), CheckpointConfig(), warn), step
+
+
+def _find(path: Path, warn: Callable[[str], None]) -> tuple[str, int]:
     config = CheckpointConfig()
     if (path / META).exists() and path.name.isdecimal():
         checkpoints = Checkpoints(path.parent, config, warn)
         damage = checkpoints.find_damage(int(path.name))
         if damage:
             raise UserError(f"the checkpoint {path} cannot be used: {damage}; name another one")
-        return checkpoints, int(path.name)
+        return str(path.parent), int(path.name)
     for directory in (path / "checkpoints", path):
         if directory.is_dir():
             checkpoints = Checkpoints(directory, config, warn)
-            step = checkpoints.latest()
+            step = checkpoints._latest()
             if step is not None:
-                return checkpoints, step
+                return str(directory), step
     raise UserError(f"there is no checkpoint in {path}: name a run directory or one of its checkpoints")
 
 

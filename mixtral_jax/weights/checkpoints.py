@@ -11,6 +11,7 @@ from mixtral_jax.config_loading import parse_config, to_yaml
 from mixtral_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.runtime import make_runtime
+from mixtral_jax.sharding import ANY_MESH
 from mixtral_jax.training.checkpoint import Checkpoints, find_checkpoint
 from mixtral_jax.weights.exporting import export_weights
 from mixtral_jax.weights.importing import import_weights
@@ -20,7 +21,6 @@ from mixtral_jax.weights.released_config import SPELLINGS
 from mixtral_jax.weights.stored import FileType
 
 ROW = 4096  # tokens of a row in an import's configuration, if the model is meant for so many
-ANY_MESH = "mesh={data: 1, fsdp: -1, expert: 1, context: 1, tensor: 1}"
 
 
 def import_checkpoint(
