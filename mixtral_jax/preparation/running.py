@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from loguru import logger
 from rich.console import Console
 
 from mixtral_jax.config import UserError
@@ -102,6 +103,7 @@ def _run(config: PrepareConfig, stage: Stage, layout: Layout, shards: list[Shard
         executor = QuietExecutor(stage.make(), stage.tasks, workers, str(logs))
     with _shown(stage, layout, shards):
         try:
+            logger.disable("datatrove")  # Ray's executor would log pages of statistics to the terminal; files have them
             executor.run()
         except UserError:
             raise
@@ -110,6 +112,8 @@ def _run(config: PrepareConfig, stage: Stage, layout: Layout, shards: list[Shard
             raise UserError(
                 f"the stage {stage.name} failed ({problem}): see {logs / 'logs'}, then run the same command to go on"
             ) from error
+        finally:
+            logger.enable("datatrove")
 
 
 @contextlib.contextmanager
