@@ -47,7 +47,7 @@ def prepare(config: PrepareConfig, console: Console) -> None:
         settle_plan(config, shards)
         _build_contamination_index(config, layout)
         stages = make_stages(config, len(shards))
-        total = sum(file.size for shard in shards for file in shard.files)
+        total = sum(file.size or 0 for shard in shards for file in shard.files)
         files = sum(len(shard.files) for shard in shards)
         console.print(
             f"{files} files, {total / 1e6:.1f} MB, {len(config.sources)} sources -> {config.output}", highlight=False
@@ -119,7 +119,7 @@ def _run(config: PrepareConfig, stage: Stage, layout: Layout, shards: list[Shard
 @contextlib.contextmanager
 def _shown(stage: Stage, layout: Layout, shards: list[Shard]) -> Iterator[None]:
     """Shows from another thread how far a stage is: megabytes read in the first one, tasks in the others."""
-    total = sum(file.size for shard in shards for file in shard.files)
+    total = sum(file.size or 0 for shard in shards for file in shard.files)
     completions = layout.logs(stage.name) / "completions"
     first = stage.name == "pages"
     over = threading.Event()
