@@ -86,7 +86,7 @@ def pages_of(paths: list[str]) -> list[str]:
 
 
 def varied(pages: list[str], size: int) -> list[str]:
-    """Repeats pages up to so many bytes; a fifth of the longer words of their text are replaced by others of the page."""
+    """Repeats pages up to so many bytes; a fifth of the longer words of their text are others of the same page."""
     draw, found, total = random.Random(0), [], 0
     while total < size:
         for page in pages:

@@ -73,6 +73,9 @@ def test_a_web_server_and_memory_give_what_local_files_give(tmp_path, address):
     run(config_for(tmp_path, sources_at(address)))
     assert digests(tmp_path / "out") == expected
     assert report_of(tmp_path)["problems"]["counts"] == {}
+    plan = json.loads((tmp_path / "out" / "work" / "plan.json").read_text())
+    sizes = [file["size"] for shard in plan["shards"] for file in shard["files"]]
+    assert sizes == [(tmp_path / "served" / name).stat().st_size for name in (*OF_KINDS, OF_KINDS[0])]
     memory = fsspec.filesystem("memory")
     for file in (tmp_path / "served").iterdir():
         memory.pipe(f"/bucket/{file.name}", file.read_bytes())
