@@ -73,8 +73,9 @@ class Checkpoints:
         """
         self.wait()
         bundle = self.directory / str(step)
+        described = {**meta, "bundle": step, "arrays": {name: _describe(part) for name, part in state.items()}}
         try:
-            self._begin(bundle, state, meta, files)
+            self._make(bundle, state, {**files, META: json.dumps(described, indent=1).encode()})
             self._saver = self._saver or ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
             items = {name: _save_item(_named(part)) for name, part in state.items()}
             self._saver.save(bundle / "state", args=ocp.args.Composite(**items))
@@ -106,8 +107,9 @@ class Checkpoints:
         """
         self.wait()
         bundle = self.directory / str(step)
+        described = {**meta, "bundle": step, "arrays": {name: _describe(part) for name, part in state.items()}}
         try:
-            self._begin(bundle, state, meta, files)
+            self._make(bundle, state, {**files, META: json.dumps(described, indent=1).encode()})
             write_arrays(bundle / "state", {name: _named(part) for name, part in state.items()}, advance)
             write_manifest(bundle)
         except (OSError, ValueError) as error:
@@ -115,16 +117,14 @@ class Checkpoints:
             raise self._failure(step, error) from error
         self._retain(step)
 
-    def _begin(self, bundle: Path, state: dict[str, Any], meta: dict[str, Any], files: dict[str, bytes]) -> None:
-        """Makes a bundle with everything but the arrays and the manifest."""
-        step = int(bundle.name)
-        described = {**meta, "bundle": step, "arrays": {name: _describe(part) for name, part in state.items()}}
+    def _make(self, bundle: Path, state: dict[str, Any], files: dict[str, bytes]) -> None:
+        """Makes a bundle that lacks only the arrays and the manifest."""
         self.directory.mkdir(parents=True, exist_ok=True)
         self._check_room(state)
         if bundle.exists():  # what a killed process left unfinished
             shutil.rmtree(bundle)
         bundle.mkdir()
-        for name, content in {**files, META: json.dumps(described, indent=1).encode()}.items():
+        for name, content in files.items():
             write_atomically(bundle / name, content)
 
     def wait(self) -> None:
