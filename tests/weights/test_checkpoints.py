@@ -8,11 +8,13 @@ import jax
 import numpy as np
 import pytest
 
+from mixtral_jax.__main__ import import_
 from mixtral_jax.config import UserError
 from mixtral_jax.training import streaming
 from mixtral_jax.weights.checkpoints import export_checkpoint, import_checkpoint
+from mixtral_jax.weights.released import open_released
 from tests.weights.models import small
-from tests.weights.synthetic import classic, load, write
+from tests.weights.synthetic import LAYOUTS, classic, load, write
 from tests.weights.test_bad_sources import make_tokenizer
 
 CONFIG = small()
@@ -79,3 +81,17 @@ def test_no_block_of_an_export_is_the_whole_of_a_parameter(
     export_checkpoint(tmp_path / "import", tmp_path / "out", "hf", say=quiet)
     assert max(sizes) <= 10_000
     assert np.prod((2, 4, 32, 48)) * 4 > 10_000  # what the experts' matrices take in all
+
+
+@pytest.mark.parametrize("name", ["hf-dense", "mistral-dense"])
+def test_a_dense_model_is_upcycled_by_the_verb(tmp_path: Path, name: Any) -> None:
+    directory = write(tmp_path / "source", name, classic(CONFIG, "bfloat16"), CONFIG, "bfloat16")
+    (directory / "tokenizer.model").write_bytes(make_tokenizer(CONFIG.vocab_size))
+    import_([str(directory), str(tmp_path / "import"), "--upcycle-experts", "6", "--upcycle-per-token", "3"])
+    export_checkpoint(tmp_path / "import", tmp_path / "out", "mistral", say=quiet)
+    config = open_released(tmp_path / "out").config
+    assert (config.num_experts, config.num_experts_per_tok) == (6, 3)
+    out, dense = load(tmp_path / "out"), LAYOUTS["mistral-dense"](classic(CONFIG, "bfloat16"), CONFIG)
+    for expert in range(6):
+        key = f"layers.1.feed_forward.experts.{expert}.w2.weight"
+        assert out[key].tobytes() == dense["layers.1.feed_forward.w2.weight"].tobytes()
