@@ -24,6 +24,7 @@ from mixtral_jax.config import CheckpointConfig, UserError
 from mixtral_jax.distributed import barrier, from_main, is_main
 from mixtral_jax.training.manifest import NAME as MANIFEST
 from mixtral_jax.training.manifest import find_damage, write_atomically, write_manifest
+from mixtral_jax.training.streaming import read_arrays, save_args, write_arrays
 
 # Orbax tells of every step it takes, and of a failure in stack traces; we raise what a person needs to know.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -82,13 +83,45 @@ class Checkpoints:
                 self._make(bundle, state, {**files, META: json.dumps(described, indent=1).encode()})
             barrier()
             self._saver = self._saver or ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
-            items = {name: ocp.args.StandardSave(_named(part)) for name, part in state.items()}
+            items = {name: _save_item(_named(part)) for name, part in state.items()}
             self._saver.save(bundle / "state", args=ocp.args.Composite(**items))
         except (OSError, ValueError) as error:
             self._abandon(bundle)
             raise self._failure(step, error) from error
         self._sealer = threading.Thread(target=self._seal, args=(step, bundle), name="seal-checkpoint")
         self._sealer.start()
+
+    def save_streamed(
+        self,
+        step: int,
+        state: dict[str, Any],
+        meta: dict[str, Any],
+        files: dict[str, bytes],
+        advance: Callable[[int], None],
+    ) -> None:
+        """Saves like `save`, but waits for it, and the host holds a few blocks instead of the whole state.
+
+        Args:
+            step: names the bundle.
+            state: parts by name, each a tree of arrays; all on devices of this process.
+            meta: JSON, read back by `read_meta`.
+            files: small files by name, read back by `read_file`.
+            advance: told of every block's bytes.
+
+        Raises:
+            UserError: no room for it.
+        """
+        self.wait()
+        bundle = self.directory / str(step)
+        described = {**meta, "bundle": step, "arrays": {name: _describe(part) for name, part in state.items()}}
+        try:
+            self._make(bundle, state, {**files, META: json.dumps(described, indent=1).encode()})
+            write_arrays(bundle / "state", {name: _named(part) for name, part in state.items()}, advance)
+            write_manifest(bundle)
+        except (OSError, ValueError) as error:
+            self._abandon(bundle)
+            raise self._failure(step, error) from error
+        self._retain(step)
 
     def _make(self, bundle: Path, state: dict[str, Any], files: dict[str, bytes]) -> None:
         """Makes a bundle that lacks only the arrays and the manifest."""
@@ -161,13 +194,16 @@ class Checkpoints:
                 f"{error.filename} is missing: checkpoints must lie on storage that all processes share"
             ) from None
 
-    def restore(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
+    def restore(
+        self, step: int, abstract: dict[str, Any], advance: Callable[[int], None] | None = None
+    ) -> dict[str, Any]:
         """Restores the named parts of a state onto any devices.
 
         Args:
             step: a bundle that `latest` or `find_checkpoint` has found good.
             abstract: parts by name, each a tree of `jax.ShapeDtypeStruct` with shardings; parts that are not named
                 are not read.
+            advance: if given, the host holds a few blocks instead of whole arrays; told of every block's bytes.
 
         Raises:
             UserError: an array is missing, left over, or has another shape or type.
@@ -176,9 +212,13 @@ class Checkpoints:
         bundle = self.directory / str(step)
         for name, part in abstract.items():
             _compare(bundle, name, stored.get(name, {}), _describe(part))
-        items = {name: ocp.args.StandardRestore(_named(part)) for name, part in abstract.items()}
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-            restored = reader.restore(bundle / "state", args=ocp.args.Composite(**items))
+        named = {name: _named(part) for name, part in abstract.items()}
+        if advance is None:
+            items = {name: ocp.args.StandardRestore(part) for name, part in named.items()}
+            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+                restored: Any = reader.restore(bundle / "state", args=ocp.args.Composite(**items))
+        else:
+            restored = {name: read_arrays(bundle / "state" / name, part, advance) for name, part in named.items()}
         return {
             name: jax.tree.unflatten(jax.tree.structure(part), [restored[name][key] for key in _named(part)])
             for name, part in abstract.items()
@@ -292,6 +332,10 @@ def _named(tree: Any) -> dict[str, Any]:
     """Flattens a tree to {path: leaf}: what is stored does not depend on the classes that the tree is made of."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/") or "value": leaf for path, leaf in leaves}
+
+
+def _save_item(leaves: dict[str, Any]) -> ocp.args.StandardSave:
+    return ocp.args.StandardSave(leaves, save_args={name: save_args(leaf) for name, leaf in leaves.items()})
 
 
 def _describe(tree: Any) -> dict[str, list[Any]]:
