@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from mixtral_jax import cli
+from mixtral_jax.distributed import distributed_config, is_main, joined, main_first
 
 
 def main(arguments: list[str]) -> None:
@@ -20,6 +21,12 @@ def main(arguments: list[str]) -> None:
         help="such as eval.mode=strided or data.sources=[{name: x, path: y}]",
     )
     options = parser.parse_intermixed_args(arguments)
+    with joined(distributed_config(options.overrides)):
+        measure(options)
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Does what the command line asks for, in one process or together with others."""
     from mixtral_jax.evaluation.loading import evaluation_texts, load_model
     from mixtral_jax.evaluation.report import measure_with_progress, results_json, results_table, write_json
     from mixtral_jax.evaluation.scoring import make_scorer
@@ -27,14 +34,14 @@ def main(arguments: list[str]) -> None:
     console = Console()
     loaded = load_model(options.checkpoint, options.overrides)
     console.print(loaded.architecture.runtime.describe(), highlight=False)
-    texts = evaluation_texts(loaded)
+    texts = main_first(lambda: evaluation_texts(loaded))
     score = make_scorer(loaded.architecture)(loaded.arrays)
     evaluation = measure_with_progress(score, texts, loaded.config.eval, loaded.config.data.seq_len)
     console.print(results_table(evaluation))
-    if options.json:
+    if options.json and is_main():
         numbers = results_json(evaluation, tokenizer=loaded.tokenizer.fingerprint, checkpoint_step=loaded.step)
         write_json(options.json, numbers)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, several=True)
