@@ -145,12 +145,8 @@ class DistributedConfig:
     coordinator: str = ""  # host:port on which process 0 listens; empty: as the launcher says
     num_processes: int = 0  # 0: as the launcher says; 1: alone, whatever it says
     process_id: int = -1  # of this process, from 0 on; -1: as the launcher says
-    heartbeat_timeout: int = (
-        60  # seconds; a process that has given no sign of life for so long is given up, and the run
-    )
-    step_timeout: int = (
-        1800  # seconds; a run in which no step was finished for so long is given up; after the first step
-    )
+    heartbeat_timeout: int = 60  # seconds without a sign of life after which a process counts as lost and all end
+    step_timeout: int = 1800  # seconds without a finished step, once there was one, after which all end
 
 
 @dataclass(frozen=True)

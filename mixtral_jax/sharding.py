@@ -59,8 +59,8 @@ def arrange_devices(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
     """Arranges devices so that neighbours along an axis share a fast network as far as the configuration lets them.
 
     A slice is what one fast network joins: devices of equal `slice_index` (a TPU slice; on GPUs a node or a domain of
-    NVLink), or of one process where devices have none. Along each axis the slices come outermost, and the devices
-    of a slice follow its physical order.
+    NVLink); where devices have none, TPUs are one slice and others are joined by process. Along each axis the slices
+    come outermost, and the devices of a slice follow its physical order.
 
     Args:
         config: size of each axis, of which one may be -1 and takes the rest; `dcn`: slices along each.
@@ -74,7 +74,7 @@ def arrange_devices(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
     """
     sizes = _axis_sizes(config, len(devices))
     by_process = getattr(devices[0], "slice_index", None) is None
-    members = Counter(device.process_index if by_process else device.slice_index for device in devices)
+    members = Counter(_slice_of(device) for device in devices)
     if len(members) == 1:
         return create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     if len(set(members.values())) > 1:
@@ -87,6 +87,13 @@ def arrange_devices(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
     return create_hybrid_device_mesh(
         inner, outer, devices, process_is_granule=by_process, allow_split_physical_axes=True
     )
+
+
+def _slice_of(device: Any) -> int:
+    number = getattr(device, "slice_index", None)
+    if number is None:
+        return 0 if device.platform == "tpu" else device.process_index
+    return number
 
 
 def _axis_sizes(config: MeshConfig, num_devices: int) -> list[int]:

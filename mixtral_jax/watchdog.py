@@ -133,7 +133,8 @@ class Watchdog:
         return self._announce(Verdict(GIVEN_UP, text, self._process, lost=len(lost)))
 
     def _find_hang(self) -> Verdict | None:
-        if self._progress is None or time.monotonic() - self._progress < self._step_timeout:
+        last = self._progress
+        if last is None or time.monotonic() - last < self._step_timeout:
             return None
         signs = self._read_signs()
         begun = {process: int(sign.split()[1]) for process, sign in signs.items()}

@@ -91,15 +91,28 @@ def test_slices_of_unequal_size_are_refused():
         arrange_devices(MeshConfig(fsdp=7), sorted(devices_of(2, 4), key=lambda device: device.id)[:-1])
 
 
+def chips(slices: int, **more) -> list[SimpleNamespace]:
+    """Slices of 2 x 2 x 4 TPU chips, four to a process."""
+    return [
+        SimpleNamespace(
+            id=number, platform="tpu", device_kind="TPU v5p", process_index=number // 4,
+            coords=(number % 2, number // 2 % 2, number // 4 % 4), core_on_chip=0,
+            **{name: number // 16 for name in more},
+        )
+        for number in range(16 * slices)
+    ]  # fmt: skip
+
+
+def test_chips_without_a_number_are_one_slice_of_many_processes():
+    """So a single slice looks that is compiled for without being there."""
+    grid = arrange_devices(MeshConfig(fsdp=2, expert=8), chips(1))
+    assert {len({device.coords for device in ring}) for ring in grid.reshape(2, 8)} == {8}
+    assert arrange_devices(MeshConfig(fsdp=1, tensor=16), chips(1)).shape == (1, 1, 1, 1, 16)
+
+
 def test_neighbours_on_a_torus_stay_neighbours():
     """On a TPU the order within a slice follows the chips' coordinates, whatever the order of the processes."""
-    devices = [
-        SimpleNamespace(
-            id=number, platform="tpu", device_kind="TPU v5p", slice_index=number // 16, process_index=number // 4,
-            coords=(number % 2, number // 2 % 2, number // 4 % 4), core_on_chip=0,
-        )
-        for number in range(32)
-    ]  # fmt: skip
+    devices = chips(2, slice_index=True)
     grid = arrange_devices(MeshConfig(data=2, fsdp=4, expert=4), devices)
     assert crossed(grid) == {"data": 2}
     for part in grid[:, :, :, 0, 0]:
