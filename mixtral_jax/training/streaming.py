@@ -18,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-BLOCK = 256 << 20  # bytes that move at once, if an array has leading axes to cut
+BLOCK = 128 << 20  # bytes that move at once, if an array has leading axes to cut
 CHUNK = 64 << 20  # bytes that are compressed at once
 
 Arrays = dict[str, jax.Array]
