@@ -99,13 +99,14 @@ def estimate(config: Config, topology: Topology) -> Estimate:
     # Balancing over a batch in parts costs a forward pass more, see `losses.balance_over`.
     extra = train.microbatches > 1 and config.losses.balance_over == "batch" and config.losses.load_balance > 0
     flops = (useful + (waste - 1) * expert_flops) * (PASSES[train.remat] + extra) / PASSES["none"]
-    passes = 2 + extra
+    weight_passes = 2 + extra  # joined weights are not kept for the backward pass
+    token_passes = (1 if train.remat == "none" else 2) + extra
     activations = layers * tokens * compute * (30 * d + 20 * f * rows / tokens / tensor)
     weights = layers * 3 * gathered
     traffic = train.microbatches * (activations + weights) + own * (3 * WIDE + 2 * master + 2 * WIDE)
     near = far = 0.0
     moves = _moves(
-        mesh, layers=layers, passes=passes, parts=train.microbatches, experts=experts, attention=attention,
+        mesh, layers=layers, weight_passes=weight_passes, token_passes=token_passes, parts=train.microbatches, experts=experts, attention=attention,
         embedding=tables * WIDE, head=tables * compute, exchanged=tokens * ways * d * compute,
     )  # fmt: skip
     for kind, axes, payload, runs in moves:
@@ -129,7 +130,7 @@ Move = tuple[str, tuple[str, ...], float, int]  # kind, mesh axes, payload in by
 
 
 def _moves(
-    mesh: dict[str, int], *, layers: int, passes: int, parts: int, experts: float, attention: float, embedding: float,
+    mesh: dict[str, int], *, layers: int, weight_passes: int, token_passes: int, parts: int, experts: float, attention: float, embedding: float,
     head: float, exchanged: float,
 ) -> list[Move]:  # fmt: skip
     """What the step moves: weights over fsdp, tokens over expert, partial sums over tensor, gradients over data."""
@@ -145,12 +146,12 @@ def _moves(
 
     each = layers * parts
     return [
-        *weights(("fsdp",), experts, each, passes),
-        *weights(("fsdp", "expert"), attention, each, passes),
+        *weights(("fsdp",), experts, each, weight_passes),
+        *weights(("fsdp", "expert"), attention, each, weight_passes),
         *weights(("fsdp", "expert"), embedding + head, parts, 1),
-        ("all-gather", ("expert",), exchanged, each * (passes + 1)),
-        ("reduce-scatter", ("expert",), exchanged, each * 2),
-        ("all-reduce", ("tensor",), exchanged / mesh["expert"], each * 2 * (passes + 1)),
+        ("all-gather", ("expert",), exchanged, each * (token_passes + 1)),
+        ("reduce-scatter", ("expert",), exchanged, each * (token_passes + 1)),
+        ("all-reduce", ("tensor",), exchanged / mesh["expert"], each * 2 * (token_passes + 1)),
     ]
 
 
