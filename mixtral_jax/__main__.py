@@ -61,7 +61,14 @@ def prepare(arguments: list[str]) -> None:
     run(config, Console())
 
 
-VERBS = {"import": import_, "export": export, "prepare": prepare}
+def plan(arguments: list[str]) -> None:
+    """Memory and speed on a cluster that is not there: plan CONFIG --topology NAME [key=value ...]."""
+    from mixtral_jax.planning.command import main as run
+
+    run(arguments)
+
+
+VERBS = {"import": import_, "export": export, "prepare": prepare, "plan": plan}
 
 
 def main(arguments: list[str]) -> None:

@@ -21,7 +21,8 @@ MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
     "sequence": ("context",),
-    "d_model": ("fsdp",),
+    "d_model": ("fsdp", "expert"),
+    "expert_d_model": ("fsdp",),  # of the experts' matrices, whose first axis takes `expert`
     "d_ff": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -160,6 +161,22 @@ def named_sharding(mesh: Mesh, axes: Axes) -> NamedSharding:
 def constrain(x: jax.Array, mesh: Mesh, axes: Axes) -> jax.Array:
     """Pins an activation to the table's sharding inside a jitted function."""
     return jax.lax.with_sharding_constraint(x, named_sharding(mesh, axes))
+
+
+def gather(x: jax.Array, mesh: Mesh, logical: str, axis: int) -> jax.Array:
+    """Inside `shard_map`: joins the parts of a parameter along its split axis.
+
+    Written out, the gradient goes back as a reduce-scatter. Left to the compiler (a parameter that enters `shard_map`
+    whole), it was summed whole on every device and cut afterwards: twice the bytes.
+
+    Args:
+        x: this device's part.
+        mesh: the devices.
+        logical: what the axis is called in the table.
+        axis: its place in `x`.
+    """
+    names = tuple(name for name in RULES[logical] if mesh.shape[name] > 1)
+    return jax.lax.all_gather(x, names, axis=axis, tiled=True) if names else x
 
 
 def axis_size(mesh: Mesh, logical: str) -> int:
