@@ -7,6 +7,7 @@ from rich.console import Console
 
 from mixtral_jax import cli
 from mixtral_jax.config import UserError
+from mixtral_jax.distributed import distributed_config, joined
 
 MODES = ("perplexity", "context", "passkey", "routing", "tasks")
 
@@ -33,16 +34,22 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"one mode at a time: {', '.join([*named, *['tasks'] * bool(tasks)])}")
     if named == ["tasks"] and not tasks:
         raise UserError("the mode tasks needs --tasks with one or more files or names of tasks")
+    with joined(distributed_config(overrides)):
+        measure(options, named[0], tasks, overrides)
+
+
+def measure(options: argparse.Namespace, mode: str, tasks: list[str], overrides: list[str]) -> None:
+    """Does what the command line asks for, in one process or together with others."""
     from mixtral_jax.evaluation import modes
     from mixtral_jax.evaluation.loading import load_model
 
     modes.check_outputs(options.json, options.plots)
     console = Console()
-    loaded = load_model(options.checkpoint, overrides, packed=named[0] in ("perplexity", "routing"))
+    loaded = load_model(options.checkpoint, overrides, packed=mode in ("perplexity", "routing"))
     console.print(loaded.architecture.runtime.describe(), highlight=False)
-    report = modes.tasks(loaded, tasks) if tasks else modes.MODES[named[0]](loaded)
+    report = modes.tasks(loaded, tasks) if tasks else modes.MODES[mode](loaded)
     modes.show(report, console, options.json, options.plots)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, several=True)

@@ -1,12 +1,16 @@
-"""Speed of each step of the preparation on one core, and of the loader: `python benchmarks/preparation.py [FILES...]`.
+"""Speed of each step of the preparation on one core, and of the loader.
 
-Without files, pages are made of random words. Rates are bytes of the step's own input a second: HTML for reading and
-extraction, text for the rest.
+    python benchmarks/preparation.py "crawl/*.warc.gz" --megabytes 20
+
+Pages are those of the files, over and over with other words in them until there are enough; without files they are made
+of random words. Rates are bytes of the step's own input a second: HTML for reading and extraction, text for the rest.
 """
 
+import argparse
+import io
 import os
 import random
-import sys
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +25,8 @@ from datatrove.pipeline.formatters import PIIFormatter
 from loguru import logger
 from rich.console import Console
 from rich.table import Table
+from warcio.statusandheaders import StatusAndHeaders
+from warcio.warcwriter import WARCWriter
 
 from mixtral_jax.config_loading import parse_config
 from mixtral_jax.data.pipeline import TrainingData, open_documents
@@ -40,12 +46,15 @@ SECONDS = 3.0  # of each measurement
 
 
 def rate(work: Callable[[], int]) -> float:
-    """Repeats work that returns its bytes (or tokens) for some seconds; gives them per second."""
+    """Repeats work that returns its bytes (or tokens) for some seconds; gives them per second of the processor's time.
+
+    All of it runs in one thread, and the time of a processor does not count what else the machine does.
+    """
     work()
-    done, start = 0, time.perf_counter()
-    while time.perf_counter() - start < SECONDS:
+    done, start = 0, time.process_time()
+    while time.process_time() - start < SECONDS:
         done += work()
-    return done / (time.perf_counter() - start)
+    return done / (time.process_time() - start)
 
 
 def made_pages() -> list[str]:
@@ -65,22 +74,41 @@ def made_pages() -> list[str]:
     return pages
 
 
-def pages_of(paths: list[str]) -> tuple[list[str], float]:
-    """Pages of WARC files and the speed of reading them."""
-    pages: list[str] = []
-    limit = 10 << 20
+def pages_of(paths: list[str]) -> list[str]:
+    """Pages of WARC files."""
+    return [
+        raw["text"]
+        for path in paths
+        for file in list_files(PrepareSource(name="x", path=path))
+        for raw in read_documents(file, PrepareSource(name="x", path=path), 10 << 20, lambda *_: None, lambda _: None)
+        if raw.get("html")
+    ]
 
-    def read() -> int:
-        found = [
-            raw["text"]
-            for path in paths
-            for file in list_files(PrepareSource(name="x", path=path))
-            for raw in read_documents(file, PrepareSource(name="x", path=path), limit, lambda *_: None, lambda _: None)
-        ]
-        pages[:] = found
-        return sum(len(page.encode()) for page in found)
 
-    return pages, rate(read)
+def varied(pages: list[str], size: int) -> list[str]:
+    """Repeats pages up to so many bytes; a fifth of the longer words of their text are others of the same page."""
+    draw, found, total = random.Random(0), [], 0
+    while total < size:
+        for page in pages:
+            words = re.findall(r"\b[a-z]{4,}\b", re.sub(r"<[^>]*>", " ", page)) or ["word"]
+
+            def other(word: re.Match[str], words: list[str] = words) -> str:
+                return draw.choice(words) if draw.random() < 0.2 else word[0]
+
+            found.append(re.sub(r">[^<]+<", lambda text: re.sub(r"\b[a-z]{4,}\b", other, text[0]), page))
+            total += len(found[-1].encode())
+    return found
+
+
+def write_archive(pages: list[str], path: Path) -> None:
+    """Writes pages as a WARC file, compressed by the record."""
+    with open(path, "wb") as stream:
+        writer = WARCWriter(stream, gzip=True)
+        for number, page in enumerate(pages):
+            headers = StatusAndHeaders("200 OK", [("Content-Type", "text/html; charset=utf-8")], protocol="HTTP/1.1")
+            content = io.BytesIO(page.encode())
+            url = f"http://example.org/{number}"
+            writer.write_record(writer.create_warc_record(url, "response", content, http_headers=headers))
 
 
 def documents(texts: list[str]) -> Iterator[Document]:
@@ -89,21 +117,27 @@ def documents(texts: list[str]) -> Iterator[Document]:
         yield Document(text=text, id=str(number), metadata=metadata)
 
 
-def main(paths: list[str]) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", help="WARC files or globs")
+    parser.add_argument("--megabytes", type=float, default=20.0, help="of HTML to work on")
+    options = parser.parse_args()
     logger.remove()
     table = Table(title="one core")
     table.add_column("step")
-    table.add_column("MB/s", justify="right")
+    table.add_column("MB/s of its input", justify="right")
+    table.add_column("MB/s of HTML", justify="right")
 
     def add(name: str, work: Callable[[], int]) -> None:
-        table.add_row(name, f"{rate(work) / 1e6:.2f}")
+        speed = rate(work) / 1e6
+        of_html = speed * (size / size_of_text if name.endswith("(text)") else 1)
+        table.add_row(name, f"{speed:.2f}", f"{of_html:.1f}")
 
-    if paths:
-        pages, speed = pages_of(paths)
-        table.add_row("reading (HTML)", f"{speed / 1e6:.2f}")
-    else:
-        pages = made_pages()
-    size = sum(len(page.encode()) for page in pages)
+    pages = varied(pages_of(options.files) if options.files else made_pages(), int(options.megabytes * 1e6))
+    size = size_of_text = sum(len(page.encode()) for page in pages)
+    with tempfile.TemporaryDirectory() as folder:
+        write_archive(pages, Path(folder) / "pages.warc.gz")
+        add("reading (HTML)", lambda: sum(len(page.encode()) for page in pages_of([f"{folder}/pages.warc.gz"])))
     texts: list[str] = []
     for name, extract in EXTRACTORS.items():
         add(f"extraction, {name} (HTML)", lambda extract=extract: len([extract(page) for page in pages]) and size)
@@ -142,8 +176,8 @@ def main(paths: list[str]) -> None:
         tokenizer = shared_tokenizer("mixtral")
         tokens = sum(map(len, tokenizer.encode_batch(texts)))
         speed = rate(lambda: len(tokenizer.encode_batch(texts, threads=1)) and tokens)
-        table.add_row("tokenization", f"{speed:,.0f} tokens/s")
-        table.add_row("loader", f"{loader_speed(Path(folder), texts):,.0f} tokens/s")
+        table.add_row("tokenization", f"{speed:,.0f} tokens/s", f"{speed / tokens * size / 1e6:.1f}")
+        table.add_row("loader", f"{loader_speed(Path(folder), texts):,.0f} tokens/s", "")
     Console().print(table)
     print(f"{len(pages)} pages, {size / 1e6:.2f} MB of HTML, {size_of_text / 1e6:.2f} MB of text")
 
@@ -172,4 +206,4 @@ def loader_speed(folder: Path, texts: list[str]) -> float:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -27,16 +27,22 @@ def comment_of(lines: list[str], node: ast.AnnAssign) -> str:
     return " ".join([*above, behind]).strip()
 
 
+def sections_of(classes: dict[str, ast.ClassDef], node: ast.ClassDef, prefix: str = "") -> dict[str, ast.ClassDef]:
+    """Lists a class and those of its fields, at any depth, by the prefix of their keys."""
+    sections = {prefix: node}
+    for entry in node.body:
+        if isinstance(entry, ast.AnnAssign) and ast.unparse(entry.annotation) in classes:
+            sections |= sections_of(classes, classes[ast.unparse(entry.annotation)], f"{prefix}{entry.target.id}.")  # type: ignore[union-attr]
+    return sections
+
+
 def make_page(page: str = "config.md") -> str:
     """Renders a page."""
     module, top, members = PAGES[page]
     source = (ROOT / module).read_text(encoding="utf-8")
     lines = source.splitlines()
     classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
-    sections = {"": classes[top]}
-    for node in classes[top].body:
-        if isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation) in classes:
-            sections[node.target.id + "."] = classes[ast.unparse(node.annotation)]  # type: ignore[union-attr]
+    sections = sections_of(classes, classes[top])
     sections |= {f"{key}[].": classes[name] for key, name in members.items()}
     out = [HEAD.format(module=module)]
     for prefix, node in sections.items():

@@ -2,6 +2,7 @@
 
 `python docs/plot_runs.py curve RUN docs/images/tiny.png`
 `python docs/plot_runs.py balance RUN_WITH RUN_WITHOUT docs/images/balance.png`
+`python docs/plot_runs.py sources RUN docs/images/languages.png`
 """
 
 import sys
@@ -55,5 +56,23 @@ def draw_balance(with_loss: str, without: str, picture: str) -> None:
     figure.savefig(picture, dpi=120)
 
 
+def draw_sources(run: str, picture: str) -> None:
+    """Draws held-out nats per token of each source, and which share of the tokens seen was the source's."""
+    training, heldout = split(run)
+    names = [key.removeprefix("tokens_seen/") for key in training[0] if key.startswith("tokens_seen/")]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    seen = np.array([[e[f"tokens_seen/{name}"] for name in names] for e in training])
+    for column, name in enumerate(names):
+        nats = [e[f"heldout/{name}"] for e in heldout]
+        left.plot([e["step"] for e in heldout], nats, "o-", label=name)
+        right.plot([e["step"] for e in training], seen[:, column] / seen.sum(1), label=name)
+    left.set(xlabel="step", ylabel="nats per token", title=f"{Path(run).name}: held-out text by source")
+    right.set(xlabel="step", title="share of the tokens seen", ylim=(0, None))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    left.legend()
+    figure.savefig(picture, dpi=120)
+
+
 if __name__ == "__main__":
-    {"curve": draw_curve, "balance": draw_balance}[sys.argv[1]](*sys.argv[2:])
+    {"curve": draw_curve, "balance": draw_balance, "sources": draw_sources}[sys.argv[1]](*sys.argv[2:])

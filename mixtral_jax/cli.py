@@ -5,16 +5,23 @@ import sys
 from collections.abc import Callable
 
 from mixtral_jax.config import UserError
+from mixtral_jax.distributed import speaks
 
 
-def run(main: Callable[[list[str]], None]) -> None:
-    """Calls `main` with the command line's arguments and turns a `UserError` into a sentence and exit code 2."""
+def run(main: Callable[[list[str]], None], *, several: bool = False) -> None:
+    """Calls `main` with the command line's arguments and turns a `UserError` into a sentence and exit code 2.
+
+    Args:
+        main: the program.
+        several: the processes that a launcher starts run it together, so one tells of a mistake that all make.
+    """
     # Nothing here uses a hub unless a source names one; libraries must not wait for a network at start.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
         main(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not several or speaks():
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

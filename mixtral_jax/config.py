@@ -113,6 +113,20 @@ class LossesConfig:
 
 
 @dataclass(frozen=True)
+class DcnConfig:
+    """Slices (TPU) or nodes (GPU) along each axis of the mesh; the product is their number.
+
+    0 is automatic: `data` takes as many as divide it, then `fsdp`; `expert`, `context` and `tensor` stay inside one.
+    """
+
+    data: int = 0  # part of mesh.data
+    fsdp: int = 0  # part of mesh.fsdp
+    expert: int = 0  # part of mesh.expert
+    context: int = 0  # part of mesh.context
+    tensor: int = 0  # part of mesh.tensor
+
+
+@dataclass(frozen=True)
 class MeshConfig:
     """Devices along each axis; the product is the device count. One axis may be -1 and takes the rest."""
 
@@ -121,6 +135,18 @@ class MeshConfig:
     expert: int = 1  # batch outside of the experts, experts inside
     context: int = 1  # sequence
     tensor: int = 1  # heads, d_ff and vocabulary
+    dcn: DcnConfig = field(default_factory=DcnConfig)
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """Processes that train as one; SLURM, Open MPI, Kubernetes and TPU pods say by themselves which they are."""
+
+    coordinator: str = ""  # host:port on which process 0 listens; empty: as the launcher says
+    num_processes: int = 0  # 0: as the launcher says; 1: alone, whatever it says
+    process_id: int = -1  # of this process, from 0 on; -1: as the launcher says
+    heartbeat_timeout: int = 60  # seconds without a sign of life after which a process counts as lost and all end
+    step_timeout: int = 1800  # seconds without a finished step, once there was one, after which all end
 
 
 @dataclass(frozen=True)
@@ -155,6 +181,7 @@ class KernelsConfig:
     exchange: Literal["auto", "ragged", "padded", "gather"] = "auto"
     block_size: int = 0  # rows of a block of the blocked expert products; 0: several sizes, from the expected load
     loss_chunk: int = 512  # tokens of a device whose logits exist at once
+    admission: bool = True  # on an accelerator, compare kernels with float32 references before training
 
 
 @dataclass(frozen=True)
@@ -183,6 +210,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     losses: LossesConfig = field(default_factory=LossesConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
@@ -190,6 +218,6 @@ class Config:
 
 
 # A run may be resumed with other values of these: they change where and how often, not what is learnt.
-RESUMABLE_KEYS = ("run_dir", "init_from", "mesh", "checkpoint", "kernels", "eval", "data.cache_dir",
+RESUMABLE_KEYS = ("run_dir", "init_from", "mesh", "distributed", "checkpoint", "kernels", "eval", "data.cache_dir",
                   "train.log_every", "train.eval_every", "train.eval_batches", "train.max_nonfinite_steps",
                   "train.stop_at_step", "train.steps")  # fmt: skip

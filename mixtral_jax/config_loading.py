@@ -13,7 +13,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mixtral_jax.config import Config, SourceConfig, UserError
+from mixtral_jax.config import Config, DistributedConfig, MeshConfig, SourceConfig, UserError
 
 T = TypeVar("T")
 
@@ -232,13 +232,50 @@ def validate(config: Config) -> None:
         train.batch_size % train.microbatches == 0,
         f"train.batch_size={train.batch_size} is not a multiple of train.microbatches={train.microbatches}: change one",
     )
-    sizes = dataclasses.asdict(config.mesh)
-    _require(list(sizes.values()).count(-1) <= 1, "only one mesh axis may be -1: give the others a size")
-    for name, size in sizes.items():
-        _require(size == -1 or size >= 1, f"mesh.{name} is {size}: it must be 1 or more, or -1 to take the rest")
+    _validate_mesh(config.mesh)
+    validate_distributed(config.distributed)
     _validate_sources(config.data.sources)
     context, stride = config.eval.context or config.data.seq_len, config.eval.stride
     _require(0 <= stride <= context, f"eval.stride={stride} is more than eval.context={context}: lower it")
+
+
+def _validate_mesh(mesh: MeshConfig) -> None:
+    sizes = {name: size for name, size in dataclasses.asdict(mesh).items() if name != "dcn"}
+    _require(list(sizes.values()).count(-1) <= 1, "only one mesh axis may be -1: give the others a size")
+    for name, size in sizes.items():
+        _require(size == -1 or size >= 1, f"mesh.{name} is {size}: it must be 1 or more, or -1 to take the rest")
+        slices = getattr(mesh.dcn, name)
+        _require(slices >= 0, f"mesh.dcn.{name} is {slices}: it must be 1 or more, or 0 for automatic")
+        _require(
+            size == -1 or not slices or size % slices == 0,
+            f"mesh.{name}={size} is not a multiple of mesh.dcn.{name}={slices}, which is a part of it: change one",
+        )
+
+
+def validate_distributed(distributed: DistributedConfig) -> None:
+    """Raises `UserError` for keys of `distributed` that contradict each other or cannot be."""
+    for name in ("heartbeat_timeout", "step_timeout"):
+        seconds = getattr(distributed, name)
+        _require(seconds > 0, f"distributed.{name} is {seconds}: it must be greater than 0")
+    count, own = distributed.num_processes, distributed.process_id
+    _require(count >= 0, f"distributed.num_processes is {count}: it must be 1 or more, or 0 for what the launcher says")
+    _require(
+        own >= -1 and not (count and own >= count),
+        f"distributed.process_id is {own}: the {count} processes have numbers from 0 to {count - 1}",
+    )
+    host, colon, port = distributed.coordinator.rpartition(":")
+    _require(
+        not distributed.coordinator or bool(host and colon and port.isdecimal()),
+        f"distributed.coordinator={distributed.coordinator} is not written as host:port, such as node1:1234",
+    )
+    _require(
+        count == 1 or (count > 0) == (own >= 0),
+        "distributed.num_processes and distributed.process_id belong together: give both or neither",
+    )
+    _require(
+        count <= 1 or bool(distributed.coordinator),
+        "distributed.num_processes needs distributed.coordinator: give the host and port on which process 0 listens",
+    )
 
 
 def _validate_sources(sources: list[SourceConfig]) -> None:

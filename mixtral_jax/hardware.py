@@ -1,4 +1,4 @@
-"""What the machine can do: THE table of chip peaks, a measured peak for the rest, and memory in use."""
+"""What the machine can do: THE table of chips, a measured peak for the rest, and memory in use."""
 
 import resource
 import sys
@@ -13,27 +13,59 @@ from jax.typing import DTypeLike
 
 GIB = 2**30
 
-# Dense (not sparse) bfloat16 FLOP/s of one device as JAX counts devices; the start of `device_kind` names the chip and
-# the first row that matches counts. Sources, by maker:
-# TPU: the pages of v4, v5e, v5p and v6e at cloud.google.com/tpu/docs, "Peak compute per chip (bf16)".
-# NVIDIA: the data sheets' FP16/BF16 Tensor Core rows, halved where they are "with sparsity".
-CHIP_PEAKS: tuple[tuple[str, float], ...] = (
-    ("TPU v4 lite", 138e12),  # v4i
-    ("TPU v4", 275e12),
-    ("TPU v5 lite", 197e12),  # v5e
-    ("TPU v5e", 197e12),
-    ("TPU v5p", 459e12),
-    ("TPU v5", 459e12),  # JAX's name of v5p
-    ("TPU v6 lite", 918e12),  # v6e
-    ("TPU v6e", 918e12),
-    ("NVIDIA A100", 312e12),  # A100 data sheet: 312, 624 with sparsity; SXM and PCIe alike
-    ("NVIDIA H100 PCIe", 756.5e12),  # H100 data sheet: 1,513 with sparsity
-    ("NVIDIA H100 NVL", 835.5e12),  # H100 data sheet: 1,671 with sparsity
-    ("NVIDIA H100", 989.5e12),  # SXM; H100 data sheet: 1,979 with sparsity
-    ("NVIDIA H200 NVL", 835.5e12),  # H200 data sheet: 1,671 with sparsity
-    ("NVIDIA H200", 989.5e12),  # SXM; H200 data sheet: 1,979 with sparsity
-    ("NVIDIA B200", 2250e12),  # HGX B200 data sheet: 4.5 PFLOP/s with sparsity
+
+@dataclass(frozen=True)
+class Interconnect:
+    """How devices of one kind reach each other; every speed is bytes/s in one direction."""
+
+    links: int  # TPU: of a chip, two for each dimension of its torus; GPU: 1, into the switch of its node
+    link: float  # speed of one of them
+    far: float  # a device's share of the network between slices or nodes
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What one device, as JAX counts devices, can do by its maker's data."""
+
+    kind: str  # the start of JAX's `device_kind`; the first row that matches counts
+    flops: float  # dense (not sparse) bfloat16 FLOP/s
+    memory: float  # bytes that a program can have
+    bandwidth: float  # bytes/s between the device and its memory
+    network: Interconnect | None = None  # None: not in the table
+
+
+# Sources, by maker.
+# TPU: the pages of v4, v5e, v5p and v6e at cloud.google.com/tpu/docs: "Peak compute per chip (bf16)", "HBM capacity and
+# bandwidth", "Bidirectional inter-chip interconnect bandwidth per chip" (halved for one direction, divided by the ports
+# of a chip), "Data center network bandwidth per chip" (v5e, v6e: the host's network cards divided by its 8 chips; v4:
+# not published, half of v5p's is assumed). Memory is what the compiler (libtpu) gives a program, a little less than is
+# built in. v4i: Ten Lessons From Three Generations, ISCA 2021.
+# NVIDIA: data sheets of A100, H100, H200 and HGX B200: FP16/BF16 Tensor Core rows, halved where they are "with
+# sparsity", memory bandwidth, NVLink (halved for one direction); the network card that DGX systems give each GPU,
+# 200 Gbit/s with A100 and 400 Gbit/s with the others. Memory is what the CUDA runtime reports, where known.
+CHIPS: tuple[Chip, ...] = (
+    Chip("TPU v4 lite", 138e12, 8.0 * GIB, 614e9),
+    Chip("TPU v4", 275e12, 30.75 * GIB, 1228e9, Interconnect(6, 50e9, 3.125e9)),
+    Chip("TPU v5 lite", 197e12, 15.75 * GIB, 819e9, Interconnect(4, 50e9, 3.125e9)),  # v5e
+    Chip("TPU v5e", 197e12, 15.75 * GIB, 819e9, Interconnect(4, 50e9, 3.125e9)),
+    Chip("TPU v5p", 459e12, 95.74 * GIB, 2765e9, Interconnect(6, 100e9, 6.25e9)),
+    Chip("TPU v5", 459e12, 95.74 * GIB, 2765e9, Interconnect(6, 100e9, 6.25e9)),  # JAX's name of v5p
+    Chip("TPU v6 lite", 918e12, 31.25 * GIB, 1600e9, Interconnect(4, 100e9, 12.5e9)),  # v6e
+    Chip("TPU v6e", 918e12, 31.25 * GIB, 1600e9, Interconnect(4, 100e9, 12.5e9)),
+    Chip("NVIDIA A100-SXM4-40GB", 312e12, 40e9, 1555e9, Interconnect(1, 300e9, 25e9)),
+    Chip("NVIDIA A100", 312e12, 80e9, 2039e9, Interconnect(1, 300e9, 25e9)),
+    Chip("NVIDIA H100 PCIe", 756.5e12, 80e9, 2039e9),
+    Chip("NVIDIA H100 NVL", 835.5e12, 94e9, 3938e9),
+    Chip("NVIDIA H100", 989.5e12, 84942979072.0, 3352e9, Interconnect(1, 450e9, 50e9)),  # SXM
+    Chip("NVIDIA H200 NVL", 835.5e12, 141e9, 4800e9),
+    Chip("NVIDIA H200", 989.5e12, 151397597184.0, 4800e9, Interconnect(1, 450e9, 50e9)),  # SXM
+    Chip("NVIDIA B200", 2250e12, 191514411008.0, 7700e9, Interconnect(1, 900e9, 50e9)),
 )
+
+
+def find_chip(kind: str) -> Chip | None:
+    """Returns the table's row for a `device_kind`; a slice of a GPU (MIG) has none."""
+    return next((chip for chip in CHIPS if kind.startswith(chip.kind) and "MIG" not in kind), None)
 
 
 @dataclass(frozen=True)
@@ -56,11 +88,10 @@ def peak_flops(compute: DTypeLike) -> PeakFlops:
         The peak of one device and, in words, what was assumed.
     """
     device, count = jax.local_devices()[0], jax.local_device_count()
-    for name, value in CHIP_PEAKS:
-        if device.device_kind.startswith(name) and "MIG" not in device.device_kind:  # a slice of a GPU has less
-            return PeakFlops(
-                value, f"{value / 1e12:,.1f} TFLOP/s a device: bfloat16 peak of {name} by its maker's data"
-            )
+    chip = find_chip(device.device_kind)
+    if chip is not None:
+        words = f"{chip.flops / 1e12:,.1f} TFLOP/s a device: bfloat16 peak of {chip.kind} by its maker's data"
+        return PeakFlops(chip.flops, words)
     measured = measured_matmul_peak(compute)
     words = f"{measured / 1e9:,.0f} GFLOP/s: fastest {jnp.dtype(compute).name} matrix product timed at start"
     if device.platform != "cpu":

@@ -4,12 +4,14 @@ Parameters declare logical axes where they are created and activations where the
 over which devices each is split.
 """
 
-import dataclasses
 import math
+from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mixtral_jax.config import MeshConfig, UserError
@@ -19,7 +21,8 @@ MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
     "sequence": ("context",),
-    "d_model": ("fsdp",),
+    "d_model": ("fsdp", "expert"),
+    "expert_d_model": ("fsdp",),  # of the experts' matrices, whose first axis takes `expert`
     "d_ff": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -28,35 +31,109 @@ RULES: dict[str, tuple[str, ...]] = {
     "layers": (),
 }
 
+# An override for arrays that were trained on other devices than those at hand.
+ANY_MESH = (
+    "mesh={data: 1, fsdp: -1, expert: 1, context: 1, tensor: 1, "
+    "dcn: {data: 0, fsdp: 0, expert: 0, context: 0, tensor: 0}}"
+)
+
 VOCAB_AXIS = "tensor"  # over which code that splits the vocabulary by hand communicates
 
 Axes = tuple[str | None, ...]
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Arranges devices along the five mesh axes.
+    """Arranges devices along the five mesh axes; see `arrange_devices`.
 
     Args:
-        config: size of each axis; one may be -1 and takes the rest.
+        config: size of each axis, and how many slices lie along it.
         devices: what to arrange; default: all devices of all processes.
 
     Raises:
-        UserError: the sizes do not multiply to the number of devices.
+        UserError: the sizes do not fit the devices.
     """
-    devices = list(jax.devices() if devices is None else devices)
-    sizes = dataclasses.asdict(config)
+    grid = arrange_devices(config, jax.devices() if devices is None else devices)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def arrange_devices(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
+    """Arranges devices so that neighbours along an axis share a fast network as far as the configuration lets them.
+
+    A slice is what one fast network joins: devices of equal `slice_index` (a TPU slice; on GPUs a node or a domain of
+    NVLink); where devices have none, TPUs are one slice and others are joined by process. Along each axis the slices
+    come outermost, and the devices of a slice follow its physical order.
+
+    Args:
+        config: size of each axis, of which one may be -1 and takes the rest; `dcn`: slices along each.
+        devices: objects with the attributes of `jax.Device`.
+
+    Returns:
+        Devices by place along `MESH_AXES`.
+
+    Raises:
+        UserError: the sizes do not multiply to the number of devices, or the slices do not divide over the axes.
+    """
+    sizes = _axis_sizes(config, len(devices))
+    by_process = getattr(devices[0], "slice_index", None) is None
+    members = Counter(_slice_of(device) for device in devices)
+    if len(members) == 1:
+        return create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    if len(set(members.values())) > 1:
+        raise UserError(
+            f"the {len(members)} slices have {min(members.values())} to {max(members.values())} devices: "
+            "start on slices of equal size"
+        )
+    outer = _slices_by_axis(config, sizes, len(members))
+    inner = [size // slices for size, slices in zip(sizes, outer, strict=True)]
+    return create_hybrid_device_mesh(
+        inner, outer, devices, process_is_granule=by_process, allow_split_physical_axes=True
+    )
+
+
+def _slice_of(device: Any) -> int:
+    number = getattr(device, "slice_index", None)
+    if number is None:
+        return 0 if device.platform == "tpu" else device.process_index
+    return number
+
+
+def _axis_sizes(config: MeshConfig, num_devices: int) -> list[int]:
+    """The size of each axis, -1 replaced."""
+    sizes = {name: getattr(config, name) for name in MESH_AXES}
     known = math.prod(size for size in sizes.values() if size != -1)
-    for name, size in sizes.items():
-        if size == -1:
-            sizes[name] = max(1, len(devices) // known)
-    if math.prod(sizes.values()) != len(devices):
+    sizes = {name: max(1, num_devices // known) if size == -1 else size for name, size in sizes.items()}
+    if math.prod(sizes.values()) != num_devices:
         product = " * ".join(f"{name}={size}" for name, size in sizes.items())
         raise UserError(
-            f"mesh {product} is {math.prod(sizes.values())} devices but there are {len(devices)}: "
+            f"mesh {product} is {math.prod(sizes.values())} devices but there are {num_devices}: "
             "change a mesh size, or set one to -1 to take the rest"
         )
-    grid = np.array(devices).reshape([sizes[name] for name in MESH_AXES])
-    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return list(sizes.values())
+
+
+def _slices_by_axis(config: MeshConfig, sizes: list[int], num_slices: int) -> list[int]:
+    """How many slices lie along each axis: as `mesh.dcn` says, then over data, then over fsdp."""
+    size_of = dict(zip(MESH_AXES, sizes, strict=True))
+    slices = {name: getattr(config.dcn, name) for name in MESH_AXES}
+    for name, count in slices.items():
+        if count and size_of[name] % count:
+            raise UserError(
+                f"mesh.{name} is {size_of[name]} devices, not a multiple of mesh.dcn.{name}={count}: change one"
+            )
+    given = math.prod(count for count in slices.values() if count)
+    left = num_slices // given if num_slices % given == 0 else 0
+    for name in MESH_AXES:
+        if not slices[name]:
+            slices[name] = math.gcd(size_of[name], left) if left and name in ("data", "fsdp") else 1
+            left //= slices[name]
+    if left != 1:
+        product = " * ".join(f"{name}={count}" for name, count in slices.items())
+        raise UserError(
+            f"the devices lie in {num_slices} slices (nodes), which do not divide over the mesh with mesh.dcn "
+            f"{product}: make mesh.data or mesh.fsdp a multiple of {num_slices}, or say with mesh.dcn which axes cross "
+            "slices"
+        )
+    return list(slices.values())
 
 
 def spec(axes: Axes) -> PartitionSpec:
@@ -84,6 +161,22 @@ def named_sharding(mesh: Mesh, axes: Axes) -> NamedSharding:
 def constrain(x: jax.Array, mesh: Mesh, axes: Axes) -> jax.Array:
     """Pins an activation to the table's sharding inside a jitted function."""
     return jax.lax.with_sharding_constraint(x, named_sharding(mesh, axes))
+
+
+def gather(x: jax.Array, mesh: Mesh, logical: str, axis: int) -> jax.Array:
+    """Inside `shard_map`: joins the parts of a parameter along its split axis.
+
+    Written out, the gradient goes back as a reduce-scatter. Left to the compiler (a parameter that enters `shard_map`
+    whole), it was summed whole on every device and cut afterwards: twice the bytes.
+
+    Args:
+        x: this device's part.
+        mesh: the devices.
+        logical: what the axis is called in the table.
+        axis: its place in `x`.
+    """
+    names = tuple(name for name in RULES[logical] if mesh.shape[name] > 1)
+    return jax.lax.all_gather(x, names, axis=axis, tiled=True) if names else x
 
 
 def axis_size(mesh: Mesh, logical: str) -> int:

@@ -60,6 +60,13 @@ def prepare(arguments: list[str]) -> None:
     run(config, Console())
 
 
+def plan(arguments: list[str]) -> None:
+    """Memory and speed on a cluster that is not there: plan CONFIG --topology NAME [key=value ...]."""
+    from mixtral_jax.planning.command import main as run
+
+    run(arguments)
+
+
 def compare(arguments: list[str]) -> None:
     """Two runs or checkpoints side by side: compare A B [--json FILE] [--plots DIR] [key=value ...]."""
     parser = argparse.ArgumentParser(prog="mixtral_jax compare", description=compare.__doc__)
@@ -84,4 +91,5 @@ def lm_eval(arguments: list[str]) -> None:
     run_harness(arguments)
 
 
-VERBS = {"import": import_, "export": export, "prepare": prepare, "compare": compare, "lm_eval": lm_eval}
+VERBS = {"import": import_, "export": export, "prepare": prepare, "plan": plan,
+         "compare": compare, "lm_eval": lm_eval}  # fmt: skip

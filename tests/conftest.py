@@ -1,10 +1,13 @@
-"""Eight simulated devices for every test, and compilation without LLVM's optimisations, which take longer than the
-tests save by them: must be set before JAX starts."""
+"""Eight simulated devices for every test, and compilation that is quick rather than what it compiles: without LLVM's
+optimisations and the emitters of fused loops, which take longer than the tests save by them. Set before JAX starts."""
 
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = " ".join(
+    ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0",
+     "--xla_cpu_use_fusion_emitters=false")
+)  # fmt: skip
 
 import pytest
 

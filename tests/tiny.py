@@ -1,6 +1,5 @@
 """A model small enough to compile in seconds, batches for it, and the way to a training step on any mesh."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ from mixtral_jax.config import Config, MeshConfig
 from mixtral_jax.config_loading import parse_config, replace
 from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.runtime import make_runtime
-from mixtral_jax.sharding import make_mesh
+from mixtral_jax.sharding import MESH_AXES, make_mesh
 from mixtral_jax.training.step import Trainable
 
 TINY = """
@@ -31,7 +30,7 @@ def tiny_config(*overrides: str, **changes: Any) -> Config:
 def mesh_of(**sizes: int) -> Mesh:
     """A mesh over the first so many of the simulated devices; no size: one device."""
     config = MeshConfig(**{"fsdp": 1, **sizes})
-    return make_mesh(config, jax.devices()[: int(np.prod(list(dataclasses.asdict(config).values())))])
+    return make_mesh(config, jax.devices()[: int(np.prod([getattr(config, name) for name in MESH_AXES]))])
 
 
 def tiny_architecture(config: Config, mesh: Mesh | None = None) -> Architecture:

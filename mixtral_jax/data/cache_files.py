@@ -2,10 +2,12 @@
 
 import contextlib
 import fcntl
+import hashlib
+import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from mixtral_jax.config import UserError
@@ -72,6 +74,30 @@ def building(target: Path) -> Iterator[Path]:
             _flush(target.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def altered_file(directory: Path, sha256: Mapping[str, str], stamps: Path) -> str | None:
+    """Names a file that is not what was written; one look at each cache, and another when it was moved or touched.
+
+    Args:
+        directory: of a cache.
+        sha256: hexadecimal digests of its files by name.
+        stamps: directory that remembers what was found good.
+    """
+    status = {name: (directory / name).stat() for name in sha256}
+    facts = [
+        (str((directory / name).resolve()), status[name].st_size, status[name].st_mtime_ns, sha256[name])
+        for name in sorted(sha256)
+    ]
+    stamp = stamps / f"verified-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]}"
+    if stamp.exists():
+        return None
+    for name, digest in sha256.items():
+        with open(directory / name, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                return name
+    write_file(stamp, b"")
+    return None
 
 
 def write_file(target: Path, data: bytes) -> None:

@@ -4,7 +4,6 @@ import hashlib
 import json
 
 import numpy as np
-from jaxtyping import Int64
 
 from mixtral_jax.config import Config, UserError
 from mixtral_jax.data.cache_files import cache_directory
@@ -104,9 +103,3 @@ class TrainingData:
         for name, rows, size in zip(self.source_names, dealt, self._rows, strict=True):
             seen |= {f"tokens_seen/{name}": rows * self._seq_len, f"epoch/{name}": rows / size}
         return seen
-
-
-def targets_per_source(batch: Batch, num_sources: int) -> Int64[np.ndarray, "sources"]:
-    """Counts the targets in a batch that come from each source."""
-    counts = np.bincount(batch["source_ids"], weights=batch["loss_mask"].sum(axis=1), minlength=num_sources)
-    return counts.astype(np.int64)

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from mixtral_jax.config import SourceConfig, UserError
-from mixtral_jax.data.cache_files import building, locked
+from mixtral_jax.data.cache_files import altered_file, building, locked
 from mixtral_jax.data.sources import iter_documents, source_fingerprint, total_bytes
 from mixtral_jax.data.tokenizer import Tokenizer
 
@@ -51,7 +51,8 @@ def open_or_build(source: SourceConfig, tokenizer: Tokenizer, cache_dir: Path) -
     """Opens the token cache of a source, building it first where there is none that is whole and up to date.
 
     The cache's name is a digest of the source, the tokenizer and the format, so a changed file or tokenizer gets a new
-    one; `index.json` holds the sizes, so a truncated one is seen and built again. One process builds, others wait.
+    one; `index.json` holds sizes and digests, so a truncated or altered one is seen and built again. Digests are
+    compared when a cache is first opened where it lies. One process builds, others wait.
 
     Args:
         source: the text.
@@ -65,11 +66,11 @@ def open_or_build(source: SourceConfig, tokenizer: Tokenizer, cache_dir: Path) -
         UserError: trouble in the source (see `iter_documents`), or no room for the cache.
     """
     if source.prepared:
-        return _open_prepared(source, source.prepared, tokenizer)
+        return _open_prepared(source, source.prepared, tokenizer, cache_dir)
     key = _key(source, tokenizer)
     target = cache_dir / f"tokens-{key[:24]}"
     with locked(target):
-        index, problem = _read_index(target, key)
+        index, problem = _read_index(target, key, cache_dir)
         if problem:
             log.warning("the token cache %s is damaged (%s): building it again", target, problem)
         if index is None:
@@ -77,15 +78,15 @@ def open_or_build(source: SourceConfig, tokenizer: Tokenizer, cache_dir: Path) -
                 _build(source, tokenizer, partial, key)
             if _key(source, tokenizer) != key:
                 raise UserError(f"the files of source '{source.name}' changed while they were read: start again")
-            index, problem = _read_index(target, key)
+            index, problem = _read_index(target, key, cache_dir)
             if index is None:
                 raise UserError(f"the token cache {target} cannot be read back ({problem}): check the disk")
     return TokenCache(target, source.name, index)
 
 
-def _open_prepared(source: SourceConfig, prepared: str, tokenizer: Tokenizer) -> TokenCache:
+def _open_prepared(source: SourceConfig, prepared: str, tokenizer: Tokenizer, stamps: Path) -> TokenCache:
     directory = Path(prepared).expanduser()
-    index, problem = _read_index(directory, prepared_key(tokenizer))
+    index, problem = _read_index(directory, prepared_key(tokenizer), stamps)
     if index is None:
         raise UserError(
             f"source '{source.name}': cannot use the prepared tokens {directory} ({problem or 'not there'}): prepare "
@@ -108,7 +109,7 @@ def _key(source: SourceConfig, tokenizer: Tokenizer) -> str:
     return hashlib.sha256(f"{FORMAT} {source_fingerprint(source)} {tokenizer.fingerprint}".encode()).hexdigest()
 
 
-def _read_index(directory: Path, key: str) -> tuple[dict[str, Any] | None, str]:
+def _read_index(directory: Path, key: str, stamps: Path) -> tuple[dict[str, Any] | None, str]:
     """The index of a whole cache, or None and what is wrong with it (nothing, if there is no cache)."""
     if not directory.exists():
         return None, ""
@@ -119,6 +120,8 @@ def _read_index(directory: Path, key: str) -> tuple[dict[str, Any] | None, str]:
         for name, size in index["sizes"].items():
             if (found := (directory / name).stat().st_size) != size:
                 return None, f"{name} has {found} bytes instead of {size}"
+        if altered := altered_file(directory, index["sha256"], stamps):
+            return None, f"{altered} is not what was written"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return None, f"{type(error).__name__}: {error}"
     return index, ""

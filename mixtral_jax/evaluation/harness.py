@@ -20,7 +20,7 @@ from mixtral_jax.evaluation.requests import Answer, Request, row_lengths, score_
 from mixtral_jax.evaluation.scoring import make_scorer
 from mixtral_jax.evaluation.windows import window_sizes
 from mixtral_jax.inference.decoding import Generate, make_generator
-from mixtral_jax.sharding import axis_size
+from mixtral_jax.zigzag import sequence_multiple
 
 MAX_NEW_TOKENS = 256  # where a task does not say
 
@@ -42,7 +42,7 @@ class MixtralJax(TemplateLM):
         self.max_length = max_length or window_sizes(loaded.config.eval, loaded.config.data.seq_len)[0]
         self.add_bos_token = add_bos_token
         self._score = make_scorer(loaded.architecture)(loaded.arrays)
-        multiple = axis_size(loaded.architecture.runtime.mesh, "sequence")
+        multiple = sequence_multiple(loaded.architecture.runtime.mesh.shape["context"])
         self._lengths = row_lengths(self.max_length, multiple)
         self._drawn = 0  # batches of generated texts, each with a seed of its own
         self._batch_tokens = loaded.config.eval.batch_size * loaded.config.data.seq_len

@@ -14,6 +14,7 @@ from mixtral_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mixtral_jax.evaluation.windows import window_sizes
 from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.runtime import check_sequence, make_runtime
+from mixtral_jax.sharding import ANY_MESH
 from mixtral_jax.training.checkpoint import find_checkpoint
 
 
@@ -44,7 +45,7 @@ def load_model(path: str, overrides: list[str], *, packed: bool = True) -> Loade
     text = checkpoints.read_meta(step)["config"]
     saved = parse_config(text, where=f"the configuration in {path}")
     # The mesh of the training run says nothing about the devices of today.
-    config = parse_config(text, ["mesh={data: 1, fsdp: -1, expert: 1, context: 1, tensor: 1}", *overrides], where=path)
+    config = parse_config(text, [ANY_MESH, *overrides], where=path)
     if config.model.vocab_size != saved.model.vocab_size:
         raise UserError(f"model.vocab_size belongs to the checkpoint, where it is {saved.model.vocab_size}: leave it")
     tokenizer = Tokenizer(checkpoints.read_file(step, "tokenizer.model"), f"the tokenizer in {path}")

@@ -6,11 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 from rich.console import Console, RenderableType
 
 from mixtral_jax.config import UserError
 from mixtral_jax.console import ProgressLine
+from mixtral_jax.distributed import is_main, main_first
 from mixtral_jax.evaluation import pictures
 from mixtral_jax.evaluation.context import context_lengths, measure_contexts, num_windows
 from mixtral_jax.evaluation.loading import LoadedModel, evaluation_texts
@@ -29,7 +29,7 @@ from mixtral_jax.evaluation.tables import (
 )
 from mixtral_jax.evaluation.tasks import measure_tasks, tasks_table
 from mixtral_jax.evaluation.windows import window_sizes
-from mixtral_jax.sharding import axis_size
+from mixtral_jax.zigzag import sequence_multiple
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,9 @@ def perplexity(loaded: LoadedModel) -> Report:
     """Measures perplexity, source by source, as `eval.mode` says."""
     config = loaded.config
     score = make_scorer(loaded.architecture)(loaded.arrays)
-    evaluation = measure_with_progress(score, evaluation_texts(loaded), config.eval, config.data.seq_len)
+    evaluation = measure_with_progress(
+        score, main_first(lambda: evaluation_texts(loaded)), config.eval, config.data.seq_len
+    )
     numbers = results_json(evaluation, tokenizer=loaded.tokenizer.fingerprint, checkpoint_step=loaded.step)
     draw = {"perplexity.png": lambda path: pictures.draw_perplexity(evaluation, path)}
     return Report([results_table(evaluation)], numbers, draw)
@@ -56,8 +58,8 @@ def context(loaded: LoadedModel) -> Report:
     """Measures what more context is worth, up to `eval.context`."""
     config = loaded.config
     longest, _ = window_sizes(config.eval, config.data.seq_len)
-    lengths = context_lengths(longest, axis_size(loaded.architecture.runtime.mesh, "sequence"))
-    texts = evaluation_texts(loaded)
+    lengths = context_lengths(longest, sequence_multiple(loaded.architecture.runtime.mesh.shape["context"]))
+    texts = main_first(lambda: evaluation_texts(loaded))
     score = make_scorer(loaded.architecture)(loaded.arrays)
     total = sum(num_windows(text, longest, config.eval.max_tokens) for text in texts) * len(lengths)
     curves = {}
@@ -93,7 +95,7 @@ def passkey(loaded: LoadedModel) -> Report:
             lengths,
             config.eval.batch_size * config.data.seq_len,
             seed=config.seed,
-            multiple=axis_size(loaded.architecture.runtime.mesh, "sequence"),
+            multiple=sequence_multiple(loaded.architecture.runtime.mesh.shape["context"]),
             share_rows=config.model.dispatch != "capacity",
             on_batch=lambda done: progress.update(done, ""),
         )
@@ -107,7 +109,7 @@ def passkey(loaded: LoadedModel) -> Report:
 def routing(loaded: LoadedModel) -> Report:
     """Counts which experts the tokens of each source go to, cut as for perplexity."""
     config = loaded.config
-    texts = evaluation_texts(loaded)
+    texts = main_first(lambda: evaluation_texts(loaded))
     route = make_router(loaded.architecture)(loaded.arrays)
     seq_len, experts = config.data.seq_len, config.model.num_experts
     counts = {}
@@ -172,7 +174,7 @@ def show(report: Report, console: Console, json_file: Path | None, plots: Path |
     Raises:
         UserError: a file cannot be written.
     """
-    if jax.process_index():
+    if not is_main():
         return
     for table in report.tables:
         console.print(table)

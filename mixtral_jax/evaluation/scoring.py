@@ -17,6 +17,7 @@ from mixtral_jax.model.mixtral import Architecture, Mixtral
 from mixtral_jax.sharding import axis_size, named_sharding
 from mixtral_jax.training.losses import Batch
 from mixtral_jax.training.step import BATCH_KEYS, put_batch
+from mixtral_jax.zigzag import column_order
 
 HostBatch = dict[str, np.ndarray]
 
@@ -84,7 +85,10 @@ def _compile(
             rows = len(batch["tokens"])
             pad = ((0, -rows % devices), (0, 0))  # every device gets a row; empty rows count nothing
             padded = {key: np.pad(batch[key], pad) for key in BATCH_KEYS}
-            return jax.tree.map(lambda x: np.asarray(x)[:rows], compiled(arrays, put_batch(padded, sharding)))
+            column_of = np.argsort(column_order(batch["tokens"].shape[1], mesh.shape["context"]))
+            return jax.tree.map(
+                lambda x: np.asarray(x)[:rows, column_of], compiled(arrays, put_batch(padded, sharding))
+            )
 
         return call
 

@@ -14,12 +14,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from mixtral_jax.config import UserError
 from mixtral_jax.kernels.blockwise import blockwise_attention
 from mixtral_jax.sharding import spec
 from mixtral_jax.zigzag import chunk_starts, column_order, in_order
 
 AXIS = "context"  # the mesh axis whose devices share a sequence
 SPLASH_BLOCKS = (512, 256, 128)  # positions
+MOVES = ("all_gather", "concatenate", "pad", "reshape", "rev", "slice", "squeeze", "transpose")
 BLOCK_NAMES = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")  # of the kernel's options
 
 
@@ -41,6 +43,9 @@ def attention(
             decrease with the position, except that padding (0) may follow.
         mesh: where the arrays lie.
         backend: see the module.
+
+    Raises:
+        UserError: a length that splash does not take.
     """
     ways, seq_len = mesh.shape[AXIS], q.shape[1]
     queries, keys = spec(("batch", "sequence", "heads", None)), spec(("batch", "sequence", "kv_heads", None))
@@ -59,12 +64,17 @@ def attention(
         return blockwise_attention(q, k, v, q_ids, ids, starts)
 
     return jax.shard_map(
-        local,
+        jax.checkpoint(local, policy=_all_but_what_moves, prevent_cse=False) if ways > 1 else local,
         mesh=mesh,
         in_specs=(queries, keys, keys, spec(("batch", "sequence")), splits),
         out_specs=queries,
         check_vma=False,
     )(q, k, v, segment_ids, kernel)
+
+
+def _all_but_what_moves(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Says what is kept for the backward pass: not keys and values of whole sequences, in whatever order."""
+    return primitive.name not in MOVES
 
 
 def _cudnn(q: Array, k: Array, v: Array, q_ids: Array, ids: Array, starts: Array) -> Array:
@@ -81,7 +91,12 @@ def _splash_kernel(mesh: Mesh, seq_len: int, heads: int) -> Any:
     ways = mesh.shape[AXIS]
     causal = splash_attention_mask.CausalMask((seq_len, seq_len))
     causal.q_sequence = column_order(seq_len, ways).astype(causal.q_sequence.dtype)
-    block = next((size for size in SPLASH_BLOCKS if seq_len // ways % size == 0), SPLASH_BLOCKS[-1])
+    block = next((size for size in SPLASH_BLOCKS if seq_len // ways % size == 0), 0)
+    if not block:
+        raise UserError(
+            f"kernels.attention=splash takes multiples of {SPLASH_BLOCKS[-1]} tokens a device, and {seq_len} tokens "
+            f"over mesh.context={ways} are not: change the length or use kernels.attention=blockwise"
+        )
     blocks: Any = {f"block_{name}": block for name in BLOCK_NAMES}
     return splash_attention_kernel.make_splash_mha(
         splash_attention_mask.MultiHeadMask([causal] * heads),

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from mixtral_jax.precision import FULL
-from mixtral_jax.sharding import VOCAB_AXIS, spec
+from mixtral_jax.sharding import VOCAB_AXIS, gather, spec
 
 
 def cross_entropy_sum(
@@ -35,12 +35,13 @@ def cross_entropy_sum(
     """
 
     def local(x: Array, head: Array, targets: Array, mask: Array) -> Array:
+        head = gather(head, mesh, "d_model", axis=0)
         flat = (a.reshape(-1, *a.shape[2:]) for a in (x, targets, mask))
         total = _local_sum(head, *flat, min(chunk, targets.size))
         return jax.lax.psum(total, ("data", "fsdp", "expert", "context"))
 
     tokens = spec(("batch", "sequence"))
-    in_specs = (spec(("batch", "sequence", None)), spec((None, "vocab")), tokens, tokens)
+    in_specs = (spec(("batch", "sequence", None)), spec(("d_model", "vocab")), tokens, tokens)
     return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=PartitionSpec(), check_vma=False)(
         x, head, targets, mask
     )
@@ -61,6 +62,8 @@ def token_losses(
     """
 
     def local(x: Array, head: Array, targets: Array) -> tuple[Array, Array]:
+        head = gather(head, mesh, "d_model", axis=0)
+
         def body(inputs: tuple[Array, Array]) -> tuple[Array, Array]:
             logits, logsumexp, at_target, _ = _chunk_logits(inputs[0], head, inputs[1])
             return logsumexp - at_target, at_target >= jax.lax.pmax(jnp.max(logits, axis=-1), VOCAB_AXIS)
@@ -71,7 +74,7 @@ def token_losses(
         return losses, greedy
 
     tokens = spec(("batch", "sequence"))
-    in_specs = (spec(("batch", "sequence", None)), spec((None, "vocab")), tokens)
+    in_specs = (spec(("batch", "sequence", None)), spec(("d_model", "vocab")), tokens)
     return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=(tokens, tokens), check_vma=False)(
         x, head, targets
     )

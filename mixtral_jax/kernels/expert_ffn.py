@@ -55,9 +55,12 @@ def expert_ffn(
     if backend == "ragged_dot":
         gate, up = jax.lax.ragged_dot(rows, w_gate, sizes), jax.lax.ragged_dot(rows, w_up, sizes)
         return jax.lax.ragged_dot(jax.nn.silu(gate) * up, w_down, sizes)
-    padded = jnp.pad(rows, ((0, -rows.shape[0] % _tiling(rows, w_gate)[0]), (0, 0)))
-    gate, up = _megablox(padded, w_gate, sizes, interpret), _megablox(padded, w_up, sizes, interpret)
-    return _megablox(jax.nn.silu(gate) * up, w_down, sizes, interpret)[: rows.shape[0]]
+    # Megablox leaves the memory of rows that belong to nobody as it finds it, in outputs and in gradients.
+    used = (jnp.arange(rows.shape[0]) < jnp.sum(sizes))[:, None]
+    x = jnp.pad(jnp.where(used, rows, 0), ((0, -rows.shape[0] % _tiling(rows, w_gate)[0]), (0, 0)))
+    gate, up = _megablox(x, w_gate, sizes, interpret), _megablox(x, w_up, sizes, interpret)
+    out = _megablox(jax.nn.silu(gate) * up, w_down, sizes, interpret)
+    return jnp.where(used, out[: rows.shape[0]], 0)
 
 
 def _tiling(rows: Array, weights: Array) -> tuple[int, int, int]:
@@ -72,6 +75,4 @@ def _tiling(rows: Array, weights: Array) -> tuple[int, int, int]:
 def _megablox(rows: Array, weights: Array, sizes: Array, interpret: bool) -> Array:
     from jax.experimental.pallas.ops.tpu.megablox.ops import gmm
 
-    out = gmm(rows, weights, sizes, rows.dtype, _tiling(rows, weights), None, None, False, interpret)
-    # The kernel leaves the memory of rows that belong to nobody as it finds it.
-    return jnp.where((jnp.arange(rows.shape[0]) < jnp.sum(sizes))[:, None], out, 0)
+    return gmm(rows, weights, sizes, rows.dtype, _tiling(rows, weights), None, None, False, interpret)

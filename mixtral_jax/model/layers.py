@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from mixtral_jax.precision import FULL, Precision
 from mixtral_jax.runtime import Runtime
-from mixtral_jax.sharding import VOCAB_AXIS, Axes, spec
+from mixtral_jax.sharding import VOCAB_AXIS, Axes, gather, spec
 
 
 def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes, std: float, precision: Precision) -> nnx.Param:
@@ -40,6 +40,7 @@ def embed(
     """Looks up token ids, each device in its own rows of the table."""
 
     def local(table: Array, tokens: Array) -> Array:
+        table = gather(table, runtime.mesh, "d_model", axis=1)
         row = tokens - jax.lax.axis_index(VOCAB_AXIS) * table.shape[0]
         # Rows of other devices are out of range; a negative index would count from the end.
         row = jnp.where(row < 0, table.shape[0], row)
@@ -49,7 +50,7 @@ def embed(
     return jax.shard_map(
         local,
         mesh=runtime.mesh,
-        in_specs=(spec(("vocab", None)), spec(("batch", "sequence"))),
+        in_specs=(spec(("vocab", "d_model")), spec(("batch", "sequence"))),
         out_specs=spec(("batch", "sequence", None)),
         check_vma=False,
     )(table.astype(FULL), tokens)  # its gradient is a sum over every use of a word: bfloat16 would stall at 256 of them

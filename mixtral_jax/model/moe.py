@@ -41,9 +41,9 @@ class MoE(nnx.Module):
         precision = runtime.precision
         self.router = parameter(rngs, (d, e), (None, None), std, precision)
         self.selection_bias = SelectionBias(jnp.zeros((e,), FULL), axes=(None,))
-        self.w_gate = parameter(rngs, (e, d, f), ("experts", "d_model", "d_ff"), std, precision)
-        self.w_up = parameter(rngs, (e, d, f), ("experts", "d_model", "d_ff"), std, precision)
-        self.w_down = parameter(rngs, (e, f, d), ("experts", "d_ff", "d_model"), out_std, precision)
+        self.w_gate = parameter(rngs, (e, d, f), ("experts", "expert_d_model", "d_ff"), std, precision)
+        self.w_up = parameter(rngs, (e, d, f), ("experts", "expert_d_model", "d_ff"), std, precision)
+        self.w_down = parameter(rngs, (e, f, d), ("experts", "d_ff", "expert_d_model"), out_std, precision)
         self.config = config
         self.runtime = runtime
 
@@ -54,9 +54,9 @@ class MoE(nnx.Module):
         compute = self.runtime.precision.compute
         logits = jnp.einsum("bsd,de->bse", x.astype(FULL), self.router[...].astype(FULL), precision=EXACT_PRODUCT)
         tokens = spec(("batch", "sequence", None))
-        w_in, w_out = spec(("experts", "d_model", "d_ff")), spec(("experts", "d_ff", "d_model"))
+        w_in, w_out = spec(("experts", "expert_d_model", "d_ff")), spec(("experts", "d_ff", "expert_d_model"))
         weights = [w[...].astype(compute) for w in (self.w_gate, self.w_up, self.w_down)]
-        split = axis_size(self.runtime.mesh, "d_model") > 1
+        split = axis_size(self.runtime.mesh, "expert_d_model") > 1
         y, indices, dropped = jax.shard_map(
             jax.checkpoint(self._local, policy=_all_but_whole_weights, prevent_cse=False) if split else self._local,
             mesh=self.runtime.mesh,
@@ -74,7 +74,7 @@ class MoE(nnx.Module):
         indices, weights = choose_experts(logits, bias, config.num_experts_per_tok)
         experts = jnp.where(valid[..., None], indices, config.num_experts)
         weights = jnp.where(valid[..., None], weights, 0)
-        if axis_size(runtime.mesh, "d_model") > 1:
+        if axis_size(runtime.mesh, "expert_d_model") > 1:
             w_gate, w_up, w_down = _whole(w_gate, 1), _whole(w_up, 1), _whole(w_down, 2)
         (batch, seq_len, k), local_experts = experts.shape, w_gate.shape[0]
         ways, shares = runtime.mesh.shape["expert"], runtime.mesh.shape["context"]
@@ -111,9 +111,9 @@ class MoE(nnx.Module):
 
 def _whole(w: Array, axis: int) -> Array:
     """Gathers d_model of this device's experts; the backward pass is a reduce-scatter of their gradients."""
-    return jax.lax.all_gather(w, RULES["d_model"], axis=axis, tiled=True)
+    return jax.lax.all_gather(w, RULES["expert_d_model"], axis=axis, tiled=True)
 
 
 def _all_but_whole_weights(primitive: Any, *_: Any, **parameters: Any) -> bool:
     """Says what is kept for the backward pass: whole weights would be those of all layers at once."""
-    return primitive is not jax.lax.all_gather_p or parameters["axis_name"] != RULES["d_model"]
+    return primitive is not jax.lax.all_gather_p or parameters["axis_name"] != RULES["expert_d_model"]

@@ -27,6 +27,7 @@ Raw = dict[str, Any]
 Report = Callable[[str, object, object], None]  # kind of the problem, record, detail
 PAYLOAD_TYPE = "WARC-Identified-Payload-Type"
 Stream = Any  # a binary file or what behaves like one; GzipFile and warcio are too odd for IO[bytes]
+FAULTS_OF_A_FILE = (FileNotFoundError, PermissionError, gzip.BadGzipFile)  # of a remote one, among the system's errors
 HTML_TYPES = ("text/html", "application/xhtml+xml")
 
 
@@ -44,9 +45,13 @@ def read_documents(
 
     Yields:
         One document.
+
+    Raises:
+        OSError, and what fsspec's stores raise: the connection to a store failed. That is no fault of the file, so
+            that the task fails and is done again by the next run.
     """
     kind = file_kind(file.name)
-    if not file.size:
+    if file.size == 0:
         report("empty file", "", "")
         return
     try:
@@ -67,6 +72,8 @@ def read_documents(
                     return
             yield from _watched(documents, raw, on_bytes)
     except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
+        if "://" in file.path and isinstance(error, OSError) and not isinstance(error, FAULTS_OF_A_FILE):
+            raise
         report("unreadable file", "", f"{type(error).__name__}: {error}")
 
 

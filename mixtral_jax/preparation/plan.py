@@ -32,7 +32,7 @@ class InputFile:
 
     path: str  # as fsspec opens it
     name: str  # below the source's directory; part of the documents' names
-    size: int  # bytes
+    size: int | None  # bytes; None where the store does not tell
     version: str  # time of modification, or whatever the store has of the kind
 
 
@@ -88,9 +88,11 @@ def list_files(source: PrepareSource) -> list[InputFile]:
             kinds = ", ".join(ARCHIVES + PAGES + RECORDS + TABLES + TEXTS)
             raise UserError(f"{where}: cannot read files such as {name}: the name must end in one of {kinds}, or .gz")
         info = found[name]
+        if info.get("size") is None:  # a web server's list of files names them only
+            info = system.info(name)
         version = next((str(info[key]) for key in ("mtime", "ETag", "LastModified") if info.get(key)), "")
         shown = name.removeprefix(folder).lstrip("/")
-        files.append(InputFile(name if local else system.unstrip_protocol(name), shown, info["size"] or 0, version))
+        files.append(InputFile(name if local else system.unstrip_protocol(name), shown, info.get("size"), version))
     return files
 
 
@@ -104,7 +106,7 @@ def make_shards(config: PrepareConfig) -> list[Shard]:
         for file in list_files(source):
             if file.path.startswith(output):
                 raise UserError(f"source '{source.name}' holds the output directory {config.output}: move one of them")
-            if group and sum(member.size for member in group) + file.size > limit:
+            if group and sum(member.size or 0 for member in group) + (file.size or 0) > limit:
                 shards.append(Shard(source.name, group))
                 group = []
             group.append(file)

@@ -35,9 +35,9 @@ class ShardReader(PipelineStep):
         with ProblemLog(self._folder / "problems" / f"{rank:05d}.jsonl") as problems:
             for file in shard.files:
                 yield from self._read(file, shard.source, problems, progress)
-                progress.finished(file.size)
+                progress.finished(file.size or 0)
                 self.stat_update(f"files|{shard.source}")
-                self.stat_update(f"bytes|{shard.source}", value=file.size)
+                self.stat_update(f"bytes|{shard.source}", value=file.size or 0)
             progress.close()
         for kind, count in problems.counts.items():
             self.stat_update(f"problem|{shard.source}|{kind}", value=count)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from loguru import logger
 from rich.console import Console
 
 from mixtral_jax.config import UserError
@@ -46,7 +47,7 @@ def prepare(config: PrepareConfig, console: Console) -> None:
         settle_plan(config, shards)
         _build_contamination_index(config, layout)
         stages = make_stages(config, len(shards))
-        total = sum(file.size for shard in shards for file in shard.files)
+        total = sum(file.size or 0 for shard in shards for file in shard.files)
         files = sum(len(shard.files) for shard in shards)
         console.print(
             f"{files} files, {total / 1e6:.1f} MB, {len(config.sources)} sources -> {config.output}", highlight=False
@@ -102,6 +103,7 @@ def _run(config: PrepareConfig, stage: Stage, layout: Layout, shards: list[Shard
         executor = QuietExecutor(stage.make(), stage.tasks, workers, str(logs))
     with _shown(stage, layout, shards):
         try:
+            logger.disable("datatrove")  # Ray's executor would log pages of statistics to the terminal; files have them
             executor.run()
         except UserError:
             raise
@@ -110,12 +112,14 @@ def _run(config: PrepareConfig, stage: Stage, layout: Layout, shards: list[Shard
             raise UserError(
                 f"the stage {stage.name} failed ({problem}): see {logs / 'logs'}, then run the same command to go on"
             ) from error
+        finally:
+            logger.enable("datatrove")
 
 
 @contextlib.contextmanager
 def _shown(stage: Stage, layout: Layout, shards: list[Shard]) -> Iterator[None]:
     """Shows from another thread how far a stage is: megabytes read in the first one, tasks in the others."""
-    total = sum(file.size for shard in shards for file in shard.files)
+    total = sum(file.size or 0 for shard in shards for file in shard.files)
     completions = layout.logs(stage.name) / "completions"
     first = stage.name == "pages"
     over = threading.Event()

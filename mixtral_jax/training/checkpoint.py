@@ -21,8 +21,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from mixtral_jax.config import CheckpointConfig, UserError
+from mixtral_jax.distributed import barrier, from_main, is_main
 from mixtral_jax.training.manifest import NAME as MANIFEST
 from mixtral_jax.training.manifest import find_damage, write_atomically, write_manifest
+from mixtral_jax.training.streaming import read_arrays, save_args, write_arrays
 
 # Orbax tells of every step it takes, and of a failure in stack traces; we raise what a person needs to know.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -34,6 +36,9 @@ class Checkpoints:
     """The checkpoints of one run; one writer at a time (see `RunDirectory`).
 
     A context manager for whoever saves: leaving it, also by an error, first finishes the save that is under way.
+
+    Of several processes each writes and reads the parts of its devices, on storage that all share; the main one alone
+    makes the bundle, seals, verifies and removes.
     """
 
     def __init__(self, directory: Path, config: CheckpointConfig, warn: Callable[[str], None] = print):
@@ -74,21 +79,59 @@ class Checkpoints:
         bundle = self.directory / str(step)
         described = {**meta, "bundle": step, "arrays": {name: _describe(part) for name, part in state.items()}}
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._check_room(state)
-            if bundle.exists():  # what a killed process left unfinished
-                shutil.rmtree(bundle)
-            bundle.mkdir()
-            for name, content in {**files, META: json.dumps(described, indent=1).encode()}.items():
-                write_atomically(bundle / name, content)
+            if is_main():
+                self._make(bundle, state, {**files, META: json.dumps(described, indent=1).encode()})
+            barrier()
             self._saver = self._saver or ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
-            items = {name: ocp.args.StandardSave(_named(part)) for name, part in state.items()}
+            items = {name: _save_item(_named(part)) for name, part in state.items()}
             self._saver.save(bundle / "state", args=ocp.args.Composite(**items))
         except (OSError, ValueError) as error:
             self._abandon(bundle)
             raise self._failure(step, error) from error
         self._sealer = threading.Thread(target=self._seal, args=(step, bundle), name="seal-checkpoint")
         self._sealer.start()
+
+    def save_streamed(
+        self,
+        step: int,
+        state: dict[str, Any],
+        meta: dict[str, Any],
+        files: dict[str, bytes],
+        advance: Callable[[int], None],
+    ) -> None:
+        """Saves like `save`, but waits for it, and the host holds a few blocks instead of the whole state.
+
+        Args:
+            step: names the bundle.
+            state: parts by name, each a tree of arrays; all on devices of this process.
+            meta: JSON, read back by `read_meta`.
+            files: small files by name, read back by `read_file`.
+            advance: told of every block's bytes.
+
+        Raises:
+            UserError: no room for it.
+        """
+        self.wait()
+        bundle = self.directory / str(step)
+        described = {**meta, "bundle": step, "arrays": {name: _describe(part) for name, part in state.items()}}
+        try:
+            self._make(bundle, state, {**files, META: json.dumps(described, indent=1).encode()})
+            write_arrays(bundle / "state", {name: _named(part) for name, part in state.items()}, advance)
+            write_manifest(bundle)
+        except (OSError, ValueError) as error:
+            self._abandon(bundle)
+            raise self._failure(step, error) from error
+        self._retain(step)
+
+    def _make(self, bundle: Path, state: dict[str, Any], files: dict[str, bytes]) -> None:
+        """Makes a bundle that lacks only the arrays and the manifest."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._check_room(state)
+        if bundle.exists():  # what a killed process left unfinished
+            shutil.rmtree(bundle)
+        bundle.mkdir()
+        for name, content in files.items():
+            write_atomically(bundle / name, content)
 
     def wait(self) -> None:
         """Waits until the last save is finished and sealed.
@@ -112,6 +155,9 @@ class Checkpoints:
         Raises:
             UserError: there are finished bundles, but all are damaged.
         """
+        return from_main(self._latest)
+
+    def _latest(self) -> int | None:
         ours = finished = 0
         for step in reversed(self.steps()):
             bundle = self.directory / str(step)
@@ -137,19 +183,27 @@ class Checkpoints:
 
     def read_meta(self, step: int) -> dict[str, Any]:
         """Reads what `save` was given as meta."""
-        return json.loads((self.directory / str(step) / META).read_bytes())
+        return json.loads(self.read_file(step, META))
 
     def read_file(self, step: int, name: str) -> bytes:
-        """Reads one of the files that `save` was given."""
-        return (self.directory / str(step) / name).read_bytes()
+        """Reads one of the files that `save` was given; `UserError` in a process that does not see it."""
+        try:
+            return (self.directory / str(step) / name).read_bytes()
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{error.filename} is missing: checkpoints must lie on storage that all processes share"
+            ) from None
 
-    def restore(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
+    def restore(
+        self, step: int, abstract: dict[str, Any], advance: Callable[[int], None] | None = None
+    ) -> dict[str, Any]:
         """Restores the named parts of a state onto any devices.
 
         Args:
             step: a bundle that `latest` or `find_checkpoint` has found good.
             abstract: parts by name, each a tree of `jax.ShapeDtypeStruct` with shardings; parts that are not named
                 are not read.
+            advance: if given, the host holds a few blocks instead of whole arrays; told of every block's bytes.
 
         Raises:
             UserError: an array is missing, left over, or has another shape or type.
@@ -158,9 +212,13 @@ class Checkpoints:
         bundle = self.directory / str(step)
         for name, part in abstract.items():
             _compare(bundle, name, stored.get(name, {}), _describe(part))
-        items = {name: ocp.args.StandardRestore(_named(part)) for name, part in abstract.items()}
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-            restored = reader.restore(bundle / "state", args=ocp.args.Composite(**items))
+        named = {name: _named(part) for name, part in abstract.items()}
+        if advance is None:
+            items = {name: ocp.args.StandardRestore(part) for name, part in named.items()}
+            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+                restored: Any = reader.restore(bundle / "state", args=ocp.args.Composite(**items))
+        else:
+            restored = {name: read_arrays(bundle / "state" / name, part, advance) for name, part in named.items()}
         return {
             name: jax.tree.unflatten(jax.tree.structure(part), [restored[name][key] for key in _named(part)])
             for name, part in abstract.items()
@@ -184,7 +242,7 @@ class Checkpoints:
         try:
             assert self._saver is not None
             self._saver.wait_until_finished()
-            if jax.process_index() == 0:
+            if is_main():
                 write_manifest(bundle)
                 self._retain(step)
         except Exception as error:  # raised by the next `wait`, in the thread of the loop
@@ -217,7 +275,8 @@ class Checkpoints:
 
     def _abandon(self, bundle: Path) -> None:
         """Removes a failed bundle and the saver with it: Orbax would raise its error again and save nothing."""
-        shutil.rmtree(bundle, ignore_errors=True)
+        if is_main():
+            shutil.rmtree(bundle, ignore_errors=True)
         self._saver = None
 
     def _failure(self, step: int, error: Exception) -> Exception:
@@ -248,19 +307,24 @@ def find_checkpoint(path: Path, warn: Callable[[str], None] = print) -> tuple[Ch
     Raises:
         UserError: there is none, or the named one is damaged.
     """
+    directory, step = from_main(lambda: _find(path, warn))
+    return Checkpoints(Path(directory), CheckpointConfig(), warn), step
+
+
+def _find(path: Path, warn: Callable[[str], None]) -> tuple[str, int]:
     config = CheckpointConfig()
     if (path / META).exists() and path.name.isdecimal():
         checkpoints = Checkpoints(path.parent, config, warn)
         damage = checkpoints.find_damage(int(path.name))
         if damage:
             raise UserError(f"the checkpoint {path} cannot be used: {damage}; name another one")
-        return checkpoints, int(path.name)
+        return str(path.parent), int(path.name)
     for directory in (path / "checkpoints", path):
         if directory.is_dir():
             checkpoints = Checkpoints(directory, config, warn)
-            step = checkpoints.latest()
+            step = checkpoints._latest()
             if step is not None:
-                return checkpoints, step
+                return str(directory), step
     raise UserError(f"there is no checkpoint in {path}: name a run directory or one of its checkpoints")
 
 
@@ -268,6 +332,10 @@ def _named(tree: Any) -> dict[str, Any]:
     """Flattens a tree to {path: leaf}: what is stored does not depend on the classes that the tree is made of."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/") or "value": leaf for path, leaf in leaves}
+
+
+def _save_item(leaves: dict[str, Any]) -> ocp.args.StandardSave:
+    return ocp.args.StandardSave(leaves, save_args={name: save_args(leaf) for name, leaf in leaves.items()})
 
 
 def _describe(tree: Any) -> dict[str, list[Any]]:

@@ -9,6 +9,7 @@ from types import TracebackType
 
 from mixtral_jax.config import RESUMABLE_KEYS, Config, UserError
 from mixtral_jax.config_loading import changed_keys, parse_config, to_yaml
+from mixtral_jax.distributed import is_main
 from mixtral_jax.training.manifest import write_atomically
 
 CONFIG = "config.yaml"
@@ -18,7 +19,10 @@ MARK = "# Every key of this run, as resolved by train.py.\n"
 
 
 class RunDirectory:
-    """A locked run directory; a context manager that unlocks. The kernel unlocks for a process that is killed."""
+    """A locked run directory; a context manager that unlocks. The kernel unlocks for a process that is killed.
+
+    Of several processes the main one alone locks, compares and writes.
+    """
 
     def __init__(self, path: Path, config: Config):
         """Creates and locks the directory, and compares the configuration of a run that is already there.
@@ -29,6 +33,8 @@ class RunDirectory:
         """
         self.path = path
         self.config = config
+        if not is_main():
+            return
         self._created = not path.exists()
         self._take_lock()
         try:
@@ -64,6 +70,8 @@ class RunDirectory:
 
     def write_config(self) -> None:
         """Writes the resolved configuration; called when nothing can be wrong with the input any more."""
+        if not is_main():
+            return
         try:
             write_atomically(self.path / CONFIG, (MARK + to_yaml(self.config)).encode())
         except OSError as error:
@@ -86,6 +94,8 @@ class RunDirectory:
 
     def close(self) -> None:
         """Unlocks; a directory in which nothing came to be is removed."""
+        if not is_main():
+            return
         (self.path / LOCK).unlink(missing_ok=True)
         os.close(self._lock)
         if self._created and not any(self.path.iterdir()):

@@ -32,11 +32,27 @@ Metrics = dict[str, Array]
 BATCH_KEYS = ("tokens", "targets", "segment_ids", "positions", "loss_mask")
 
 
-def put_batch(batch: dict[str, Any], sharding: NamedSharding) -> Batch:
-    """Spreads what a model reads of a global batch, the same on every host, over the devices, columns by `zigzag`."""
+def put_batch(batch: dict[str, Any], sharding: NamedSharding, total: int | None = None, first: int = 0) -> Batch:
+    """Spreads what a model reads of a global batch over the devices, columns in the order of `zigzag`.
+
+    Args:
+        batch: arrays [rows, seq]; those rows of the global batch that this host's devices need, at least.
+        sharding: of the global arrays [total, seq].
+        total: rows of the global batch; None: `batch` holds them all.
+        first: number of the first row that `batch` holds.
+    """
     order = column_order(batch["tokens"].shape[1], sharding.mesh.shape["context"])
-    columns = {key: batch[key][:, order] for key in BATCH_KEYS}
-    return {key: jax.make_array_from_callback(x.shape, sharding, x.__getitem__) for key, x in columns.items()}
+
+    def put(array: Any) -> jax.Array:
+        rows = len(array) if total is None else total
+
+        def part(index: Any) -> Any:
+            start, stop, _ = index[0].indices(rows)
+            return array[start - first : stop - first, order[index[1]]]
+
+        return jax.make_array_from_callback((rows, *array.shape[1:]), sharding, part)
+
+    return {key: put(batch[key]) for key in BATCH_KEYS}
 
 
 class Trainable:
@@ -82,9 +98,16 @@ class Trainable:
         shapes = jax.eval_shape(self.start, self.architecture.abstract())
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.shardings())
 
-    def put(self, batch: dict[str, Any]) -> Batch:
-        """Spreads a global batch, the same on every host, over the devices."""
-        return put_batch(batch, self.batch_sharding)
+    def host_rows(self) -> slice:
+        """Returns the part of a global batch, from the first row to the last, that this host's devices need."""
+        shape = (self.config.train.batch_size, self.config.data.seq_len)
+        places: Any = self.batch_sharding.addressable_devices_indices_map(shape).values()
+        parts = [place[0].indices(shape[0]) for place in places]
+        return slice(min(start for start, _, _ in parts), max(stop for _, stop, _ in parts))
+
+    def put(self, batch: dict[str, Any], rows: slice | None = None) -> Batch:
+        """Spreads a global batch, of which `batch` holds the given rows (None: all), over the devices."""
+        return put_batch(batch, self.batch_sharding, self.config.train.batch_size, rows.start if rows else 0)
 
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         grads, losses, sums, counts = self._gradients(state, batch)

@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from mixtral_jax.config import Config, UserError
+from mixtral_jax import distributed
+from mixtral_jax.config import Config, DistributedConfig, UserError
 from mixtral_jax.config_loading import to_yaml
 from mixtral_jax.data.pipeline import TrainingData, open_documents
 from mixtral_jax.data.prefetch import Prefetcher
@@ -24,6 +25,7 @@ from mixtral_jax.hardware import memory_in_use, peak_flops
 from mixtral_jax.metrics import flops_per_token, speed
 from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.runtime import make_runtime
+from mixtral_jax.training.admission import admit_kernels
 from mixtral_jax.training.checkpoint import Checkpoints, find_checkpoint
 from mixtral_jax.training.logger import MetricsLogger
 from mixtral_jax.training.run_dir import RunDirectory
@@ -48,7 +50,7 @@ class Outcome:
 
 
 class Trainer:
-    """One run of one configuration in this process."""
+    """One run of one configuration, in this process or in several that do the same."""
 
     def __init__(self, config: Config, say: Callable[[str], None] = print):
         """Checks what can be checked without data.
@@ -56,7 +58,7 @@ class Trainer:
         Raises:
             UserError: the configuration does not fit the devices.
         """
-        self.config = config
+        self.config = dataclasses.replace(config, distributed=DistributedConfig())  # of this start, not of the run
         self.say = say
         self.runtime = make_runtime(config)
         self.trainable = Trainable(Architecture(config.model, self.runtime), config)
@@ -70,8 +72,14 @@ class Trainer:
         """
         with RunDirectory(Path(self.config.run_dir), self.config) as run_dir:
             self.say(self.runtime.describe())
-            self.tokenizer, training, self.heldout = open_documents(self.config)
+            distributed.check_same(to_yaml(self.config), "this process has another configuration than process 0: "
+                                   "give all processes the same command line and files")  # fmt: skip
+            if self.config.kernels.admission and self.runtime.platform != "cpu":
+                self.say(admit_kernels(self.config, self.runtime))
+            self.tokenizer, training, self.heldout = distributed.main_first(lambda: open_documents(self.config))
             self.data = TrainingData(self.config, training)
+            distributed.check_same(self.data.fingerprint, "this process sees other data than process 0: keep the "
+                                   "sources on storage that all share, or the same copy on every host")  # fmt: skip
             with Checkpoints(run_dir.path / "checkpoints", self.config.checkpoint, self.say) as self.checkpoints:
                 state, step = self._first_state()
                 run_dir.write_config()
@@ -119,7 +127,7 @@ class Trainer:
         mfu = f"model FLOP/s / (devices * peak FLOP/s of one); {work}; peak {self.peak.source}"
         self.say(f"MFU = {mfu}")
         with MetricsLogger(
-            path, config.train.steps, resume_step=step, descriptions={"mfu": mfu}, is_main=jax.process_index() == 0
+            path, config.train.steps, resume_step=step, descriptions={"mfu": mfu}, is_main=distributed.is_main()
         ) as self.logger:
             return self._loop(state, step)
 
@@ -130,29 +138,34 @@ class Trainer:
             return state, step
         self.clock, self.clock_step = time.monotonic(), step
         pending: deque[tuple[int, dict[str, Any]]] = deque()
-        with StopRequest() as stop, Prefetcher(self.data.batch, step, last) as batches:
+        rows = self.trainable.host_rows()
+        with StopRequest() as stop, Prefetcher(lambda step: self.data.batch(step, rows), step, last) as batches:
             for host_batch in batches:
-                state, metrics = self.trainable.step(state, self.trainable.put(host_batch))
+                distributed.begin(step + 1)
+                state, metrics = self.trainable.step(state, self.trainable.put(host_batch, rows))
                 step += 1
                 pending.append((step, metrics))
-                ends = step == last or stop.requested
+                asked = stop.reached(step)
+                ends = step == last or asked
                 saves = ends or step % config.checkpoint.every == 0
                 evaluates = bool(config.train.eval_every) and step % config.train.eval_every == 0
                 while len(pending) > (0 if saves or evaluates else IN_FLIGHT):
                     self._report(*pending.popleft())
                 if saves:
                     self._save(step, state)
-                if evaluates and not stop.requested:  # who asks to stop has little time
+                if evaluates and not asked:  # who asks to stop has little time
                     self._evaluate(step, state)
                 if saves or evaluates:  # their time is not training's
                     self.clock, self.clock_step = time.monotonic(), step
                 if ends:
                     break
+        distributed.rest()
         return state, step
 
     def _report(self, step: int, metrics: dict[str, Any]) -> None:
         """Waits for a step, watches for trouble and logs every `train.log_every` steps, the first and the last."""
         jax.block_until_ready(metrics)
+        distributed.progress()
         config = self.config.train
         in_a_row = int(metrics["skipped_in_a_row"])
         if in_a_row >= config.max_nonfinite_steps:
@@ -189,7 +202,8 @@ class Trainer:
         texts = [documents for documents in self.heldout if documents.num_documents]
         if not texts:
             return
-        evaluation = measure(self.score(state), texts, settings, config.data.seq_len)
+        progress = lambda *_: distributed.progress()  # noqa: E731
+        evaluation = measure(self.score(state), texts, settings, config.data.seq_len, progress)
         named = {**evaluation.sources, "total": evaluation.total}
         self.logger.log(step, {f"heldout/{name}": result.nats_per_token for name, result in named.items()})
         self.logger.say(

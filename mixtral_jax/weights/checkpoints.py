@@ -1,9 +1,12 @@
 """Between released checkpoints and this package's own: what the verbs `import` and `export` do."""
 
+import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import yaml
 
 from mixtral_jax.config import CheckpointConfig, Config, UserError
@@ -11,16 +14,17 @@ from mixtral_jax.config_loading import parse_config, to_yaml
 from mixtral_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.runtime import make_runtime
+from mixtral_jax.sharding import ANY_MESH
 from mixtral_jax.training.checkpoint import Checkpoints, find_checkpoint
 from mixtral_jax.weights.exporting import export_weights
 from mixtral_jax.weights.importing import import_weights
 from mixtral_jax.weights.names import FormatName
+from mixtral_jax.weights.progress import byte_progress
 from mixtral_jax.weights.released import Released, Upcycling, open_released
 from mixtral_jax.weights.released_config import SPELLINGS
 from mixtral_jax.weights.stored import FileType
 
 ROW = 4096  # tokens of a row in an import's configuration, if the model is meant for so many
-ANY_MESH = "mesh={data: 1, fsdp: -1, expert: 1, context: 1, tensor: 1}"
 
 
 def import_checkpoint(
@@ -53,9 +57,17 @@ def import_checkpoint(
     arrays = import_weights(released, runtime, upcycling)
     facts = {"format": released.layout.name, "dtype": released.dtype, "context": released.context}
     meta = {"step": 0, "config": to_yaml(config), "data_fingerprint": "", "released": facts}
-    checkpoints = Checkpoints(directory / "checkpoints", CheckpointConfig(), warn=say)
-    checkpoints.save(0, arrays, meta, {"tokenizer.model": tokenizer.model_bytes})
-    checkpoints.wait()
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        checkpoints = Checkpoints(partial / "checkpoints", CheckpointConfig(), warn=say)
+        with byte_progress("write the checkpoint", _size(arrays)) as advance:
+            checkpoints.save_streamed(0, arrays, meta, {"tokenizer.model": tokenizer.model_bytes}, advance)
+        if directory.exists():
+            directory.rmdir()
+        partial.rename(directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     say(f"{directory}: a checkpoint for eval.py, or for train.py with init_from={directory}")
 
 
@@ -72,6 +84,11 @@ def _configuration(released: Released, overrides: list[str]) -> Config:
     if changed:
         raise UserError(f"model.{changed[0]} belongs to the release, where it is {model[changed[0]]}: leave it out")
     return config
+
+
+def _size(arrays: dict[str, Any]) -> int:
+    """Adds up the bytes of arrays, there or abstract."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays))
 
 
 def _tokenizer(released: Released, config: Config, overrides: list[str]) -> Tokenizer:
@@ -113,7 +130,9 @@ def export_checkpoint(
     architecture = Architecture(config.model, make_runtime(config))
     say(f"{source}: step {step}")
     say(architecture.runtime.describe())
-    arrays: dict[str, Any] = checkpoints.restore(step, architecture.abstract())
+    abstract = architecture.abstract()
+    with byte_progress("read the checkpoint", _size(abstract)) as advance:
+        arrays: dict[str, Any] = checkpoints.restore(step, abstract, advance)
     facts = meta.get("released", {})
     files = export_weights(
         arrays,

@@ -1,7 +1,9 @@
 """The token cache: right tokens, built once and whole, whatever happens."""
 
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -92,7 +94,15 @@ def test_a_touched_file_costs_a_cache_but_not_the_content_fingerprint(source, di
     assert second.fingerprint == first.fingerprint
 
 
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
 DAMAGES = {
+    "a flipped bit in the tokens": lambda path: flip_a_bit(path / "tokens"),
+    "a flipped bit in the starts": lambda path: flip_a_bit(path / "document_starts"),
     "truncated tokens": lambda path: os.truncate(path / "tokens", 100),
     "longer starts": lambda path: (path / "document_starts").open("ab").write(b"x"),
     "missing bytes": lambda path: (path / "document_bytes").unlink(),
@@ -113,6 +123,27 @@ def test_damage_is_seen_said_and_mended(source, directory, mixtral, damage, capl
     second = open_or_build(source, mixtral, directory)
     assert contents(second) == good
     assert f"the token cache {first.directory} is damaged" in caplog.text
+
+
+def test_prepared_tokens_are_looked_at_once_and_again_where_they_are_copied_to(
+    source, directory, mixtral, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(token_cache, "_key", lambda source, tokenizer: token_cache.prepared_key(tokenizer))
+    built, copy = open_or_build(source, mixtral, directory).directory, tmp_path / "copy"
+    shutil.copytree(built, copy)
+    open_or_build(SourceConfig(name="mine", prepared=str(copy)), mixtral, directory)
+    real, looks = hashlib.file_digest, []
+    monkeypatch.setattr(hashlib, "file_digest", lambda *args: looks.append(args) or real(*args))
+    open_or_build(SourceConfig(name="mine", prepared=str(copy)), mixtral, directory)
+    assert not looks
+    again = shutil.move(copy, tmp_path / "again")
+    open_or_build(SourceConfig(name="mine", prepared=str(again)), mixtral, directory)
+    assert len(looks) == 3
+    flip_a_bit(again / "document_bytes")
+    with pytest.raises(
+        UserError, match=r"cannot use the prepared tokens .*again \(document_bytes is not what was writ"
+    ):
+        open_or_build(SourceConfig(name="mine", prepared=str(again)), mixtral, directory)
 
 
 def test_a_failure_leaves_nothing_behind_and_the_next_build_is_whole(source, directory, mixtral, tmp_path, monkeypatch):

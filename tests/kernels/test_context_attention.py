@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mixtral_jax.config import UserError
 from mixtral_jax.kernels import blockwise
 from mixtral_jax.kernels.attention import attention
 from mixtral_jax.zigzag import chunk_starts, column_order, in_order
@@ -61,6 +62,13 @@ def test_blockwise_equals_the_reference(monkeypatch, mesh, block, documents):
 def test_splash_equals_the_reference():
     """Pallas interprets the TPU's kernel on CPU; every device has a mask of its own."""
     assert max(compare("splash", {"context": 2}, [[500, 12], [100, 300, 112]], 2, 1, 128, seq_len=512)) < 2e-6
+
+
+def test_a_length_that_splash_does_not_take_is_refused():
+    with pytest.raises(
+        UserError, match=r"multiples of 128 tokens a device, and 384 tokens over mesh.context=2 are not: "
+    ):
+        compare("splash", {"context": 2}, [[384]], 2, 1, 128, seq_len=384)
 
 
 @pytest.mark.parametrize("ways", [1, 2, 3, 8])

@@ -52,6 +52,7 @@ def test_equals_the_loop_over_rows(backend, block_sizes, groups):
     out, pull = jax.vjp(jax.jit(run), *arrays)
     grads = pull(d_out)
     assert np.all(np.isfinite(out))
+    assert np.all(np.isfinite(grads[0]))
     expert_of_row = np.repeat(np.arange(EXPERTS), sizes)
     expected, expected_grads = oracles.value_and_pull(
         lambda *a: by_row(*a, expert_of_row), arrays, d_out[:used].astype(np.float64)

@@ -7,13 +7,14 @@ import os
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
+from mixtral_jax.config import MeshConfig
 from mixtral_jax.kernels.attention import attention
 from mixtral_jax.kernels.expert_ffn import expert_ffn
+from mixtral_jax.sharding import make_mesh
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, the compiler of TPUs")
 CHIPS = ["v5p:2x2x1", "v6e:2x2"]
@@ -24,7 +25,7 @@ def one_chip(topology: str) -> NamedSharding:
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # nobody's chip is taken: only its compiler is used
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    return NamedSharding(Mesh(np.array(devices[:1]), ("x",)), PartitionSpec())
+    return NamedSharding(make_mesh(MeshConfig(), devices[:1]), PartitionSpec())
 
 
 def compiled(topology, function, *shapes):
@@ -57,7 +58,8 @@ def test_attention_of_packed_rows_compiles_and_is_linear_in_memory(topology):
 
     def gradients(q, k, v, ids):
         def run(*a):
-            return jnp.sum(attention(*a, ids, backend="splash", interpret=False).astype(jnp.float32))
+            out = attention(*a, ids, mesh=one_chip(topology).mesh, backend="splash")
+            return jnp.sum(out.astype(jnp.float32))
 
         return jax.grad(run, argnums=(0, 1, 2))(q, k, v)
 

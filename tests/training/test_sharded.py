@@ -8,6 +8,9 @@ import jax
 import numpy as np
 import pytest
 
+from mixtral_jax.config import Config
+from mixtral_jax.evaluation.scoring import make_scorer
+from mixtral_jax.inference.sample import sample
 from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.runtime import make_runtime
 from mixtral_jax.sharding import MESH_AXES
@@ -28,7 +31,7 @@ CASES = [
     for dispatch, exchanges in EXCHANGES.items()
     for exchange in (exchanges if "expert" in axes else ("gather",))
 ]
-# Measured: at most 2.4e-7, relative, over all meshes, on losses that fall from 4.5 to 1.4.
+# Measured, relative: gradients at most 7.3e-7 over all cases; the curves 2.4e-7, on losses that fall from 4.5 to 1.4.
 TOLERANCE = 2e-6
 
 
@@ -40,12 +43,20 @@ def initial():
 
 def gradient(dispatch: str, mesh: dict[str, int], exchange: str = "gather"):
     """Gradients, losses and the routers' sums of one batch, on the host."""
-    config = tiny_config(*OPTIONS, *DISPATCH[dispatch])
+    return gradient_of(tiny_config(*OPTIONS, *DISPATCH[dispatch]), initial(), mesh, exchange)
+
+
+def gradient_of(config: Config, arrays, mesh: dict[str, int], exchange: str = "gather"):
     runtime = dataclasses.replace(make_runtime(config, mesh_of(**mesh)), exchange=exchange)
     trainable = Trainable(Architecture(config.model, runtime), config)
-    state = jax.device_put(initial(), trainable.architecture.shardings())
+    state = jax.device_put(arrays, trainable.architecture.shardings())
     grads, losses, sums, _ = jax.jit(trainable._gradients)(state, trainable.put(tiny_batch(config)))
     return jax.tree.map(np.asarray, (grads, losses, sums))
+
+
+def assert_close(actual, expected):
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
+        assert oracles.error(a, b) < TOLERANCE, jax.tree_util.keystr(path)
 
 
 @functools.cache
@@ -60,13 +71,29 @@ def test_loss_and_gradients_are_those_of_one_device(monkeypatch, dispatch, axes,
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", collectives.ragged_all_to_all)
     size = 4 if len(axes) == 1 and axes != ("tensor",) else 2  # two heads for keys
     actual, alone = gradient(dispatch, dict.fromkeys(axes, size), exchange), gradient_alone(dispatch)
-    errors = jax.tree_util.tree_map_with_path(
-        lambda path, a, b: (oracles.error(a, b), jax.tree_util.keystr(path)), actual, alone
-    )
-    worst = max(jax.tree.leaves(errors, is_leaf=lambda x: isinstance(x, tuple) and isinstance(x[0], float)))
-    print(worst)
-    assert worst[0] < TOLERANCE, worst
+    assert_close(actual, alone)
     assert (alone[2].dropped.min() > 0) == (dispatch == "capacity")
+
+
+@pytest.mark.slow
+def test_a_row_of_32768_tokens_over_eight_devices():
+    model = {"num_layers": 1, "num_heads": 1, "num_kv_heads": 1, "head_dim": 32, "init_std": 0.1}
+    config = tiny_config(model=model, data={"seq_len": 32768}, train={"batch_size": 1})
+    arrays = jax.tree.map(np.asarray, tiny_architecture(config).init(0))
+    assert_close(gradient_of(config, arrays, {"context": 8}), gradient_of(config, arrays, {}))
+
+
+def test_evaluation_and_sampling_over_split_sequences():
+    config, results = tiny_config(*OPTIONS), []
+    for mesh in ({}, {"data": 2, "context": 2}):
+        architecture = tiny_architecture(config, mesh_of(**mesh))
+        arrays = jax.device_put(initial(), architecture.shardings())
+        nats, targets = make_scorer(architecture)(arrays)(tiny_batch(config))
+        text = sample(architecture, arrays, [1, 2, 3], new_tokens=10, temperature=1.0, seed=0, stop=-1)
+        results.append((nats, targets, text))
+    (nats, *alone), (split_nats, *split) = results
+    assert split_nats == pytest.approx(nats, rel=1e-6)
+    assert split == alone
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from mixtral_jax.config import UserError
 from mixtral_jax.weights.importing import import_weights
+from mixtral_jax.weights.names import FORMATS
 from mixtral_jax.weights.released import Upcycling, open_released
 from mixtral_jax.weights.torch_files import read_torch
 from tests.weights.models import runtime, small
@@ -230,6 +231,40 @@ def test_truncated_pytorch_files(fused_pt: Path) -> None:
         refused(fused_pt, str(file), "truncated or not in PyTorch's zip format", "1.6")
     file.unlink()
     refused(fused_pt, "layers.1.", "more of the mistral-fused format", "not in the files beside it")
+
+
+def without_last_row(tensors: dict[str, np.ndarray], key: str) -> None:
+    tensors[key] = tensors[key][:-1]
+
+
+ANY_FORMAT: dict[str, tuple[Callable[[dict[str, np.ndarray], str], Any], str]] = {
+    "missing": (lambda tensors, key: tensors.pop(key), "tensor '{key}' of the {name} format"),
+    "extra": (lambda tensors, key: tensors.update({"spare." + key: tensors[key]}), "tensor 'spare.{key}' of {file}"),
+    "misshapen": (without_last_row, "tensor '{key}' of {file} has shape"),
+}
+
+
+@pytest.mark.parametrize("damage", ANY_FORMAT)
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_accounts_for_every_tensor(tmp_path: Path, name: Any, damage: str) -> None:
+    upcycling = Upcycling(4) if FORMATS[name].dense else None
+    directory = write(tmp_path / "in", name, classic(CONFIG, "float32"), CONFIG, "float32")
+    (directory / "model.safetensors.index.json").unlink(missing_ok=True)
+    open_released(directory, upcycling)
+    change, sentence = ANY_FORMAT[damage]
+    file = sorted(directory.glob("*.*t*"))[-1]
+    tensors = load_file(file) if file.suffix == ".safetensors" else read_arrays(file)
+    key = sorted(tensors)[-1]
+    change(tensors, key)
+    save_file(tensors, file) if file.suffix == ".safetensors" else save_torch(tensors, file, "float32")
+    refused(directory, sentence.format(key=key, file=file, name=name), upcycling=upcycling)
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) - 9])
+    refused(directory, str(file), "truncated", upcycling=upcycling)
+
+
+def read_arrays(file: Path) -> dict[str, np.ndarray]:
+    return {key: np.array(tensor.open()).view(np.float32) for key, tensor in read_torch(file).items()}
 
 
 class Evil:

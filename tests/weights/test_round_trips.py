@@ -16,7 +16,7 @@ from mixtral_jax.weights.importing import import_weights
 from mixtral_jax.weights.names import FORMATS, OURS, atoms, axis_sizes
 from mixtral_jax.weights.released import open_released
 from tests.weights.models import blank, runtime, small
-from tests.weights.synthetic import LAYOUTS, Tensors, classic, load, write
+from tests.weights.synthetic import LAYOUTS, Tensors, classic, load, save_torch, write
 
 MESHES: list[dict[str, int]] = [{}, {"expert": 2, "tensor": 2, "fsdp": 2}, {"data": 2, "expert": 4}]
 CONFIG = small()
@@ -72,6 +72,17 @@ def test_every_format_gives_the_same_arrays_on_every_mesh(name: str, mesh: dict[
     assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), arrays) == jax.tree.map(
         lambda x: (x.shape, x.dtype, x.sharding), abstract
     )
+
+
+def test_experts_in_one_pth_file_are_the_same_arrays(tmp_path: Path) -> None:
+    tensors = classic(CONFIG, "bfloat16")
+    write(tmp_path / "in", "mistral", tensors, CONFIG, "bfloat16")
+    (tmp_path / "in" / "consolidated.safetensors").unlink()
+    save_torch(LAYOUTS["mistral"](tensors, CONFIG), tmp_path / "in" / "consolidated.00.pth", "bfloat16")
+    released = open_released(tmp_path / "in")
+    assert (released.config, released.layout.name, released.dtype) == (CONFIG, "mistral", "bfloat16")
+    arrays = import_weights(released, runtime(CONFIG, params="bfloat16"))
+    jax.tree.map(assert_same_bits, arrays["params"], expected_arrays(tensors, CONFIG))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,312 @@
+"""Several processes that run one program: how they find each other, agree, and end together.
+
+Every process calls the same functions of this module in the same order. In a lone process they cost nothing.
+"""
+
+import contextlib
+import glob
+import ipaddress
+import itertools
+import json
+import logging
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from mixtral_jax.config import DistributedConfig, UserError
+from mixtral_jax.config_loading import parse_structured, validate_distributed
+from mixtral_jax.supervisor import GIVEN_UP, RESTART, supervise
+from mixtral_jax.watchdog import ROOT, USER_ERROR, Watchdog
+
+T = TypeVar("T")
+
+START_TIMEOUT = 300  # seconds for all processes to come
+CRASH = 1  # exit code of a program's own error
+FOREVER = 7 * 24 * 3600 * 1000  # milliseconds; the watchdog ends what waits in vain
+# What each launcher tells a process: its number, and how many processes it started on this host.
+LAUNCHERS = {
+    "SLURM_STEP_NODELIST": ("SLURM_PROCID", "SLURM_STEP_TASKS_PER_NODE"),
+    "OMPI_COMM_WORLD_SIZE": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    "TPU_WORKER_HOSTNAMES": ("TPU_WORKER_ID", ""),
+    "TPU_PROCESS_ADDRESSES": ("TPU_WORKER_ID", ""),
+    "KUBERNETES_SERVICE_HOST": ("JOB_COMPLETION_INDEX", ""),
+}
+TPU_CHIPS = ("/dev/accel*", "/dev/vfio/[0-9]*")
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What a process must know to join the others."""
+
+    coordinator: str  # host:port
+    num_processes: int
+    process_id: int
+    local_devices: list[int] = field(default_factory=list)  # GPUs of this host that are this process's; empty: all
+
+    @property
+    def bind_address(self) -> str | None:
+        """Where process 0 listens: on loopback alone if the others are on this machine; None: on every interface."""
+        host, _, port = self.coordinator.rpartition(":")
+        with contextlib.suppress(OSError, ValueError):
+            address = ipaddress.ip_address(socket.gethostbyname(host))
+            return f"{address}:{port}" if address.is_loopback else None
+        return None
+
+
+@dataclass
+class _Joined:
+    """This process among the others."""
+
+    client: Any
+    process: int
+    count: int
+    watchdog: Watchdog
+    calls: Iterator[int] = field(default_factory=itertools.count)
+
+
+_joined: _Joined | None = None
+_speaks: bool | None = None  # whether this process tells of its mistakes; None: as its number says
+
+
+@dataclass(frozen=True)
+class _Section:
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+
+
+def distributed_config(overrides: list[str]) -> DistributedConfig:
+    """Picks the keys of `distributed` from overrides of any section; `UserError` names a bad one."""
+    own = [override for override in overrides if override.startswith("distributed.")]
+    config = parse_structured(_Section, "", own, where="the command line").distributed
+    validate_distributed(config)
+    return config
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return _joined is None or _joined.process == 0
+
+
+def speaks() -> bool:
+    """Whether this process is to tell of a mistake that all processes may have made."""
+    return launched_as(sys.argv, os.environ) == 0 if _speaks is None else _speaks
+
+
+def launched_as(arguments: list[str], environ: Mapping[str, str]) -> int:
+    """The number of this process as far as its command line and its launcher tell; 0 where they do not."""
+    number = next((text for text in arguments if text.startswith("distributed.process_id=")), "").partition("=")[2]
+    names = [number_key for mark, (number_key, _) in LAUNCHERS.items() if mark in environ]
+    for text in (number, *(environ.get(name, "") for name in names)):
+        if text.isdecimal():
+            return int(text)
+    return 0
+
+
+def may_be_several(config: DistributedConfig, environ: Mapping[str, str]) -> bool:
+    """Whether anything speaks for more than one process; asks nobody and loads nothing."""
+    if config.num_processes:
+        return config.num_processes > 1
+    if config.coordinator:
+        return True
+    return any(mark in environ for mark in LAUNCHERS) or any(glob.glob(chips) for chips in TPU_CHIPS)
+
+
+def find_cluster(config: DistributedConfig, environ: Mapping[str, str]) -> Cluster | None:
+    """Completes what the configuration says by what the launcher says.
+
+    Args:
+        config: the keys that were given.
+        environ: environment variables, as a launcher sets them.
+
+    Returns:
+        What is needed to join; None for a lone process.
+
+    Raises:
+        UserError: there is a launcher, but it does not say enough.
+    """
+    from jax._src.clusters import ClusterEnv  # public only as a part of jax.distributed.initialize
+
+    coordinator = config.coordinator or None
+    count = config.num_processes or None
+    process = None if config.process_id < 0 else config.process_id
+    local: Any = None
+    remedy = (
+        "give distributed.coordinator, distributed.num_processes and distributed.process_id, or "
+        "distributed.num_processes=1 to run alone"
+    )
+    if count is None and "OMPI_COMM_WORLD_SIZE" in environ:  # Open MPI 5, which JAX does not recognise
+        count, process = int(environ["OMPI_COMM_WORLD_SIZE"]), int(environ["OMPI_COMM_WORLD_RANK"])
+        local = [int(environ["OMPI_COMM_WORLD_LOCAL_RANK"])]
+    if None in (coordinator, count, process):
+        try:
+            coordinator, count, process, local = ClusterEnv.auto_detect_unset_distributed_params(
+                coordinator, count, process, local, None, START_TIMEOUT
+            )
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+            raise UserError(f"cannot tell the processes of this run from the launcher ({reason}): {remedy}") from None
+    if count is None and config.coordinator:
+        raise UserError(f"distributed.coordinator is given but no launcher says how many processes there are: {remedy}")
+    if count is None or count == 1:
+        return None
+    if coordinator is None or process is None:
+        raise UserError(f"the launcher does not say where process 0 of the {count} processes listens: {remedy}")
+    return Cluster(coordinator, count, process, _own_devices(local, environ))
+
+
+def _own_devices(local: list[int] | None, environ: Mapping[str, str]) -> list[int]:
+    """The GPUs of this process: one, if the launcher started several here and has not yet hidden the others' GPUs."""
+    per_host = next((environ.get(name, "") for mark, (_, name) in LAUNCHERS.items() if mark in environ), "")
+    visible = environ.get("CUDA_VISIBLE_DEVICES", "")
+    alone = per_host.split("(")[0].split(",")[0] in ("", "1")
+    return [] if alone or (visible and "," not in visible) else list(local or [])
+
+
+@contextlib.contextmanager
+def joined(config: DistributedConfig) -> Iterator[None]:
+    """Joins the other processes, if there are any, for as long as it is entered; call it before any use of devices.
+
+    Process 0 alone keeps its standard output. An error in any process ends all of them, with one sentence.
+
+    Raises:
+        UserError: the processes did not find each other.
+    """
+    global _joined, _speaks
+    cluster = None
+    if may_be_several(config, os.environ):
+        supervise()
+        cluster = find_cluster(config, os.environ)
+    _speaks = True  # alone, or about things that another process may not even see
+    if cluster is None:
+        yield
+        return
+    _joined = mine = _connect(cluster, config)
+    try:
+        yield
+        barrier()  # what one still does, the others must wait for
+    except BaseException as error:
+        _end_all(mine, error)
+    mine.watchdog.stop()
+    _joined = None
+    import jax
+
+    jax.distributed.shutdown()
+
+
+def _connect(cluster: Cluster, config: DistributedConfig) -> _Joined:
+    import jax
+    from jax._src.distributed import global_state  # the one way to its key-value store
+
+    try:
+        jax.distributed.initialize(
+            cluster.coordinator,
+            cluster.num_processes,
+            cluster.process_id,
+            local_device_ids=cluster.local_devices,
+            cluster_detection_method="deactivate",
+            initialization_timeout=START_TIMEOUT,
+            # The watchdog is to speak first (JAX may act after half of this already); JAX itself, loudly, where the
+            # coordinator is gone.
+            heartbeat_timeout_seconds=3 * config.heartbeat_timeout,
+            shutdown_timeout_seconds=60,
+            coordinator_bind_address=cluster.bind_address,
+        )
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"the {cluster.num_processes} processes did not find each other at {cluster.coordinator} ({reason}): see "
+            "that all were started, that the address is that of process 0 and that its port is free and open"
+        ) from None
+    if cluster.process_id:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        logging.disable(logging.WARNING)
+    watchdog = Watchdog(
+        global_state.client, cluster.process_id, cluster.num_processes,
+        heartbeat_timeout=config.heartbeat_timeout, step_timeout=config.step_timeout,
+    )  # fmt: skip
+    watchdog.start()
+    return _Joined(global_state.client, cluster.process_id, cluster.num_processes, watchdog)
+
+
+def _end_all(mine: _Joined, error: BaseException) -> None:
+    """Ends every process for an error in this one; does not return."""
+    if isinstance(error, UserError):
+        mine.watchdog.end_all(USER_ERROR, str(error))
+    if isinstance(error, KeyboardInterrupt):
+        mine.watchdog.end_all(130, "interrupted")
+    code = CRASH
+    if _is_of_communication(error):
+        mine.watchdog.await_verdict()
+        code = GIVEN_UP
+    traceback.print_exception(error)
+    who = f"process {mine.process} on {socket.gethostname()}"
+    first_line = (str(error).strip() or "no message").splitlines()[0]
+    text = f"{who} failed with {type(error).__name__}: {first_line}; its log has the traceback; mend it and {RESTART}"
+    mine.watchdog.end_all(code, text)
+
+
+def _is_of_communication(error: BaseException) -> bool:
+    """Whether an error may come from the loss of another process."""
+    import jax
+
+    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)
+
+
+def barrier() -> None:
+    """Waits until every process is here."""
+    if _joined:
+        _joined.client.wait_at_barrier(f"{ROOT}{next(_joined.calls)}", FOREVER)
+
+
+def from_main(compute: Callable[[], T]) -> T:
+    """Lets process 0 compute a JSON value and returns it in every process."""
+    if _joined is None:
+        return compute()
+    key = f"{ROOT}value/{next(_joined.calls)}"
+    if _joined.process == 0:
+        value = compute()
+        _joined.client.key_value_set(key, json.dumps(value))
+        return value
+    return json.loads(_joined.client.blocking_key_value_get(key, FOREVER))
+
+
+def main_first(work: Callable[[], T]) -> T:
+    """Does the same in every process, in process 0 before all others: they find what it has built."""
+    if _joined and _joined.process:
+        barrier()
+        return work()
+    result = work()
+    barrier()
+    return result
+
+
+def check_same(value: str, remedy: str) -> None:
+    """Raises `UserError` with the remedy in a process whose value is not that of process 0."""
+    if from_main(lambda: value) != value:
+        raise UserError(remedy)
+
+
+def begin(step: int) -> None:
+    """Tells the watchdog that this process goes to work on a step."""
+    if _joined:
+        _joined.watchdog.begin(step)
+
+
+def progress() -> None:
+    """Tells the watchdog that the devices have finished a step or a batch."""
+    if _joined:
+        _joined.watchdog.progress()
+
+
+def rest() -> None:
+    """Tells the watchdog that no step is to be waited for any more."""
+    if _joined:
+        _joined.watchdog.rest()
+
+
+def is_alone() -> bool:
+    """Whether no other process takes part."""
+    return _joined is None

@@ -1,0 +1,70 @@
+"""`python -m mixtral_jax plan`: parse, compile, print; with --search, try and choose."""
+
+import argparse
+import os
+from pathlib import Path
+
+from mixtral_jax.config import Config, UserError
+from mixtral_jax.config_loading import load_config, replace
+
+DESCRIPTION = "Memory, collectives and speed of a run on devices that are not there: plan CONFIG --topology NAME."
+
+
+def main(arguments: list[str]) -> None:
+    """Plans what the arguments describe."""
+    parser = argparse.ArgumentParser(prog="mixtral_jax plan", description=DESCRIPTION)
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/mixtral_8x7b.yaml")
+    parser.add_argument(
+        "--topology", required=True, metavar="NAME", help="v5p:4x4x4, v6e:16x16, h100:8x8 (nodes x GPUs)"
+    )
+    parser.add_argument("--slices", type=int, default=1, metavar="N", help="TPU slices of that topology (1)")
+    parser.add_argument("--search", action="store_true", help="try meshes, batch sizes, microbatches and remat")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", metavar="B", help="with --search; default: the config's")
+    parser.add_argument("--check", type=int, default=3, metavar="N", help="with --search: candidates to compile (3)")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="with --search: write the best config there")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="such as train.batch_size=512")
+    options = parser.parse_intermixed_args(arguments)
+    if not options.search and (options.write or options.batch_sizes):
+        raise UserError("--write and --batch-sizes belong to --search: add it")
+    if options.write and options.write.exists():
+        raise UserError(f"{options.write} exists: name another file")
+    config = load_config(options.config, options.overrides)
+    # Devices that are there, if any, have no part in this.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from rich.console import Console
+
+    from mixtral_jax.planning.topology import describe_topology
+
+    console = Console()
+    topology = describe_topology(options.topology, options.slices)
+    if options.search:
+        from mixtral_jax.planning.choosing import choose
+
+        choose(
+            config, topology, console, options.batch_sizes or [config.train.batch_size], options.check, options.write
+        )
+        return
+    from mixtral_jax.planning.advice import remedies
+    from mixtral_jax.planning.compile import DoesNotFitError, compile_step
+    from mixtral_jax.planning.report import print_plan
+    from mixtral_jax.planning.roofline import make_plan
+
+    config = with_sizes(config, len(topology.devices))
+    try:
+        program = compile_step(config, topology)
+    except DoesNotFitError as error:
+        raise UserError(" ".join([f"{error}.", *remedies(config, topology, error.needed)])) from None
+    print_plan(make_plan(program, topology), console)
+
+
+def with_sizes(config: Config, devices: int) -> Config:
+    """Gives the mesh axis that takes the rest its size."""
+    import math
+
+    from mixtral_jax.sharding import MESH_AXES
+
+    sizes = {name: getattr(config.mesh, name) for name in MESH_AXES}
+    known = math.prod(size for size in sizes.values() if size != -1)
+    return replace(
+        config, mesh={name: max(1, devices // known) if size == -1 else size for name, size in sizes.items()}
+    )

@@ -1,0 +1,129 @@
+"""Compiles the real training step for devices that are not there."""
+
+import re
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from mixtral_jax.config import Config, UserError
+from mixtral_jax.hardware import GIB
+from mixtral_jax.model.mixtral import Architecture
+from mixtral_jax.planning.topology import Topology, quiet
+from mixtral_jax.runtime import Runtime, make_runtime
+from mixtral_jax.sharding import make_mesh
+from mixtral_jax.training.step import BATCH_KEYS, Trainable
+
+
+class DoesNotFitError(UserError):
+    """The compiler itself refuses: the program needs more memory than the chip has."""
+
+    def __init__(self, sentence: str, needed: float, given: float):
+        super().__init__(sentence)
+        self.needed = needed  # bytes
+        self.given = given
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one device."""
+
+    parameters: float
+    optimizer: float  # moments and counters
+    batch: float
+    temporaries: float  # gradients, activations and buffers, at their highest
+    aliased: float  # results that take the place of arguments
+    output: float  # results that do not
+    program: float
+
+    @property
+    def total(self) -> float:
+        """What the device holds at the fullest moment of a step."""
+        return self.parameters + self.optimizer + self.batch + self.temporaries + self.output + self.program
+
+
+@dataclass(frozen=True)
+class Program:
+    """A compiled training step and what it was made of."""
+
+    config: Config
+    runtime: Runtime
+    mesh: Mesh
+    memory: Memory
+    text: str
+    seconds: float  # lowering and compilation
+
+
+def compile_step(config: Config, topology: Topology) -> Program:
+    """Lowers and compiles the training step; no array is made.
+
+    Raises:
+        DoesNotFitError: the compiler ran out of the chip's memory.
+        UserError: the mesh does not fit the devices, or the compiler lacks a library.
+    """
+    start = time.monotonic()
+    mesh = make_mesh(config.mesh, topology.devices)
+    runtime = make_runtime(config, mesh)
+    trainable = Trainable(Architecture(config.model, runtime), config)
+    state = trainable.abstract()
+    try:
+        with quiet():
+            compiled = trainable.step.lower(state, abstract_batch(trainable)).compile()
+    except jax.errors.JaxRuntimeError as error:
+        raise _explained(error) from None
+    return Program(
+        config=config,
+        runtime=runtime,
+        mesh=mesh,
+        memory=_memory(compiled.memory_analysis(), state),
+        text=compiled.as_text() or "",
+        seconds=time.monotonic() - start,
+    )
+
+
+def abstract_batch(trainable: Trainable) -> dict[str, Any]:
+    """Describes a batch: shape, type and sharding."""
+    shape = (trainable.config.train.batch_size, trainable.config.data.seq_len)
+    types = {key: jnp.bool_ if key == "loss_mask" else jnp.int32 for key in BATCH_KEYS}
+    return {key: jax.ShapeDtypeStruct(shape, dtype, sharding=trainable.batch_sharding) for key, dtype in types.items()}
+
+
+def bytes_per_device(tree: Any) -> float:
+    """Adds up what one device holds of a tree of abstract arrays."""
+    return float(
+        sum(np.prod(x.sharding.shard_shape(x.shape), dtype=np.int64) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    )
+
+
+def _memory(stats: Any, state: dict[str, Any]) -> Memory:
+    parameters = bytes_per_device(state["params"])
+    rest = bytes_per_device({key: value for key, value in state.items() if key != "params"})
+    arguments, aliased = float(stats.argument_size_in_bytes), float(stats.alias_size_in_bytes)
+    # The highest use at one time; `temp_size_in_bytes` adds up heaps that TPU programs do not fill together.
+    peak = float(stats.peak_memory_in_bytes)
+    return Memory(
+        parameters=parameters,
+        optimizer=rest,
+        batch=arguments - parameters - rest,
+        temporaries=max(0.0, peak - arguments),
+        aliased=aliased,
+        output=float(stats.output_size_in_bytes) - aliased,
+        program=float(stats.generated_code_size_in_bytes),
+    )
+
+
+def _explained(error: Exception) -> UserError:
+    """Turns a compiler's report into a sentence."""
+    text = str(error)
+    used = re.search(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) (\w+)", text)
+    if used:
+        unit = {"K": 2.0**10, "M": 2.0**20, "G": 2.0**30}
+        needed, given = float(used[1]) * unit[used[2]], float(used[3]) * unit[used[4]]
+        return DoesNotFitError(
+            f"does not fit: the compiler needs {needed / GIB:.1f} GiB of {given / GIB:.1f} GiB a chip", needed, given
+        )
+    return UserError(f"the compiler refuses: {text.splitlines()[0][:400]}")

@@ -1,0 +1,170 @@
+"""A simple model of a step's memory and time, for the search: no compilation, thousands of candidates a second.
+
+docs/planning.md holds the formulas and how far they were from the compiler.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+
+from mixtral_jax.config import Config
+from mixtral_jax.metrics import flops_per_token
+from mixtral_jax.planning.collectives import Collective
+from mixtral_jax.planning.network import Seconds, network_time
+from mixtral_jax.planning.topology import Topology
+from mixtral_jax.precision import FULL, make_precision
+from mixtral_jax.sharding import MESH_AXES
+
+WIDE = jnp.dtype(FULL).itemsize
+# Passes over the products of a layer: forward, backward (twice), and the forward that remat repeats.
+PASSES = {"none": 3, "dots": 4, "full": 4}
+# Row buffers of an expert layer that are alive together in its backward pass, [rows, d_ff] and [rows, d_model].
+WIDE_BUFFERS, NARROW_BUFFERS = 4, 4
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one device."""
+
+    state: float  # bytes of parameters and optimizer
+    gradients: float  # bytes
+    kept: float  # bytes of activations kept for the backward pass
+    working: float  # bytes of the layer, or the loss, under way
+    compute: float  # seconds
+    memory_time: float  # seconds
+    near: float  # seconds
+    far: float  # seconds
+    mfu: float  # if everything overlaps
+
+    @property
+    def memory(self) -> float:
+        """Bytes in all."""
+        return self.state + self.gradients + self.kept + self.working
+
+    @property
+    def seconds(self) -> float:
+        """Of a step if everything overlaps."""
+        return max(self.compute, self.memory_time, self.near, self.far)
+
+
+def estimate(config: Config, topology: Topology) -> Estimate:
+    """Estimates a step.
+
+    Args:
+        config: every mesh axis has its size (none is -1).
+        topology: the devices.
+    """
+    mesh = {name: getattr(config.mesh, name) for name in MESH_AXES}
+    model, train, chip = config.model, config.train, topology.chip
+    types = make_precision(config.precision)
+    compute, master, moment, sums = (
+        jnp.dtype(t).itemsize for t in (types.compute, types.params, types.optimizer, types.gradients)
+    )
+    d, f, layers, vocab = model.d_model, model.d_ff, model.num_layers, model.vocab_size
+    tensor, ways = mesh["tensor"], mesh["expert"]
+    shared_ways = mesh["fsdp"] * ways * tensor  # of what is not an expert's
+    expert_weights = 3 * d * f * model.num_experts
+    attention_weights = 2 * d * model.head_dim * (model.num_heads + model.num_kv_heads)
+    own = (layers * (expert_weights + attention_weights) + 2 * vocab * d) / shared_ways
+    tokens = train.batch_size * config.data.seq_len / (len(topology.devices) / tensor) / train.microbatches
+
+    # Memory.
+    state = own * (master + moment + WIDE)
+    gradients = own * (WIDE if train.microbatches == 1 else WIDE + sums)
+    local_experts = model.num_experts // ways
+    rows = tokens * ways * min(model.num_experts_per_tok, local_experts)
+    dots = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim / tensor + d
+    kept_of = {
+        "full": tokens * d * compute,
+        "dots": tokens * (d + dots) * compute,
+        "none": tokens * (6 * d + dots) * compute + rows * (3 * f / tensor + 2 * d) * compute,
+    }
+    kept = layers * kept_of[train.remat]
+    experts, attention = 3 * d * f * local_experts / tensor * compute, attention_weights / tensor * compute
+    gathered = experts + attention
+    expert_layer = rows * (WIDE_BUFFERS * f / tensor + NARROW_BUFFERS * d) * compute + 2 * gathered
+    tables = vocab * d / tensor
+    loss = tables * (2 * WIDE + compute) + config.kernels.loss_chunk * vocab / tensor * 3 * WIDE
+    working = max(expert_layer, loss)
+
+    # Time.
+    useful = (
+        flops_per_token(model, config.data.seq_len) * train.batch_size * config.data.seq_len / len(topology.devices)
+    )
+    waste = _rows_computed(topology, local_experts, ways, model.num_experts_per_tok)
+    expert_flops = 6 * layers * model.num_experts_per_tok * 3 * d * f * tokens * train.microbatches / tensor
+    # Balancing over a batch in parts costs a forward pass more, see `losses.balance_over`.
+    extra = train.microbatches > 1 and config.losses.balance_over == "batch" and config.losses.load_balance > 0
+    flops = (useful + (waste - 1) * expert_flops) * (PASSES[train.remat] + extra) / PASSES["none"]
+    weight_passes = 2 + extra  # joined weights are not kept for the backward pass
+    token_passes = (1 if train.remat == "none" else 2) + extra
+    activations = layers * tokens * compute * (30 * d + 20 * f * rows / tokens / tensor)
+    weights = layers * 3 * gathered
+    traffic = train.microbatches * (activations + weights) + own * (3 * WIDE + 2 * master + 2 * WIDE)
+    near = far = 0.0
+    moves = _moves(
+        mesh, layers=layers, weight_passes=weight_passes, token_passes=token_passes, parts=train.microbatches, experts=experts, attention=attention,
+        embedding=tables * WIDE, head=tables * compute, exchanged=tokens * ways * d * compute,
+    )  # fmt: skip
+    for kind, axes, payload, runs in moves:
+        rate = _seconds_per_byte(kind, axes, tuple(mesh.items()), topology)
+        near, far = near + runs * payload * rate.near, far + runs * payload * rate.far
+    seconds = (flops / chip.flops, traffic / chip.bandwidth, near, far)
+    return Estimate(state, gradients, kept, working, *seconds, mfu=useful / chip.flops / max(seconds))
+
+
+def _rows_computed(topology: Topology, local: int, ways: int, k: int) -> float:
+    """Rows that the expert products compute for every row that a token asked for.
+
+    On CUDA XLA computes every row of the worst-case buffer with every local expert. On TPU its grouped product skips
+    rows of nobody, except for the gradient of the weights, a third of the work, which is computed as on CUDA.
+    """
+    dense = ways * min(k, local) / k * local
+    return dense if topology.platform == "cuda" else (2 + dense) / 3
+
+
+Move = tuple[str, tuple[str, ...], float, int]  # kind, mesh axes, payload in bytes, runs
+
+
+def _moves(
+    mesh: dict[str, int], *, layers: int, weight_passes: int, token_passes: int, parts: int, experts: float, attention: float, embedding: float,
+    head: float, exchanged: float,
+) -> list[Move]:  # fmt: skip
+    """What the step moves: weights over fsdp, tokens over expert, partial sums over tensor, gradients over data."""
+
+    def weights(axes: tuple[str, ...], payload: float, runs: int, passes: int) -> list[Move]:
+        """Joined in every pass, their gradients scattered once and summed over the devices that hold copies."""
+        own = payload / math.prod(mesh[name] for name in axes)
+        return [
+            ("all-gather", axes, payload, runs * passes),
+            ("reduce-scatter", axes, payload, runs),
+            ("all-reduce", ("data", "context"), own, runs),
+        ]
+
+    each = layers * parts
+    return [
+        *weights(("fsdp",), experts, each, weight_passes),
+        *weights(("fsdp", "expert"), attention, each, weight_passes),
+        *weights(("fsdp", "expert"), embedding + head, parts, 1),
+        ("all-gather", ("expert",), exchanged, each * (token_passes + 1)),
+        ("reduce-scatter", ("expert",), exchanged, each * (token_passes + 1)),
+        ("all-reduce", ("tensor",), exchanged / mesh["expert"], each * 2 * (token_passes + 1)),
+    ]
+
+
+@functools.cache
+def _seconds_per_byte(
+    kind: str, axes: tuple[str, ...], mesh: tuple[tuple[str, int], ...], topology: Topology
+) -> Seconds:
+    """Time on the network for every byte of payload."""
+    ids = np.arange(len(topology.devices)).reshape([size for _, size in mesh])
+    grouped = [i for i, (name, _) in enumerate(mesh) if name in axes]
+    kept = [i for i in range(ids.ndim) if i not in grouped]
+    size = math.prod(mesh[i][1] for i in grouped)
+    if size == 1:
+        return Seconds(0.0, 0.0)
+    groups = tuple(map(tuple, ids.transpose(kept + grouped).reshape(-1, size).tolist()))
+    return network_time(Collective("", kind, 1.0, 1, axes, groups, ""), topology)

@@ -1,0 +1,58 @@
+"""Writes docs/plans/NAME.txt for the shipped pod configs: `python -m mixtral_jax.planning.record [NAME ...]`."""
+
+import io
+import os
+from pathlib import Path
+
+from mixtral_jax import cli
+from mixtral_jax.config import UserError
+from mixtral_jax.config_loading import load_config
+
+ROOT = Path(__file__).parents[2]
+CONFIGS, PLANS = ROOT / "configs" / "pods", ROOT / "docs" / "plans"
+WIDTH = 110  # columns
+
+TOPOLOGIES = {
+    "8x7b_v5p_128": "v5p:4x4x4",
+    "8x7b_v6e_256": "v6e:16x16",
+    "8x7b_h100_64": "h100:8x8",
+    "8x22b_v5p_512": "v5p:4x8x8",
+    "8x22b_h100_128": "h100:16x8",
+    "8x7b_32k_v5p_128": "v5p:4x4x4",
+}
+
+
+def main(arguments: list[str]) -> None:
+    """Compiles the named configs, or all of them, and records their plans."""
+    unknown = sorted(set(arguments) - set(TOPOLOGIES))
+    if unknown:
+        raise UserError(f"no pod config is called {', '.join(unknown)}: choose from {', '.join(TOPOLOGIES)}")
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    for name in arguments or TOPOLOGIES:
+        text, seconds = record(name)
+        PLANS.mkdir(parents=True, exist_ok=True)
+        (PLANS / f"{name}.txt").write_text(text)
+        print(f"docs/plans/{name}.txt: compiled in {seconds:.0f} s", flush=True)
+
+
+def record(name: str) -> tuple[str, float]:
+    """Returns the plan of a shipped config as text, and how long its compilation took in seconds."""
+    from rich.console import Console
+
+    from mixtral_jax.planning.compile import compile_step
+    from mixtral_jax.planning.report import print_plan
+    from mixtral_jax.planning.roofline import make_plan
+    from mixtral_jax.planning.topology import describe_topology
+
+    topology = describe_topology(TOPOLOGIES[name])
+    config = load_config(CONFIGS / f"{name}.yaml")
+    plan = make_plan(compile_step(config, topology), topology)
+    console = Console(file=io.StringIO(), width=WIDTH)
+    print_plan(plan, console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    lines = [line.rstrip() for line in text.splitlines()]
+    return "\n".join([f"configs/pods/{name}.yaml", *lines]).rstrip() + "\n", plan.compile_seconds
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,157 @@
+"""Arrays between devices and a checkpoint's files, block by block: the host holds a few of them, however large
+the model.
+
+Orbax moves whole arrays, and a model with stacked layers has but a dozen, each a large part of it. So Orbax lays out
+arrays of zeros, which take no memory, and the blocks go into them through tensorstore, on which it is built. What comes
+out is like any other checkpoint of Orbax, and any other can be read this way.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+
+BLOCK = 128 << 20  # bytes that move at once, if an array has leading axes to cut
+CHUNK = 64 << 20  # bytes that are compressed at once
+
+Arrays = dict[str, jax.Array]
+Start = tuple[int, ...]
+
+
+def save_args(leaf: Any) -> ocp.SaveArgs:
+    """Says how Orbax is to cut an array on disk, so that no chunk holds more than one block's part."""
+    return ocp.SaveArgs(chunk_byte_size=CHUNK, shard_axes=tuple(range(_cut_axes(leaf.shape, leaf.dtype))))
+
+
+def write_arrays(directory: Path, parts: dict[str, Arrays], advance: Callable[[int], None]) -> None:
+    """Writes what Orbax would write, from one process.
+
+    Args:
+        directory: created.
+        parts: arrays by name, of each item of the checkpoint.
+        advance: told of every block's bytes.
+
+    Raises:
+        OSError, ValueError: as Orbax and tensorstore do.
+    """
+    hollow = {
+        part: {name: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape) for name, leaf in arrays.items()}
+        for part, arrays in parts.items()
+    }
+    # The standard handler would copy the zeros, and so make them take memory.
+    kinds = ocp.type_handlers.create_type_handler_registry(
+        (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False))
+    )
+    handlers = {part: ocp.PyTreeCheckpointHandler(type_handler_registry=kinds) for part in parts}
+    items = {
+        part: ocp.args.PyTreeSave(arrays, save_args={name: save_args(leaf) for name, leaf in arrays.items()})
+        for part, arrays in hollow.items()
+    }
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as writer:
+        writer.save(directory, args=ocp.args.Composite(**items))
+    for part, arrays in parts.items():
+        for name, leaf in arrays.items():
+            _write(_open(directory / part, name), leaf, advance)
+
+
+def _write(store: ts.TensorStore, leaf: jax.Array, advance: Callable[[int], None]) -> None:
+    under_way: Any = None
+    try:
+        for shard in leaf.addressable_shards:
+            if shard.replica_id:
+                continue
+            for start, shape in _blocks(shard.data.shape, leaf.dtype):
+                block = np.asarray(_take(shard.data, start, shape))
+                if under_way:  # one block is compressed and written while the next one comes from the device
+                    under_way.result()
+                under_way = store[_place(shard.index, start, shape)].write(block)
+                advance(block.nbytes)
+        if under_way:
+            under_way.result()
+    finally:
+        if under_way:
+            under_way.commit.exception()  # nobody writes on after an error
+
+
+def read_arrays(
+    directory: Path, abstract: dict[str, jax.ShapeDtypeStruct], advance: Callable[[int], None]
+) -> dict[str, jax.Array]:
+    """Reads arrays of one item of a checkpoint onto any devices; every process reads what its devices need.
+
+    Args:
+        directory: of the item.
+        abstract: shapes, types and shardings by name, as they are in the checkpoint.
+        advance: told of every block's bytes.
+
+    Returns:
+        The arrays by name.
+
+    Raises:
+        ValueError: as tensorstore does.
+    """
+    return {name: _read(_open(directory, name), leaf, advance) for name, leaf in abstract.items()}
+
+
+def _read(store: ts.TensorStore, leaf: jax.ShapeDtypeStruct, advance: Callable[[int], None]) -> jax.Array:
+    assert leaf.sharding is not None
+    devices_of: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():
+        bounds = tuple(part.indices(size)[:2] for part, size in zip(index or (), leaf.shape, strict=True))
+        devices_of.setdefault(bounds, []).append(device)
+    shards = []
+    for bounds, devices in devices_of.items():
+        index = tuple(slice(*ends) for ends in bounds)
+        shape = tuple(end - begin for begin, end in bounds)
+        filled = [jnp.zeros(shape, leaf.dtype, device=device) for device in devices]
+        blocks = list(_blocks(shape, leaf.dtype))
+        reads = (store[_place(index, *block)].read() for block in blocks)
+        ahead = next(reads)
+        for start, _ in blocks:
+            block, ahead = ahead.result(), next(reads, ahead)
+            placed = [jax.device_put(block, device) for device in devices]
+            filled = [_put(whole, part, start) for whole, part in zip(filled, placed, strict=True)]
+            jax.block_until_ready(filled)  # else blocks would pile up on the host
+            advance(block.nbytes)
+        shards += filled
+    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
+
+
+def _cut_axes(shape: tuple[int, ...], dtype: Any) -> int:
+    """Counts the leading axes along which an array is cut to single entries, so that the rest is at most a block."""
+    itemsize, most = np.dtype(dtype).itemsize, max(0, len(shape) - 2)  # a matrix is never cut
+    return next((axis for axis in range(most) if math.prod(shape[axis:]) * itemsize <= BLOCK), most)
+
+
+def _blocks(shape: tuple[int, ...], dtype: Any) -> Iterator[tuple[Start, tuple[int, ...]]]:
+    """Lists where the blocks of an array begin, and their shape."""
+    axes = _cut_axes(shape, dtype)
+    for lead in np.ndindex(*shape[:axes]):
+        yield (*lead, *[0] * (len(shape) - axes)), (*[1] * axes, *shape[axes:])
+
+
+def _place(index: tuple[slice, ...], start: Start, shape: tuple[int, ...]) -> tuple[slice, ...]:
+    """Where a block of the part `index` of an array lies in the whole."""
+    begins = [(part.start or 0) + offset for part, offset in zip(index, start, strict=True)]
+    return tuple(slice(begin, begin + size) for begin, size in zip(begins, shape, strict=True))
+
+
+@partial(jax.jit, static_argnames="shape")
+def _take(whole: jax.Array, start: Any, shape: tuple[int, ...]) -> jax.Array:
+    return jax.lax.dynamic_slice(whole, start, shape)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _put(whole: jax.Array, block: jax.Array, start: Any) -> jax.Array:
+    return jax.lax.dynamic_update_slice(whole, block, start)
+
+
+def _open(directory: Path, name: str) -> ts.TensorStore:
+    base = {"driver": "ocdbt", "base": f"file://{directory.absolute()}/", "path": f"{name}/"}
+    return ts.open({"driver": "zarr", "kvstore": base, "open": True}).result()

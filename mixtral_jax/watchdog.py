@@ -1,0 +1,194 @@
+"""A thread in every process of a run that sees to it that all end when one fails, vanishes or hangs.
+
+Processes meet in the key-value store of JAX's coordination service, which process 0 holds. Each sends a sign of life
+there, process 0 looks for those that stopped, and the first process that finds a reason to end writes it down as the
+verdict; all read it, say it and leave. Left alone, a run would wait for ever: a collective has no deadline.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mixtral_jax.supervisor import GIVEN_UP, RESTART
+
+ROOT = "mixtral_jax/"
+USER_ERROR = 2
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Why all processes end."""
+
+    code: int  # exit code
+    text: str  # a sentence for people
+    by: int  # the process that found it
+    lost: int = 0  # processes that will not answer any more
+
+
+class Watchdog:
+    """Watches one process and, in process 0, all; a thread from `start` to `stop`."""
+
+    def __init__(self, client: Any, process: int, count: int, *, heartbeat_timeout: float, step_timeout: float):
+        """Starts nothing yet.
+
+        Args:
+            client: of JAX's coordination service.
+            process: number of this process.
+            count: of all processes.
+            heartbeat_timeout: seconds without a sign of life after which a process counts as lost.
+            step_timeout: seconds without `progress`, once there was some, after which the run counts as hung.
+        """
+        self._client, self._process, self._count = client, process, count
+        self._heartbeat_timeout, self._step_timeout = heartbeat_timeout, step_timeout
+        self._period = min(5.0, heartbeat_timeout / 6)
+        self._begun = 0  # steps that this process has started
+        self._progress: float | None = None  # when one was last finished
+        self._leaving = threading.Lock()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
+
+    def start(self) -> None:
+        """Begins to watch."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread; call it when every process is done."""
+        self._stopped.set()
+        self._thread.join()
+
+    def begin(self, step: int) -> None:
+        """Notes that this process goes to work on a step: where processes hang, the last to come is to blame."""
+        self._begun = step
+
+    def progress(self) -> None:
+        """Notes that the devices have finished something."""
+        self._progress = time.monotonic()
+
+    def rest(self) -> None:
+        """Notes that nothing is to be finished any more; what comes after training takes what it takes."""
+        self._progress = None
+
+    def end_all(self, code: int, text: str) -> None:
+        """Ends all processes for a reason that this one has; does not return.
+
+        Args:
+            code: exit code; 2 is said by process 0 alone, for the others have made the same mistake.
+            text: the reason, a sentence.
+        """
+        if self._process and code == USER_ERROR:
+            self._await_verdict(3 * self._period + 1)  # process 0 is about to say the same
+        self._leave(self._announce(Verdict(code, text, self._process)))
+
+    def await_verdict(self) -> None:
+        """Gives the others, after an error of communication, the time to find out who is lost; may not return."""
+        self._await_verdict(self._heartbeat_timeout + 3 * self._period + 1)
+
+    def _await_verdict(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            time.sleep(self._period / 4)  # the thread leaves with the verdict
+
+    def _watch(self) -> None:
+        signs: dict[int, tuple[str, float]] = {}
+        number = 0
+        while not self._stopped.wait(self._period):
+            number += 1
+            try:
+                sign = f"{number} {self._begun} {socket.gethostname()}"
+                self._client.key_value_set(f"{ROOT}alive/{self._process}", sign, allow_overwrite=True)
+                verdict = self._read_verdict()
+                if verdict is None and self._process == 0:
+                    verdict = self._find_lost(signs)
+                if verdict is None:
+                    verdict = self._find_hang()
+            except Exception as error:  # JAX ends the process itself where the coordinator is gone
+                log.debug("the coordinator does not answer: %s", error)
+                continue
+            if verdict is not None:
+                self._leave(verdict)
+
+    def _find_lost(self, signs: dict[int, tuple[str, float]]) -> Verdict | None:
+        """Compares the signs of life with the last ones seen."""
+        now = time.monotonic()
+        for process, sign in self._read_signs().items():
+            if process not in signs or signs[process][0] != sign:
+                signs[process] = sign, now
+        lost = [process for process, (_, seen) in signs.items() if now - seen > self._heartbeat_timeout]
+        if not lost:
+            return None
+        who = _names({process: signs[process][0] for process in lost})
+        text = (
+            f"{who} gave no sign of life for {self._heartbeat_timeout:g} seconds: killed, out of memory, frozen or cut "
+            f"off; look at its log, then {RESTART}"
+        )
+        return self._announce(Verdict(GIVEN_UP, text, self._process, lost=len(lost)))
+
+    def _find_hang(self) -> Verdict | None:
+        last = self._progress
+        if last is None or time.monotonic() - last < self._step_timeout:
+            return None
+        signs = self._read_signs()
+        begun = {process: int(sign.split()[1]) for process, sign in signs.items()}
+        behind = {process: signs[process] for process, step in begun.items() if step == min(begun.values())}
+        text = f"no step was finished in {self._step_timeout:g} seconds (distributed.step_timeout)"
+        if len(behind) < len(begun):
+            text += f"; {_names(behind)} hangs in or before step {min(begun.values())}, the others wait for it"
+        return self._announce(Verdict(GIVEN_UP, f"{text}; {RESTART}", self._process))
+
+    def _read_signs(self) -> dict[int, str]:
+        entries = self._client.key_value_dir_get(f"{ROOT}alive/")
+        return {int(key.rpartition("/")[2]): sign for key, sign in entries}
+
+    def _read_verdict(self) -> Verdict | None:
+        entries = self._client.key_value_dir_get(f"{ROOT}verdict/")
+        return Verdict(**json.loads(entries[0][1])) if entries else None
+
+    def _announce(self, verdict: Verdict) -> Verdict:
+        """Writes a verdict down, unless there is one; returns the one that holds."""
+        with contextlib.suppress(Exception):  # there is one, or no coordinator any more
+            self._client.key_value_set(f"{ROOT}verdict/first", json.dumps(asdict(verdict)))
+        with contextlib.suppress(Exception):
+            return self._read_verdict() or verdict
+        return verdict
+
+    def _leave(self, verdict: Verdict) -> None:
+        """Says the verdict and ends the process; the interpreter's own farewells would wait for the others."""
+        self._leaving.acquire()  # for ever: only one thread says it
+        if self._process == 0 or verdict.code != USER_ERROR:
+            text = (
+                verdict.text
+                if verdict.by == 0 or verdict.code != USER_ERROR
+                else f"{verdict.text} ({self._by(verdict)})"
+            )
+            print(f"error: {text}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        with contextlib.suppress(Exception):
+            self._client.key_value_set(f"{ROOT}gone/{self._process}", "")
+            if self._process == 0:  # with it goes the coordinator, and who has not read the verdict by then is aborted
+                deadline = time.monotonic() + 3 * self._period + 2
+                while time.monotonic() < deadline and self._gone() < self._count - verdict.lost:
+                    time.sleep(0.05)
+        os._exit(verdict.code)
+
+    def _gone(self) -> int:
+        return len(self._client.key_value_dir_get(f"{ROOT}gone/"))
+
+    def _by(self, verdict: Verdict) -> str:
+        with contextlib.suppress(Exception):
+            return _names({verdict.by: self._read_signs()[verdict.by]})
+        return f"process {verdict.by}"
+
+
+def _names(signs: dict[int, str]) -> str:
+    """Processes by number and host, from their signs of life."""
+    return " and ".join(f"process {process} on {sign.split()[2]}" for process, sign in sorted(signs.items()))

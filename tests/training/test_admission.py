@@ -1,0 +1,66 @@
+"""Kernels are admitted when they compute what the references do, and refused with the figures when they do not."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from mixtral_jax.config import UserError
+from mixtral_jax.runtime import make_runtime
+from mixtral_jax.training import admission
+from tests.tiny import mesh_of, tiny_config
+
+SHAPES = {"d_model": 128, "num_heads": 1, "num_kv_heads": 1, "head_dim": 128}
+
+
+def admit(*overrides, **mesh):
+    config = tiny_config(
+        "data.seq_len=128", "kernels.attention=splash", "kernels.experts=megablox", *overrides, model=SHAPES
+    )
+    return admission.admit_kernels(config, make_runtime(config, mesh_of(**mesh)))
+
+
+@pytest.mark.parametrize(("compute", "mesh"), [("float32", {}), ("bfloat16", {"expert": 2, "fsdp": 2})], ids=str)
+def test_kernels_for_tpu_are_admitted(compute, mesh):
+    said = admit(f"precision.compute={compute}", **mesh)
+    assert float(said.split()[-1]) < (0.02 if compute == "bfloat16" else 1e-4)
+
+
+def wrong(real, mend, backend):
+    """A kernel that goes wrong under one backend."""
+
+    def kernel(*arrays, **settings):
+        return mend(real, *arrays, **settings) if settings["backend"] == backend else real(*arrays, **settings)
+
+    return kernel
+
+
+def across_documents(real, q, k, v, ids, **settings):
+    return real(q, k, v, jnp.ones_like(ids), **settings)
+
+
+def one_expert_for_all(real, rows, sizes, *weights, **settings):
+    return real(rows, jnp.zeros_like(sizes).at[0].set(jnp.sum(sizes)), *weights, **settings)
+
+
+def gradient_of_weights_halved(real, rows, sizes, *weights, **settings):
+    halved = [w / 2 + jax.lax.stop_gradient(w / 2) for w in weights]
+    return real(rows, sizes, *halved, **settings)
+
+
+def not_finite(real, rows, sizes, *weights, **settings):
+    return real(rows, sizes, *weights, **settings).at[0, 0].set(jnp.nan)
+
+
+@pytest.mark.parametrize(
+    ("name", "backend", "mend", "figure"),
+    [
+        ("attention", "splash", across_documents, "output"),
+        ("expert_ffn", "megablox", one_expert_for_all, "output"),
+        ("expert_ffn", "megablox", gradient_of_weights_halved, "d_w_up 0.5"),
+        ("expert_ffn", "megablox", not_finite, "output nan"),
+    ],
+)
+def test_a_wrong_kernel_stops_the_run_with_its_figures(monkeypatch, name, backend, mend, figure):
+    monkeypatch.setattr(admission, name, wrong(getattr(admission, name), mend, backend))
+    with pytest.raises(UserError, match=f"{backend} does not compute what it should.*{figure}"):
+        admit("precision.compute=bfloat16")

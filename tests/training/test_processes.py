@@ -1,0 +1,239 @@
+"""Real processes on loopback: they train as one, end together, and go on in any other number."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.processes import HEARTBEAT, PATIENCE, Processes, environment, free_port, without_noise
+from tests.small_run import ROOT, write_config
+
+pytestmark = pytest.mark.slow
+
+TRAIN, EVAL = ROOT / "train.py", ROOT / "eval.py"
+# The schedule does not depend on the number of steps, so that every leg of a run may end where it likes.
+ENDLESS = ("train.steps=100000", "train.eval_every=0", "optimizer.schedule=constant", "optimizer.learning_rate=1e-3",
+           "mesh.fsdp=-1")  # fmt: skip
+RESTART = "start the same command again: it goes on from the newest checkpoint"
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    return tmp_path_factory.mktemp("processes")
+
+
+def losses(run_dir: Path) -> dict[int, tuple[float, float]]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {entry["step"]: (entry["loss"], entry["tokens_seen/words"]) for entry in lines}
+
+
+def sealed(run_dir: Path) -> list[int]:
+    return sorted(int(path.parent.name) for path in (run_dir / "checkpoints").glob("*/manifest.json"))
+
+
+def fingerprint(run_dir: Path) -> str:
+    return json.loads((run_dir / "checkpoints" / str(sealed(run_dir)[-1]) / "meta.json").read_text())[
+        "data_fingerprint"
+    ]
+
+
+def one_sentence(text: str, *words: str) -> None:
+    assert text.startswith("error: "), text
+    assert text.count("\n") == 1, text
+    for word in words:
+        assert word in text
+
+
+@pytest.fixture(scope="module")
+def started_by_two(workplace):
+    """A run of two processes with two devices each, of which the second is killed; and how both ended."""
+    directory = workplace / "elastic"
+    directory.mkdir()
+    config = write_config(directory)
+    processes = Processes(workplace, 2, TRAIN, config, *ENDLESS, devices=2)
+    processes.wait_for(lambda: sealed(directory / "run"))
+    processes.all[1].kill()
+    return config, processes.end(within=HEARTBEAT + 40)
+
+
+def test_the_others_of_a_killed_process_end_with_one_sentence(started_by_two):
+    _, ended = started_by_two
+    assert [process.code for process in ended] == [75, -signal.SIGKILL]
+    one_sentence(without_noise(ended[0].err), "process 1 on", f"no sign of life for {HEARTBEAT} seconds", RESTART)
+    assert without_noise(ended[1].out) == ""
+
+
+def test_another_number_of_processes_gets_the_same_batches_and_losses(started_by_two, workplace):
+    config, _ = started_by_two
+    run_dir = config.parent / "run"
+    data = fingerprint(run_dir)
+    reached = sealed(run_dir)[-1]
+
+    four = Processes(workplace, 4, TRAIN, config, *ENDLESS)
+    four.wait_for(lambda: sealed(run_dir)[-1] > reached)
+    four.all[0].kill()  # with it goes the coordinator
+    ended = four.end(within=HEARTBEAT + 40)
+    assert [process.code for process in ended] == [-signal.SIGKILL, 75, 75, 75]
+    assert f"resumed from step {reached}" in ended[0].out
+    for process in ended[1:]:
+        assert process.err.splitlines()[-1].startswith("error: ")
+        assert RESTART in process.err.splitlines()[-1]
+        assert without_noise(process.out) == ""
+    reached = sealed(run_dir)[-1]
+
+    end = f"train.stop_at_step={reached + 3}"
+    (alone,) = Processes(workplace, 1, TRAIN, config, *ENDLESS, end).end()
+    assert alone.code == 0, alone.err
+    assert f"resumed from step {reached}" in alone.out
+
+    (reference,) = Processes(workplace, 1, TRAIN, config, *ENDLESS, end, f"run_dir={workplace / 'reference'}").end()
+    assert reference.code == 0, reference.err
+    expected, found = losses(workplace / "reference"), losses(run_dir)
+    assert list(found) == list(expected) == list(range(1, reached + 4))
+    np.testing.assert_allclose([*found.values()], [*expected.values()], rtol=1e-5)
+    assert expected[reached][0] < expected[1][0]
+    assert data == fingerprint(run_dir) == fingerprint(workplace / "reference")
+
+
+SRUN = '''
+"""A stand-in for srun: starts the tasks on this machine and says to each what SLURM would."""
+import os, subprocess, sys
+command = sys.argv[1:]
+while command[0].startswith("-"):
+    command.pop(0)
+count = int(os.environ["SLURM_NTASKS"])
+tasks = []
+for number in range(count):
+    place = {"SLURM_PROCID": str(number), "SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "localhost",
+             "SLURM_STEP_NUM_NODES": str(count), "SLURM_STEP_TASKS_PER_NODE": f"1(x{count})"}
+    tasks.append(subprocess.Popen(command, env={**os.environ, **place}))
+print("tasks", *(task.pid for task in tasks), file=open("tasks", "w"), flush=True)
+sys.exit(max(task.wait() for task in tasks))
+'''
+
+
+@pytest.fixture(scope="module")
+def started_by_slurm(workplace):
+    """A run that the SLURM script started as two processes and that SIGTERM to the second has stopped."""
+    directory = workplace / "slurm"
+    (directory / "bin").mkdir(parents=True)
+    config = write_config(directory)
+    for name, text in {"srun": f"#!{sys.executable}{SRUN}", "scontrol": '#!/bin/sh\necho "$@" > requeued\n'}.items():
+        (directory / "bin" / name).write_text(text)
+        (directory / "bin" / name).chmod(0o755)
+    variables = environment(
+        SLURM_JOB_ID="4242", SLURM_NTASKS="2", SLURM_SUBMIT_DIR=str(ROOT), PYTHON=sys.executable,
+        JAX_COORDINATOR_PORT=str(free_port()), JAX_COMPILATION_CACHE_DIR=str(workplace / "compiled"),
+        PATH=f"{directory / 'bin'}:{os.environ['PATH']}",
+    )  # fmt: skip
+    with (directory / "log").open("w") as log:
+        job = subprocess.Popen(
+            ["bash", ROOT / "launch" / "train.slurm.sh", config, *ENDLESS],
+            env=variables, cwd=directory, stdout=log, stderr=log,
+        )  # fmt: skip
+    try:
+        for _ in range(PATIENCE * 10):
+            if sealed(directory / "run"):
+                break
+            assert job.poll() is None, (directory / "log").read_text()
+            with pytest.raises(subprocess.TimeoutExpired):
+                job.wait(0.1)
+        os.kill(int((directory / "tasks").read_text().split()[2]), signal.SIGTERM)
+        job.wait(PATIENCE)
+    finally:
+        job.kill()
+    return directory, job.returncode, (directory / "log").read_text()
+
+
+def test_sigterm_to_one_process_saves_and_ends_all(started_by_slurm):
+    directory, code, log = started_by_slurm
+    assert code == 0, log
+    step = int(log.split("stopped at step ")[1].split()[0])
+    assert sealed(directory / "run")[-1] == step
+    assert log.count("stopped at step") == log.count("2 x cpu (fsdp 2)") == 1  # the other was silent
+    assert not (directory / "requeued").exists()
+
+
+def test_evaluation_by_two_processes_gives_the_numbers_of_one(started_by_slurm, workplace):
+    run_dir = started_by_slurm[0] / "run"
+    numbers = []
+    for count in (1, 2):
+        file = workplace / f"{count}.json"
+        ended = Processes(workplace, count, EVAL, run_dir, "--json", file).end()
+        assert [process.code for process in ended] == [0] * count, ended
+        numbers.append(json.loads(file.read_text()))
+    alone, together = numbers
+    assert together["total"]["nats_per_token"] == pytest.approx(alone["total"]["nats_per_token"], rel=1e-6)
+    for content in numbers:
+        for result in (content["total"], *content["sources"].values()):
+            for name in ("nats_per_token", "perplexity", "bits_per_byte"):
+                del result[name]
+    assert together == alone
+
+
+def test_a_process_that_hangs_is_named_and_all_end(workplace):
+    directory = workplace / "hang"
+    directory.mkdir()
+    config = write_config(directory)
+    script = directory / "hanging.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import pathlib, runpy, sys, threading
+        from mixtral_jax.data.pipeline import TrainingData
+        real = TrainingData.batch
+        def batch(self, step, rows=None):
+            pathlib.Path({str(directory)!r}, sys.argv[-1]).write_text(f"{{rows.start}} {{rows.stop}}")
+            if step == 4 and "distributed.process_id=1" in sys.argv:
+                threading.Event().wait()
+            return real(self, step, rows)
+        TrainingData.batch = batch
+        runpy.run_path({str(TRAIN)!r}, run_name="__main__")
+        """)
+    )
+    each = {0: ["distributed.process_id=0"], 1: ["distributed.process_id=1"]}
+    ended = Processes(workplace, 2, script, config, *ENDLESS, "distributed.step_timeout=25", each=each).end()
+    assert [process.code for process in ended] == [75, 75], ended
+    for process in ended:
+        one_sentence(without_noise(process.err), "finished in 25 seconds", "process 1 on", "before step 4", RESTART)
+    # And neither has made the rows of the other.
+    assert (directory / "distributed.process_id=0").read_text() == "0 2"
+    assert (directory / "distributed.process_id=1").read_text() == "2 4"
+
+
+MISTAKES = {
+    "bad key": ([], {0: ["optimizer.learning_rat=1"], 1: ["optimizer.learning_rat=1"]}, "Did you mean"),
+    "missing source": (["data.sources=[{name: a, path: nowhere.txt}]"], {}, "nothing matches the path nowhere.txt"),
+    "another configuration": ([], {1: ["seed=1"]}, "has another configuration than process 0"),
+    "mesh across slices": (["mesh.fsdp=1", "mesh.data=3"], {}, "3 devices but there are 2"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_ends_all_with_one_sentence(workplace, mistake):
+    shared, each, words = MISTAKES[mistake]
+    directory = workplace / mistake
+    directory.mkdir()
+    ended = Processes(workplace, 2, TRAIN, write_config(directory), *ENDLESS, *shared, each=each).end()
+    assert [process.code for process in ended] == [2, 2], ended
+    one_sentence(without_noise(ended[0].err), words)
+    assert without_noise(ended[1].err) == ""
+    assert not list(directory.glob("run/checkpoints/*"))
+
+
+def test_damaged_checkpoints_end_all_with_one_sentence(started_by_slurm, workplace):
+    directory = workplace / "damaged"
+    shutil.copytree(started_by_slurm[0] / "run", directory)
+    for manifest in directory.rglob("manifest.json"):
+        manifest.write_text("{}")
+    config = started_by_slurm[0] / "config.yaml"
+    ended = Processes(workplace, 2, TRAIN, config, *ENDLESS, f"run_dir={directory}").end()
+    assert [process.code for process in ended] == [2, 2], ended
+    one_sentence(without_noise(ended[0].err), "every checkpoint in", "is damaged")
+    assert without_noise(ended[1].err) == ""
