@@ -89,13 +89,13 @@ def _waste(plan: Plan) -> str:
     config, ways = plan.config, plan.config.mesh.expert
     ratio = plan.work.flops / plan.model_flops
     remat = "" if config.train.remat == "none" else f", of which remat={config.train.remat} repeats up to 1.33"
-    if plan.topology.platform == "cuda":
-        why = "XLA's grouped product on CUDA computes every row of the worst-case buffer with every local expert"
+    dense = "XLA's grouped product computes every row of the worst-case buffer with every local expert"
+    if "ragged_dot" not in plan.description:
+        why = "the rest is what XLA adds"
+    elif plan.topology.platform == "cuda":
+        why = f"{dense}; kernels.experts=blocked or model.buffer_factor would lessen that"
     else:
-        why = (
-            "for the weights' gradient XLA's grouped product on TPU computes every row of the worst-case buffer with "
-            "every local expert"
-        )
+        why = f"for the weights' gradient {dense}; kernels.experts=megablox does not"
     return (
         f"The compiled program computes {ratio:.1f} times the useful FLOPs{remat}: {why} "
         f"(mesh.expert={ways}, model.num_experts={config.model.num_experts})."

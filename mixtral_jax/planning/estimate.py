@@ -12,10 +12,12 @@ import numpy as np
 
 from mixtral_jax.config import Config
 from mixtral_jax.metrics import flops_per_token
+from mixtral_jax.model.routing import device_quota
 from mixtral_jax.planning.collectives import Collective
 from mixtral_jax.planning.network import Seconds, network_time
 from mixtral_jax.planning.topology import Topology
 from mixtral_jax.precision import FULL, make_precision
+from mixtral_jax.runtime import AUTO_EXPERTS, choose_exchange
 from mixtral_jax.sharding import MESH_AXES
 
 WIDE = jnp.dtype(FULL).itemsize
@@ -23,6 +25,11 @@ WIDE = jnp.dtype(FULL).itemsize
 PASSES = {"none": 3, "dots": 4, "full": 4}
 # Row buffers of an expert layer that are alive together in its backward pass, [rows, d_ff] and [rows, d_model].
 WIDE_BUFFERS, NARROW_BUFFERS = 4, 4
+
+BARE = 0.3  # share of memory and network time that computation is assumed not to hide
+
+PLATFORMS = {"tpu": "tpu", "cuda": "gpu"}  # JAX's name of a topology's platform
+Move = tuple[str, tuple[str, ...], float, int]  # kind of collective, mesh axes, payload in bytes, runs
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ class Estimate:
     memory_time: float  # seconds
     near: float  # seconds
     far: float  # seconds
-    mfu: float  # if everything overlaps
+    ideal: float  # seconds of the model's FLOPs at the chip's peak
 
     @property
     def memory(self) -> float:
@@ -45,9 +52,15 @@ class Estimate:
         return self.state + self.gradients + self.kept + self.working
 
     @property
+    def mfu(self) -> float:
+        """Model FLOP utilisation at that speed."""
+        return self.ideal / self.seconds
+
+    @property
     def seconds(self) -> float:
-        """Of a step if everything overlaps."""
-        return max(self.compute, self.memory_time, self.near, self.far)
+        """Of a step: what takes longest, and of the rest the share that nothing hides."""
+        parts = (self.compute, self.memory_time, self.near, self.far)
+        return max(parts) + BARE * (sum(parts) - max(parts))
 
 
 def estimate(config: Config, topology: Topology) -> Estimate:
@@ -75,7 +88,8 @@ def estimate(config: Config, topology: Topology) -> Estimate:
     state = own * (master + moment + WIDE)
     gradients = own * (WIDE if train.microbatches == 1 else WIDE + sums)
     local_experts = model.num_experts // ways
-    rows = tokens * ways * min(model.num_experts_per_tok, local_experts)
+    k = model.num_experts_per_tok
+    rows = ways * device_quota(int(tokens), k, model.num_experts, ways, model.buffer_factor)
     dots = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim / tensor + d
     kept_of = {
         "full": tokens * d * compute,
@@ -94,8 +108,8 @@ def estimate(config: Config, topology: Topology) -> Estimate:
     useful = (
         flops_per_token(model, config.data.seq_len) * train.batch_size * config.data.seq_len / len(topology.devices)
     )
-    waste = _rows_computed(topology, local_experts, ways, model.num_experts_per_tok)
-    expert_flops = 6 * layers * model.num_experts_per_tok * 3 * d * f * tokens * train.microbatches / tensor
+    waste = _rows_computed(config, topology, rows / (tokens * k) * local_experts)
+    expert_flops = 6 * layers * k * 3 * d * f * tokens * train.microbatches / tensor
     # Balancing over a batch in parts costs a forward pass more, see `losses.balance_over`.
     extra = train.microbatches > 1 and config.losses.balance_over == "batch" and config.losses.load_balance > 0
     flops = (useful + (waste - 1) * expert_flops) * (PASSES[train.remat] + extra) / PASSES["none"]
@@ -105,54 +119,55 @@ def estimate(config: Config, topology: Topology) -> Estimate:
     weights = layers * 3 * gathered
     traffic = train.microbatches * (activations + weights) + own * (3 * WIDE + 2 * master + 2 * WIDE)
     near = far = 0.0
-    moves = _moves(
-        mesh, layers=layers, weight_passes=weight_passes, token_passes=token_passes, parts=train.microbatches, experts=experts, attention=attention,
-        embedding=tables * WIDE, head=tables * compute, exchanged=tokens * ways * d * compute,
-    )  # fmt: skip
+    each = layers * train.microbatches
+    moves = [
+        *_weights(mesh, ("fsdp",), experts, each, weight_passes),
+        *_weights(mesh, ("fsdp", "expert"), attention, each, weight_passes),
+        *_weights(mesh, ("fsdp", "expert"), tables * (WIDE + compute), train.microbatches, 1),
+        *_exchange(config, topology, tokens * d * compute, rows * d * compute, each * (token_passes + 1)),
+        ("all-reduce", ("tensor",), tokens * d * compute, each * 2 * (token_passes + 1)),
+    ]
     for kind, axes, payload, runs in moves:
         rate = _seconds_per_byte(kind, axes, tuple(mesh.items()), topology)
         near, far = near + runs * payload * rate.near, far + runs * payload * rate.far
     seconds = (flops / chip.flops, traffic / chip.bandwidth, near, far)
-    return Estimate(state, gradients, kept, working, *seconds, mfu=useful / chip.flops / max(seconds))
+    return Estimate(state, gradients, kept, working, *seconds, ideal=useful / chip.flops)
 
 
-def _rows_computed(topology: Topology, local: int, ways: int, k: int) -> float:
+def _rows_computed(config: Config, topology: Topology, dense: float) -> float:
     """Rows that the expert products compute for every row that a token asked for.
 
-    On CUDA XLA computes every row of the worst-case buffer with every local expert. On TPU its grouped product skips
-    rows of nobody, except for the gradient of the weights, a third of the work, which is computed as on CUDA.
+    Args:
+        config: names the kernel.
+        topology: says which one `auto` is.
+        dense: what the whole buffer with every local expert comes to. XLA's grouped product computes that on CUDA, and
+            on TPU for the gradient of the weights, a third of the work; the other kernels skip rows of nobody.
     """
-    dense = ways * min(k, local) / k * local
-    return dense if topology.platform == "cuda" else (2 + dense) / 3
+    platform = PLATFORMS[topology.platform]
+    kernel = AUTO_EXPERTS[platform] if config.kernels.experts == "auto" else config.kernels.experts
+    if kernel != "ragged_dot":
+        return 1.0
+    return dense if platform == "gpu" else (2 + dense) / 3
 
 
-Move = tuple[str, tuple[str, ...], float, int]  # kind, mesh axes, payload in bytes, runs
-
-
-def _moves(
-    mesh: dict[str, int], *, layers: int, weight_passes: int, token_passes: int, parts: int, experts: float, attention: float, embedding: float,
-    head: float, exchanged: float,
-) -> list[Move]:  # fmt: skip
-    """What the step moves: weights over fsdp, tokens over expert, partial sums over tensor, gradients over data."""
-
-    def weights(axes: tuple[str, ...], payload: float, runs: int, passes: int) -> list[Move]:
-        """Joined in every pass, their gradients scattered once and summed over the devices that hold copies."""
-        own = payload / math.prod(mesh[name] for name in axes)
-        return [
-            ("all-gather", axes, payload, runs * passes),
-            ("reduce-scatter", axes, payload, runs),
-            ("all-reduce", ("data", "context"), own, runs),
-        ]
-
-    each = layers * parts
+def _weights(mesh: dict[str, int], axes: tuple[str, ...], payload: float, runs: int, passes: int) -> list[Move]:
+    """Joined in every pass, their gradients scattered once and summed over the devices that hold copies."""
+    own = payload / math.prod(mesh[name] for name in axes)
     return [
-        *weights(("fsdp",), experts, each, weight_passes),
-        *weights(("fsdp", "expert"), attention, each, weight_passes),
-        *weights(("fsdp", "expert"), embedding + head, parts, 1),
-        ("all-gather", ("expert",), exchanged, each * (token_passes + 1)),
-        ("reduce-scatter", ("expert",), exchanged, each * (token_passes + 1)),
-        ("all-reduce", ("tensor",), exchanged / mesh["expert"], each * 2 * (token_passes + 1)),
+        ("all-gather", axes, payload, runs * passes),
+        ("reduce-scatter", axes, payload, runs),
+        ("all-reduce", ("data", "context"), own, runs),
     ]
+
+
+def _exchange(config: Config, topology: Topology, tokens: float, buffer: float, runs: int) -> list[Move]:
+    """Rows to their experts and back, in bytes of this device's tokens and of its buffer."""
+    exchange = choose_exchange(config.kernels.exchange, PLATFORMS[topology.platform])
+    if exchange == "gather":
+        whole = tokens * config.mesh.expert
+        return [("all-gather", ("expert",), whole, runs), ("reduce-scatter", ("expert",), whole, runs)]
+    rows = tokens * config.model.num_experts_per_tok if exchange == "ragged" else buffer
+    return [("all-to-all", ("expert",), rows, 2 * runs)]
 
 
 @functools.cache

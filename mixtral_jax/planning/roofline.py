@@ -1,10 +1,10 @@
 """What bounds a step: compute, memory or network, from the compiled program and the table of chips."""
 
-import math
 from collections import defaultdict
 from dataclasses import dataclass
 
 from mixtral_jax.config import Config
+from mixtral_jax.kernels.blocked import choose_block_sizes
 from mixtral_jax.metrics import flops_per_token
 from mixtral_jax.planning.collectives import Collective, find_collectives
 from mixtral_jax.planning.compile import Memory, Program
@@ -12,8 +12,6 @@ from mixtral_jax.planning.hlo import parse
 from mixtral_jax.planning.network import network_time
 from mixtral_jax.planning.topology import Topology
 from mixtral_jax.planning.work import Work, count_work
-
-MOST_BLOCK_SIZE = 128  # rows, which the kernel `blocked` chooses at loads of this size
 
 
 @dataclass(frozen=True)
@@ -80,9 +78,10 @@ def make_plan(program: Program, topology: Topology) -> Plan:
     # Every device of an expert group computes its experts' part of the group's assignments.
     expert_rows = part * mesh.shape["tensor"] * model.num_experts_per_tok
     turns = 1
-    if program.runtime.experts == "blocked":
+    if program.runtime.experts == "blocked":  # one loop for each size of block, largest first
         local = model.num_experts // mesh.shape["expert"]
-        turns = math.ceil(expert_rows / local / (config.kernels.block_size or MOST_BLOCK_SIZE))
+        sizes = program.runtime.block_sizes or choose_block_sizes(int(expert_rows), local)
+        turns = max(1, round(expert_rows / local / sum(sizes)))
     module = parse(program.text, turns)
     work = count_work(
         module,

@@ -18,6 +18,8 @@ ATTENTION_PRODUCTS = {
     "dot_product_attention_fwd": 2, "dot_product_attention_bwd": 5,
 }  # fmt: skip
 
+GROUPED = re.compile(r"(t?gmm|ragged-dot-none)\b")  # kernels of grouped products: megablox's two and XLA's for TPU
+
 
 @dataclass(frozen=True)
 class Work:
@@ -52,7 +54,7 @@ def count_work(module: Module, *, attention_product: float, expert_rows: float) 
             if instruction.opcode == "custom-call":
                 products = next((n for part, n in ATTENTION_PRODUCTS.items() if part in instruction.name), 0)
                 attention += runs * products * attention_product
-                if instruction.name.startswith("ragged-dot") and len(instruction.shapes) == 1:
+                if GROUPED.match(instruction.name) and len(instruction.shapes) == 1:
                     grouped += runs * _grouped_flops(instruction, computation, expert_rows)
             if name not in module.fused and instruction.opcode not in FREE and not instruction.opcode.endswith("-done"):
                 memory += runs * _traffic(instruction, computation, module)
@@ -109,8 +111,10 @@ def _convolution_flops(instruction: Instruction, computation: Computation) -> fl
 
 
 def _grouped_flops(instruction: Instruction, computation: Computation, rows: float) -> float:
-    """Rows [m, k] times each expert's [k, n]: the rows of somebody alone count."""
-    m, n = instruction.shapes[0].dims
+    """Rows [m, k] times each expert's [k, n], or for its gradient [k, m] times [m, n]: rows of somebody alone count."""
+    *experts, m, n = instruction.shapes[0].dims
+    if experts:
+        return 2.0 * rows * m * n
     matrices = [o.shapes[0].dims for o in _operands(instruction, computation) if len(o.shapes[0].dims) == 2]
     depth = next(dims[1] for dims in matrices if dims[0] == m)
     return 2.0 * min(rows, m) * depth * n

@@ -166,7 +166,9 @@ class Trainable:
             load = self._whole_load(state, parts)
 
         def body(carry: Any, part: Batch) -> tuple[Any, None]:
-            new = gradient(state["params"], part, load)
+            # Behind the barrier the sums over devices stay in the loop: XLA would keep what is not summed yet, whole
+            # gradients on every device, and its pass for TPU fails on some of them.
+            new = jax.lax.optimization_barrier(gradient(state["params"], part, load))
             return jax.tree.map(lambda total, x: total + x.astype(total.dtype), carry, new), None
 
         shapes = jax.eval_shape(gradient, state["params"], jax.tree.map(lambda x: x[0], parts), load)

@@ -121,11 +121,13 @@ def test_kernels_count_by_formula():
   %l = bf16[64,32]{1,0} parameter(0)
   %r = bf16[1,32,16]{2,1,0} parameter(1)
   %splash_mha_dkv_1 = bf16[64,32]{1,0} custom-call(%l), custom_call_target="tpu_custom_call"
-  ROOT %ragged-dot-none.1 = bf16[64,16]{1,0} custom-call(%l, %r), custom_call_target="tpu_custom_call"
+  %ragged-dot-none.1 = bf16[64,16]{1,0} custom-call(%l, %r), custom_call_target="tpu_custom_call"
+  %gmm.1 = bf16[64,16]{1,0} custom-call(%l, %r), custom_call_target="tpu_custom_call"
+  ROOT %tgmm.1 = bf16[1,32,16]{2,1,0} custom-call(%l, %l), custom_call_target="tpu_custom_call"
 }
 """
     work = count_work(parse(text), attention_product=100.0, expert_rows=10.0)
-    assert (work.attention, work.grouped) == (400.0, 2 * 10 * 32 * 16)
+    assert (work.attention, work.grouped) == (400.0, 3 * 2 * 10 * 32 * 16)
 
 
 def test_arrays_in_a_core_s_own_memory_are_not_traffic():
