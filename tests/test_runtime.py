@@ -35,7 +35,7 @@ def test_the_table_names_axes_of_the_mesh():
 
 def test_specs_come_from_the_table():
     assert spec(("batch", "sequence", None)) == PartitionSpec(("data", "fsdp", "expert"), "context", None)
-    assert spec(("layers", "experts", "d_model", "d_ff")) == PartitionSpec(None, "expert", "fsdp", "tensor")
+    assert spec(("layers", "experts", "expert_d_model", "d_ff")) == PartitionSpec(None, "expert", "fsdp", "tensor")
     with pytest.raises(ValueError, match="unknown logical axis 'hidden': the table has batch, "):
         spec(("hidden",))
     with pytest.raises(ValueError, match="use a mesh axis twice"):
