@@ -81,7 +81,7 @@ def draw_context(curves: Mapping[str, ContextCurve], path: Path) -> None:
     for axes in (left, right):
         axes.set_xscale("log", base=2)
         axes.grid(alpha=0.3)
-    left.legend()
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize=8)
     save(figure, path)
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import logging
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -61,9 +62,10 @@ FORMS: dict[tuple[str, ...], dict[str, Any]] = {
 
 
 def check_harness() -> None:
-    """Raises `UserError` where lm-evaluation-harness is missing."""
+    """Raises `UserError` where lm-evaluation-harness is missing; keeps it from forking a process that runs JAX."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("tasks need lm-evaluation-harness: pip install -r requirements-eval.txt")
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its name for it; standard errors are then drawn in this process
 
 
 def jsonl_task(path: Path) -> dict[str, Any]:
@@ -118,6 +120,7 @@ def run_tasks(model: Any, names: Sequence[str]) -> dict[str, Any]:
     Raises:
         UserError: a file or a task that cannot be had.
     """
+    check_harness()
     import lm_eval
     from lm_eval.tasks import TaskManager
 
