@@ -1,6 +1,6 @@
 """Speed of each step of the preparation on one core.
 
-    python benchmarks/preparation.py "crawl/*.warc.gz" --megabytes 20
+    python -m benchmarks.preparation "crawl/*.warc.gz" --megabytes 20
 
 Pages are those of the files, over and over with other words in them until there are enough; without files they are made
 of random words. Rates are bytes of the step's own input a second: HTML for reading and extraction, text for the rest.
