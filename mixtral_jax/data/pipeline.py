@@ -97,9 +97,13 @@ class TrainingData:
         return batch
 
     def progress(self, steps: int) -> dict[str, float]:
-        """Says how much of each source the first so many steps take: `tokens_seen/NAME` and `epoch/NAME`."""
+        """Says how much of each source the first so many steps take: `tokens_seen/NAME`, `share/NAME` of all, and `epoch/NAME`."""
         seen: dict[str, float] = {}
         dealt = rows_dealt(steps * self._batch_size, self._weights)
         for name, rows, size in zip(self.source_names, dealt, self._rows, strict=True):
-            seen |= {f"tokens_seen/{name}": rows * self._seq_len, f"epoch/{name}": rows / size}
+            seen |= {
+                f"tokens_seen/{name}": rows * self._seq_len,
+                f"share/{name}": rows / max(1, steps * self._batch_size),
+                f"epoch/{name}": rows / size,
+            }
         return seen
