@@ -52,7 +52,6 @@ def test_progress_says_what_the_batches_held(three):
     for number, count in enumerate(rows):
         assert said[f"tokens_seen/s{number}"] == count * 16
         assert said[f"share/s{number}"] == count / (steps * 8)
-    assert set(data.progress(0).values()) == {0}
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 4])
