@@ -1,7 +1,7 @@
 """Scores tokens with this package and with transformers: the same weights, the same machine, one run, medians.
 
-    python benchmarks/eval_forward.py                          # configs/small.yaml, 214M parameters
-    python benchmarks/eval_forward.py --repeats 3 --json out.json model.num_layers=2
+    python -m benchmarks.eval_forward                          # configs/small.yaml, 214M parameters
+    python -m benchmarks.eval_forward --repeats 3 --json out.json model.num_layers=2
 
 Needs this package installed (`pip install -e .`) and requirements-parity.txt. Both get the log-likelihood of every next
 token of the same texts; compilation is not counted. Two kinds of work: full rows, as for perplexity, and short texts of

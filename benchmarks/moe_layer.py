@@ -1,6 +1,6 @@
 """One SwiGLU expert layer, forward and with both gradients, against a dense layer of the same active work.
 
-    python benchmarks/moe_layer.py [--tokens 2048] [--d-model 512] [--layers 8x1792 32x448 128x112] [--dtype float32]
+    python -m benchmarks.moe_layer [--tokens 2048] [--d-model 512] [--layers 8x1792 32x448 128x112] [--dtype float32]
 
 The dense layer is the limit that a mixture could reach: the same products, in one piece, with nothing to route.
 """

@@ -1,6 +1,6 @@
-"""Speed of each step of the preparation on one core, and of the loader.
+"""Speed of each step of the preparation on one core.
 
-    python benchmarks/preparation.py "crawl/*.warc.gz" --megabytes 20
+    python -m benchmarks.preparation "crawl/*.warc.gz" --megabytes 20
 
 Pages are those of the files, over and over with other words in them until there are enough; without files they are made
 of random words. Rates are bytes of the step's own input a second: HTML for reading and extraction, text for the rest.
@@ -18,7 +18,6 @@ from pathlib import Path
 
 os.environ["TQDM_DISABLE"] = "1"
 
-import numpy as np
 from datatrove.data import Document
 from datatrove.pipeline.dedup import MinhashDedupSignature
 from datatrove.pipeline.formatters import PIIFormatter
@@ -28,10 +27,7 @@ from rich.table import Table
 from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 
-from mixtral_jax.config_loading import parse_config
-from mixtral_jax.data.pipeline import TrainingData, open_documents
 from mixtral_jax.preparation import rules
-from mixtral_jax.preparation.caches import CacheBuilder
 from mixtral_jax.preparation.config import PrepareConfig, PrepareSource
 from mixtral_jax.preparation.counting import shared_tokenizer
 from mixtral_jax.preparation.examples import Examples
@@ -40,7 +36,6 @@ from mixtral_jax.preparation.file_readers import read_documents
 from mixtral_jax.preparation.language import LanguageFilter
 from mixtral_jax.preparation.plan import list_files
 from mixtral_jax.preparation.words import RegexWords
-from mixtral_jax.preparation.writing import TokenWriter
 
 SECONDS = 3.0  # of each measurement
 
@@ -177,32 +172,8 @@ def main() -> None:
         tokens = sum(map(len, tokenizer.encode_batch(texts)))
         speed = rate(lambda: len(tokenizer.encode_batch(texts, threads=1)) and tokens)
         table.add_row("tokenization", f"{speed:,.0f} tokens/s", f"{speed / tokens * size / 1e6:.1f}")
-        table.add_row("loader", f"{loader_speed(Path(folder), texts):,.0f} tokens/s", "")
     Console().print(table)
     print(f"{len(pages)} pages, {size / 1e6:.2f} MB of HTML, {size_of_text / 1e6:.2f} MB of text")
-
-
-def loader_speed(folder: Path, texts: list[str]) -> float:
-    """Tokens a second of shuffled, mixed, packed batches out of a warm cache of two sources."""
-    for language in ("en", "fr"):
-        writer = TokenWriter(folder / "parts", "mixtral")
-        stream = list(documents(texts * max(1, 2_000_000 // sum(map(len, texts)))))
-        for document in stream:
-            document.metadata["language"] = language
-        for _ in writer.run(iter(stream)):
-            pass
-    for rank in range(2):
-        CacheBuilder(folder / "parts", folder / "tokens", ["en", "fr"], "mixtral").run(rank=rank)
-    sources = ", ".join(f"{{name: {name}, prepared: {folder}/tokens/{name}}}" for name in ("en", "fr"))
-    model = "d_model: 8, d_ff: 8, num_layers: 1, num_heads: 2, num_kv_heads: 1, head_dim: 4, vocab_size: 32000, "
-    model += "num_experts: 2, num_experts_per_tok: 1, rope_theta: 1e4, norm_eps: 1e-5"
-    config = parse_config(
-        f"model: {{{model}}}\ntrain: {{steps: 1, batch_size: 16}}\n"
-        f"data: {{seq_len: 2048, tokenizer: mixtral, holdout: 0, sources: [{sources}]}}"
-    )
-    data = TrainingData(config, open_documents(config)[1])
-    steps = iter(range(1 << 30))
-    return rate(lambda: int(np.size(data.batch(next(steps))["tokens"])))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Imports and exports a synthetic checkpoint with the verbs: time against a plain copy, and peak host memory.
 
-    python benchmarks/weights_io.py --gib 8 --directory /scratch
+    python -m benchmarks.weights_io --gib 8 --directory /scratch
 
 Host memory is the most that the verb's process ever had resident (as `time -v` tells), without the model's parameters:
 they are device memory, and on the CPU they live in the process.

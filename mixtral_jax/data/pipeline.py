@@ -96,10 +96,14 @@ class TrainingData:
                 whole[here] = part
         return batch
 
-    def progress(self, steps: int) -> dict[str, float]:
-        """Says how much of each source the first so many steps take: `tokens_seen/NAME` and `epoch/NAME`."""
-        seen: dict[str, float] = {}
+    def progress(self, steps: int) -> dict[str, int | float]:
+        """Says what the first so many steps take of each source: `tokens_seen/NAME`, `share/NAME`, `epoch/NAME`."""
+        seen: dict[str, int | float] = {}
         dealt = rows_dealt(steps * self._batch_size, self._weights)
         for name, rows, size in zip(self.source_names, dealt, self._rows, strict=True):
-            seen |= {f"tokens_seen/{name}": rows * self._seq_len, f"epoch/{name}": rows / size}
+            seen |= {
+                f"tokens_seen/{name}": rows * self._seq_len,
+                f"share/{name}": rows / max(1, steps * self._batch_size),
+                f"epoch/{name}": rows / size,
+            }
         return seen

@@ -44,6 +44,16 @@ def test_an_epoch_shows_every_target_once_and_the_next_one_in_another_order(make
     assert data.tokens_per_epoch == {"made": sum(expected.values())}
 
 
+def test_progress_says_what_the_batches_held(three):
+    data = TrainingData(config((3, 2, 1)), three)
+    steps = 5
+    rows = np.bincount(np.concatenate([data.batch(step)["source_ids"] for step in range(steps)]), minlength=3)
+    said = data.progress(steps)
+    for number, count in enumerate(rows):
+        assert said[f"tokens_seen/s{number}"] == count * 16
+        assert said[f"share/s{number}"] == count / (steps * 8)
+
+
 @pytest.mark.parametrize("hosts", [1, 2, 4])
 def test_hosts_make_the_parts_of_the_same_batch(three, hosts):
     data = TrainingData(config((3, 2, 1)), three)
