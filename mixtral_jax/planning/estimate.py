@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
-from mixtral_jax.config import Config
+from mixtral_jax.config import Config, MeshConfig
 from mixtral_jax.metrics import flops_per_token
 from mixtral_jax.model.routing import device_quota
 from mixtral_jax.planning.collectives import Collective
@@ -89,7 +89,7 @@ def estimate(config: Config, topology: Topology) -> Estimate:
     gradients = own * (WIDE if train.microbatches == 1 else WIDE + sums)
     local_experts = model.num_experts // ways
     k = model.num_experts_per_tok
-    rows = ways * device_quota(int(tokens), k, model.num_experts, ways, model.buffer_factor)
+    rows = float(ways * device_quota(int(tokens), k, model.num_experts, ways, model.buffer_factor))
     dots = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim / tensor + d
     kept_of = {
         "full": tokens * d * compute,
@@ -128,7 +128,7 @@ def estimate(config: Config, topology: Topology) -> Estimate:
         ("all-reduce", ("tensor",), tokens * d * compute, each * 2 * (token_passes + 1)),
     ]
     for kind, axes, payload, runs in moves:
-        rate = _seconds_per_byte(kind, axes, tuple(mesh.items()), topology)
+        rate = _seconds_per_byte(kind, axes, config.mesh, topology)
         near, far = near + runs * payload * rate.near, far + runs * payload * rate.far
     seconds = (flops / chip.flops, traffic / chip.bandwidth, near, far)
     return Estimate(state, gradients, kept, working, *seconds, ideal=useful / chip.flops)
@@ -171,15 +171,19 @@ def _exchange(config: Config, topology: Topology, tokens: float, buffer: float, 
 
 
 @functools.cache
-def _seconds_per_byte(
-    kind: str, axes: tuple[str, ...], mesh: tuple[tuple[str, int], ...], topology: Topology
-) -> Seconds:
+def _seconds_per_byte(kind: str, axes: tuple[str, ...], mesh: MeshConfig, topology: Topology) -> Seconds:
     """Time on the network for every byte of payload."""
-    ids = np.arange(len(topology.devices)).reshape([size for _, size in mesh])
-    grouped = [i for i, (name, _) in enumerate(mesh) if name in axes]
-    kept = [i for i in range(ids.ndim) if i not in grouped]
-    size = math.prod(mesh[i][1] for i in grouped)
+    sizes = [getattr(mesh, name) for name in MESH_AXES]
+    grouped = [i for i, name in enumerate(MESH_AXES) if name in axes]
+    kept = [i for i in range(len(sizes)) if i not in grouped]
+    size = math.prod(sizes[i] for i in grouped)
     if size == 1:
         return Seconds(0.0, 0.0)
+    ids = np.arange(len(topology.devices)).reshape(sizes)
     groups = tuple(map(tuple, ids.transpose(kept + grouped).reshape(-1, size).tolist()))
-    return network_time(Collective("", kind, 1.0, 1, axes, groups, ""), topology)
+    return network_time(Collective("", kind, 1.0, 1, axes, groups, ""), _arranged(mesh, topology))
+
+
+@functools.cache
+def _arranged(mesh: MeshConfig, topology: Topology) -> Topology:
+    return topology.arranged(mesh)

@@ -95,7 +95,7 @@ def make_plan(program: Program, topology: Topology) -> Plan:
         config=config,
         description=program.runtime.describe(),
         memory=program.memory,
-        traffic=tuple(summarise(find_collectives(module, mesh), topology)),
+        traffic=tuple(summarise(find_collectives(module, mesh), topology.arranged(config.mesh))),
         work=work,
         model_flops=tokens * flops_per_token(model, config.data.seq_len),
         data_dependent_loops=module.data_dependent_loops,

@@ -24,7 +24,7 @@ class Candidate:
     config: Config
     estimate: Estimate
 
-    def key(self) -> tuple[float, ...]:
+    def key(self) -> tuple[float, int, float]:
         """Sorts the fastest first; among equals the one with fewer parts and less memory."""
         return (
             self.estimate.seconds / self.config.train.batch_size,
@@ -52,8 +52,7 @@ def candidates(config: Config, topology: Topology, batch_sizes: list[int]) -> It
             model.num_experts % mesh["expert"]
             or any(n % tensor for n in (model.num_heads, model.num_kv_heads, model.d_ff, model.vocab_size))
             or model.d_model % (mesh["fsdp"] * mesh["expert"])
-            or config.data.seq_len % mesh["context"]
-            or (model.dispatch == "capacity" and mesh["context"] > 1)
+            or config.data.seq_len % (2 * mesh["context"])  # two chunks each, see `zigzag`
         ):
             continue
         for batch_size in batch_sizes:

@@ -1,6 +1,7 @@
 """Devices that are not there: descriptions of TPU slices and GPU clusters that programs can be compiled for."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import os
 import re
@@ -11,8 +12,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mixtral_jax.config import UserError
+from mixtral_jax.config import MeshConfig, UserError
 from mixtral_jax.hardware import Chip, find_chip
+from mixtral_jax.sharding import arrange_devices
 
 TARGETS = Path(__file__).parent / "targets"
 TPU_DIMENSIONS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}
@@ -39,9 +41,12 @@ class Topology:
     def place(self) -> list[tuple[int, tuple[int, ...]]]:
         """For every device the number of its slice or node, and its place inside."""
         if self.platform == "cuda":
-            per_node = self.sides[1]
-            return [(i // per_node, (i % per_node,)) for i in range(len(self.devices))]
+            return [(d.process_index, (d.id % self.sides[1],)) for d in self.devices]
         return [(getattr(d, "slice_index", 0) or 0, tuple(d.coords[: len(self.sides)])) for d in self.devices]
+
+    def arranged(self, mesh: MeshConfig) -> "Topology":
+        """The same devices in the order of a mesh, which is the order of a program's partitions."""
+        return dataclasses.replace(self, devices=tuple(arrange_devices(mesh, self.devices).flat))
 
 
 def describe_topology(name: str, slices: int = 1) -> Topology:

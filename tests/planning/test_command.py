@@ -1,0 +1,78 @@
+"""The verb's sentences, and plans of real programs where the compilers are installed."""
+
+import importlib.util
+import re
+
+import pytest
+
+from mixtral_jax.config import UserError
+from mixtral_jax.planning import topology
+from mixtral_jax.planning.command import main
+from mixtral_jax.planning.compile import DoesNotFitError, _explained
+from mixtral_jax.planning.record import CONFIGS, PLANS, record
+from mixtral_jax.planning.record import main as record_main
+
+CONFIG = str(CONFIGS / "8x7b_v5p_128.yaml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([CONFIG, "--topology", "v9:4x4"], "'v9:4x4' is no topology: known are v4, v5p with three sides"),
+        ([CONFIG, "--topology", "v5p:4x4"], "'v5p:4x4' is no topology"),
+        ([CONFIG, "--topology", "h100"], "'h100' is no topology"),
+        ([CONFIG, "--topology", "h100:8x8", "--slices", "2"], "--slices is for TPU: say h100:16x8"),
+        ([CONFIG, "--topology", "v5p:4x4x4", "--write", "x.yaml"], "--write and --batch-sizes belong to --search"),
+        ([CONFIG, "--topology", "v5p:4x4x4", "--search", "--write", CONFIG], "exists: name another file"),
+    ],
+)
+def test_mistakes_are_named(arguments, sentence):
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        main(arguments)
+
+
+@pytest.mark.parametrize(("name", "package"), [("v5p:4x4x4", "libtpu"), ("h100:8x8", "jax_cuda13_plugin")])
+def test_a_missing_compiler_is_named_with_its_remedy(monkeypatch, name, package):
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=rf"needs {package}: pip install 'mixtral_jax\[plan\]'"):
+        main([CONFIG, "--topology", name])
+
+
+def test_the_compiler_s_refusal_becomes_figures():
+    refusal = _explained(
+        Exception("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 52.00G of 31.25G hbm.")
+    )
+    assert isinstance(refusal, DoesNotFitError)
+    assert (refusal.needed, refusal.given) == (52 * 2**30, 31.25 * 2**30)
+    assert str(refusal) == "does not fit: the compiler needs 52.0 GiB of 31.2 GiB a chip"
+    assert "the compiler refuses: INTERNAL: broken" in str(_explained(Exception("INTERNAL: broken\nstack")))
+
+
+def test_unknown_pod_configs_are_named():
+    with pytest.raises(UserError, match="no pod config is called 8x8b: choose from 8x7b_v5p_128"):
+        record_main(["8x8b"])
+
+
+def compilers(name):
+    reason = f"{name} is not installed (requirements-plan.txt)"
+    return pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=reason)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("8x7b_v5p_128", marks=compilers("libtpu")),
+        pytest.param("8x7b_h100_64", marks=compilers("jax_cuda13_plugin")),
+    ],
+)
+def test_a_recorded_plan_is_what_the_compiler_says_today(name):
+    recorded, today = (PLANS / f"{name}.txt").read_text(), record(name)[0]
+    figures = re.compile(r"[\d,]+\.\d+")
+
+    def numbers(text):
+        return [float(x.replace(",", "")) for x in figures.findall(text)]
+
+    assert figures.sub("#", recorded).split() == figures.sub("#", today).split()
+    # Schedules may differ a little from one run of the compiler to the next.
+    assert numbers(today) == pytest.approx(numbers(recorded), rel=0.02, abs=0.011)
