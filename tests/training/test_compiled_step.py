@@ -103,7 +103,7 @@ def test_the_optimizer_state_is_split_like_the_parameters():
         ("w_gate", "w_up", "w_down"), moments * 4
     )
     assert {name: shares[name] for name in ("wq", "wo", "embedding", "lm_head")} == dict.fromkeys(
-        ("wq", "wo", "embedding", "lm_head"), moments * 2
+        ("wq", "wo", "embedding", "lm_head"), moments * 4
     )
 
 

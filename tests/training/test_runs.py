@@ -152,7 +152,8 @@ def test_eval_measures_a_run(uninterrupted, tmp_path):
         numbers[mode] = json.loads(file.read_text())
     for content in numbers.values():
         assert content["sources"]["words"] == content["total"]
-        assert set(content["total"]) == {"tokens", "bytes", "nats_per_token", "perplexity", "bits_per_byte"}
+        numbers_by_name = {"tokens", "bytes", "nats_per_token", "perplexity", "bits_per_byte", "documents", "intervals"}
+        assert set(content["total"]) == numbers_by_name
         assert content["total"]["tokens"] == numbers["packed"]["total"]["tokens"]
     assert f"{numbers['packed']['total']['perplexity']:,.2f}" in trained.stdout  # the trainer's own last word
     assert numbers["strided"]["total"]["nats_per_token"] < numbers["document"]["total"]["nats_per_token"]

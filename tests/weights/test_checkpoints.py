@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from mixtral_jax.__main__ import import_
 from mixtral_jax.config import UserError
 from mixtral_jax.training import streaming
+from mixtral_jax.verbs import import_
 from mixtral_jax.weights.checkpoints import export_checkpoint, import_checkpoint
 from mixtral_jax.weights.released import open_released
 from tests.weights.models import small
