@@ -50,15 +50,15 @@ def choose(
 
 def _mesh(candidate: Candidate) -> str:
     sizes = {name: getattr(candidate.config.mesh, name) for name in MESH_AXES}
-    return " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "one device"
+    return ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "one device"
 
 
 def _table(candidates: list[Candidate], checked: list[Checked], title: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("mesh", no_wrap=True)
+    table.add_column("mesh")  # the one that gives way where the screen is narrow
     for column in ("batch", "parts", "remat", "GiB", "s", "MFU"):
         table.add_column(column, justify="right", no_wrap=True)
-    for column in ("compiler: GiB", "s", "MFU") if checked else ():
+    for column in ("compiled: GiB", "s", "MFU") if checked else ():
         table.add_column(column, justify="right", no_wrap=True)
     for index, candidate in enumerate(candidates):
         train, guess = candidate.config.train, candidate.estimate

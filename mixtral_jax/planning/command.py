@@ -2,11 +2,13 @@
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 from mixtral_jax.config import Config, UserError
 from mixtral_jax.config_loading import load_config, replace
 
+PIPE_WIDTH = 110  # columns of what does not go to a terminal
 DESCRIPTION = "Memory, collectives and speed of a run on devices that are not there: plan CONFIG --topology NAME."
 
 
@@ -35,7 +37,7 @@ def main(arguments: list[str]) -> None:
 
     from mixtral_jax.planning.topology import describe_topology
 
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=PIPE_WIDTH)
     topology = describe_topology(options.topology, options.slices)
     if options.search:
         from mixtral_jax.planning.choosing import choose
@@ -54,7 +56,10 @@ def main(arguments: list[str]) -> None:
         program = compile_step(config, topology)
     except DoesNotFitError as error:
         raise UserError(" ".join([f"{error}.", *remedies(config, topology, error.needed)])) from None
-    print_plan(make_plan(program, topology), console)
+    plan = make_plan(program, topology)
+    print_plan(plan, console)
+    if not plan.fits:
+        raise UserError(f"this does not fit on {topology.name}: the plan says what to change")
 
 
 def with_sizes(config: Config, devices: int) -> Config:

@@ -1,7 +1,11 @@
-"""Writes docs/plans/NAME.txt for the shipped pod configs: `python -m mixtral_jax.planning.record [NAME ...]`."""
+"""Writes docs/plans/NAME.txt for the shipped pod configs, and their table in docs/planning.md.
+
+`python -m mixtral_jax.planning.record [NAME ...]`; without names all of them.
+"""
 
 import io
 import os
+import re
 from pathlib import Path
 
 from mixtral_jax import cli
@@ -10,6 +14,7 @@ from mixtral_jax.config_loading import load_config
 
 ROOT = Path(__file__).parents[2]
 CONFIGS, PLANS = ROOT / "configs" / "pods", ROOT / "docs" / "plans"
+PAGE = ROOT / "docs" / "planning.md"
 WIDTH = 110  # columns
 
 TOPOLOGIES = {
@@ -33,6 +38,7 @@ def main(arguments: list[str]) -> None:
         PLANS.mkdir(parents=True, exist_ok=True)
         (PLANS / f"{name}.txt").write_text(text)
         print(f"docs/plans/{name}.txt: compiled in {seconds:.0f} s", flush=True)
+    write_between(PAGE, "plans", table())
 
 
 def record(name: str) -> tuple[str, float]:
@@ -52,6 +58,37 @@ def record(name: str) -> tuple[str, float]:
     text = console.file.getvalue()  # type: ignore[attr-defined]
     lines = [line.rstrip() for line in text.splitlines()]
     return "\n".join([f"configs/pods/{name}.yaml", *lines]).rstrip() + "\n", plan.compile_seconds
+
+
+def table() -> str:
+    """Sums up the recorded plans in Markdown."""
+    rows = ["| config | topology | GiB a device | compiled / useful FLOPs | bound by | MFU ceiling | none overlaps |"]
+    rows.append("|---|---|---|---|---|---|---|")
+    for name, topology in TOPOLOGIES.items():
+        path = PLANS / f"{name}.txt"
+        if not path.exists():
+            continue
+        text = path.read_text()
+
+        def found(pattern: str, text: str = text) -> str:
+            match = re.search(pattern, text, re.MULTILINE | re.DOTALL)
+            assert match, pattern
+            return " ".join(match[1].split())
+
+        memory, given = found(r"^ total +([\d.]+) "), found(r"GiB +of +([\d.]+)$")
+        wasted, bound = found(r"useful FLOPs +[\d.,]+ +([\d.]+)$"), found(r"Bound by (.*?)[.] If")
+        ceiling, alone = found(r"tokens/s, MFU ([\d.]+%),"), found(r"If none overlaps:.*MFU ([\d.]+%)")
+        config, plan = f"[{name}](../configs/pods/{name}.yaml)", f"[{memory} of {given}](plans/{name}.txt)"
+        rows.append(f"| {config} | {topology} | {plan} | {wasted} | {bound} | {ceiling} | {alone} |")
+    return "\n".join(rows)
+
+
+def write_between(page: Path, marker: str, text: str) -> None:
+    """Replaces what stands between `<!-- marker -->` and `<!-- end -->` in a page."""
+    old = page.read_text()
+    start = f"<!-- {marker} -->"
+    head, rest = old.split(start, 1)
+    page.write_text(f"{head}{start}\n{text}\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}")
 
 
 if __name__ == "__main__":
