@@ -28,7 +28,11 @@ def choose(
     """
     ranked = rank(config, topology, batch_sizes)
     shown = distinct(ranked)
-    console.print(_table(shown[:SHOWN], [], f"{len(ranked):,} candidates should fit; the best of each mesh"))
+    console.print(
+        _table(
+            shown[:SHOWN], [], f"{len(ranked):,} candidates should fit; the best of each mesh (~: by the simple model)"
+        )
+    )
     checked: list[Checked] = []
     with ProgressLine("compiling", count) as progress:
         for number, candidate in enumerate(shown[:count], 1):
@@ -55,21 +59,18 @@ def _mesh(candidate: Candidate) -> str:
 
 def _table(candidates: list[Candidate], checked: list[Checked], title: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("mesh")  # the one that gives way where the screen is narrow
-    for column in ("batch", "parts", "remat", "GiB", "s", "MFU"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for column in ("compiled: GiB", "s", "MFU") if checked else ():
+    table.add_column("mesh", min_width=14)  # the one that gives way where the screen is narrow
+    table.add_column("batch / parts, remat", no_wrap=True)
+    guessed, compiled = ("~GiB", "~s", "~MFU"), ("GiB", "s", "MFU")
+    for column in (*guessed, *(compiled if checked else ())):
         table.add_column(column, justify="right", no_wrap=True)
     for index, candidate in enumerate(candidates):
         train, guess = candidate.config.train, candidate.estimate
-        row = [
-            _mesh(candidate), f"{train.batch_size}", f"{train.microbatches}", train.remat,
-            f"{guess.memory / GIB:.1f}", f"{guess.seconds:.2f}", f"{guess.mfu:.1%}",
-        ]  # fmt: skip
+        row = [_mesh(candidate), f"{train.batch_size} / {train.microbatches}, {train.remat}"]
+        row += [f"{guess.memory / GIB:.1f}", f"{guess.seconds:.2f}", f"{guess.mfu:.1%}"]
         if checked:
-            plan = checked[index].plan
-            row.append(f"{checked[index].needed / GIB:.1f}")
+            plan, needed = checked[index].plan, checked[index].needed
             seconds = max(plan.seconds.values()) if plan else 0.0
-            row += [f"{seconds:.2f}", f"{plan.mfu(seconds):.1%}"] if plan else ["-", "does not fit"]
+            row += [f"{needed / GIB:.1f}", *([f"{seconds:.2f}", f"{plan.mfu(seconds):.1%}"] if plan else ["no", "fit"])]
         table.add_row(*row)
     return table
