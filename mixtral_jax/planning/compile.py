@@ -18,6 +18,12 @@ from mixtral_jax.runtime import Runtime, make_runtime
 from mixtral_jax.sharding import make_mesh
 from mixtral_jax.training.step import BATCH_KEYS, Trainable
 
+# What libtpu says when the whole program or its temporaries alone exceed the chip.
+OUT_OF_MEMORY = (
+    r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG])",
+    r"temporaries \(([\d.]+)([KMG])\) exceeds available HBM \(([\d.]+)([KMG])\)",
+)
+
 
 class DoesNotFitError(UserError):
     """The compiler itself refuses: the program needs more memory than the chip has."""
@@ -119,7 +125,7 @@ def _memory(stats: Any, state: dict[str, Any]) -> Memory:
 def _explained(error: Exception) -> UserError:
     """Turns a compiler's report into a sentence."""
     text = str(error)
-    used = re.search(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) (\w+)", text)
+    used = next((match for pattern in OUT_OF_MEMORY if (match := re.search(pattern, text))), None)
     if used:
         unit = {"K": 2.0**10, "M": 2.0**20, "G": 2.0**30}
         needed, given = float(used[1]) * unit[used[2]], float(used[3]) * unit[used[4]]

@@ -38,14 +38,22 @@ def test_a_missing_compiler_is_named_with_its_remedy(monkeypatch, name, package)
         main([CONFIG, "--topology", name])
 
 
-def test_the_compiler_s_refusal_becomes_figures():
-    refusal = _explained(
-        Exception("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 52.00G of 31.25G hbm.")
-    )
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Ran out of memory in memory space hbm. Used 52.00G of 31.25G hbm. Exceeded hbm capacity by 20.75G.",
+        "Ran out of memory on HBM, the total memory required for HLO temporaries (52.00G) exceeds available HBM (31.25G).",
+    ],
+)
+def test_the_compiler_s_refusal_becomes_figures(words):
+    refusal = _explained(Exception(f"RESOURCE_EXHAUSTED: {words}"))
     assert isinstance(refusal, DoesNotFitError)
     assert (refusal.needed, refusal.given) == (52 * 2**30, 31.25 * 2**30)
     assert str(refusal) == "does not fit: the compiler needs 52.0 GiB of 31.2 GiB a chip"
-    assert "the compiler refuses: INTERNAL: broken" in str(_explained(Exception("INTERNAL: broken\nstack")))
+
+
+def test_other_refusals_are_told_in_a_line():
+    assert str(_explained(Exception("INTERNAL: broken\nstack"))) == "the compiler refuses: INTERNAL: broken"
 
 
 def test_unknown_pod_configs_are_named():
