@@ -42,7 +42,7 @@ def test_a_missing_compiler_is_named_with_its_remedy(monkeypatch, name, package)
     "words",
     [
         "Ran out of memory in memory space hbm. Used 52.00G of 31.25G hbm. Exceeded hbm capacity by 20.75G.",
-        "Ran out of memory on HBM, the total memory required for HLO temporaries (52.00G) exceeds available HBM (31.25G).",
+        "Out of HBM, the total memory required for HLO temporaries (52.00G) exceeds available HBM (31.25G).",
     ],
 )
 def test_the_compiler_s_refusal_becomes_figures(words):
