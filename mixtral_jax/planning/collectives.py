@@ -1,5 +1,7 @@
 """Finds every collective operation of a compiled program: its bytes, how often it runs, over which mesh axes."""
 
+import re
+from collections import defaultdict
 from dataclasses import dataclass
 
 from jax.sharding import Mesh
@@ -7,6 +9,11 @@ from jax.sharding import Mesh
 from mixtral_jax.planning.groups import axes_of, participants
 from mixtral_jax.planning.hlo import Computation, Instruction, Module
 
+# What libtpu makes of collectives between slices: a transfer by the host's network, with the collective's name.
+BETWEEN_SLICES = {
+    "ALL_REDUCE": "all-reduce", "ALL_GATHER": "all-gather", "REDUCE_SCATTER": "reduce-scatter",
+    "ALL_TO_ALL": "all-to-all", "ONE_TO_ONE": "collective-permute",
+}  # fmt: skip
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 SENT_BY_ALL_REDUCE = 2  # it is a reduce-scatter and an all-gather
 
@@ -49,9 +56,15 @@ def find_collectives(module: Module, mesh: Mesh) -> list[Collective]:
             continue
         for instruction in computation.values():
             kind = instruction.opcode.removesuffix("-start")
-            if kind not in KINDS:
+            transfer = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
+            if kind in KINDS:
+                groups = participants(instruction, mesh.size)
+                payload = _payload(kind, instruction, computation)
+            elif kind == "send" and transfer:
+                kind, groups = BETWEEN_SLICES[transfer[1]], _twins(mesh)
+                payload = instruction.shapes[0].bytes * (len(groups[0]) if kind == "all-gather" else 1)
+            else:
                 continue
-            groups = participants(instruction, mesh.size)
             if kind == "collective-permute":
                 groups = [pair for pair in groups if pair[0] != pair[1]]
             if not groups or len(groups[0]) == 1:
@@ -62,7 +75,7 @@ def find_collectives(module: Module, mesh: Mesh) -> list[Collective]:
                 Collective(
                     name=instruction.name,
                     kind=kind,
-                    payload=_payload(kind, instruction, computation),
+                    payload=payload,
                     runs=module.runs[computation_name],
                     axes=axes_of(groups, mesh),
                     groups=tuple(tuple(group) for group in groups),
@@ -70,6 +83,14 @@ def find_collectives(module: Module, mesh: Mesh) -> list[Collective]:
                 )
             )
     return found
+
+
+def _twins(mesh: Mesh) -> list[list[int]]:
+    """Groups of devices that have the same place in different slices."""
+    groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for index, device in enumerate(mesh.devices.flat):
+        groups[tuple(device.coords)].append(index)
+    return list(groups.values())
 
 
 def _payload(kind: str, instruction: Instruction, computation: Computation) -> float:

@@ -2,12 +2,15 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mixtral_jax.planning.collectives import find_collectives
 from mixtral_jax.planning.hlo import parse
+from mixtral_jax.planning.network import network_time
 from mixtral_jax.planning.work import count_work
+from tests.planning.fakes import fake_topology
 from tests.tiny import mesh_of
 
 KIB = 1024
@@ -73,6 +76,21 @@ ENTRY %main (x: bf16[64]) -> bf16[8] {
     assert found == {
         "start": ("all-gather", 1024), "both": ("reduce-scatter", 256), "all-reduce.1": ("reduce-scatter", 128)
     }  # fmt: skip
+
+
+def test_transfers_between_slices_are_collectives():
+    text = """ENTRY %main (x: bf16[64]) -> bf16[64] {
+  %x = bf16[64]{0} parameter(0)
+  ROOT %s = (bf16[64]{0}, u32[], token[]) send(%x, %x), channel_id=1, is_host_transfer=true, frontend_attributes={KIND}
+}
+"""
+    topology = fake_topology("v5p:4x4x4", slices=2)
+    mesh = Mesh(np.array(topology.devices).reshape(2, 64), ("data", "fsdp"))
+    for name, kind, payload in (("ALL_REDUCE", "all-reduce", 128), ("ALL_GATHER", "all-gather", 256)):
+        (found,) = find_collectives(parse(text.replace("KIND", f'_xla_megascale_transfer_type="{name}"')), mesh)
+        assert (found.kind, found.payload, found.axes, len(found.groups)) == (kind, payload, ("data",), 64)
+        near, far = network_time(found, topology)
+        assert (near, far) == (0, found.moved / 6.25e9)
 
 
 def work_of(function, *shapes, turns=1):
