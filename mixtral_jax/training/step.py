@@ -29,6 +29,10 @@ from mixtral_jax.zigzag import column_order
 TrainState = dict[str, Any]
 Metrics = dict[str, Array]
 
+# By platform. Without it, XLA for CPU copies half of the state before it overwrites it.
+COMPILER_OPTIONS: dict[str, dict[str, bool | int | float | str]] = {
+    "cpu": {"xla_cpu_copy_insertion_use_region_analysis": True}
+}
 BATCH_KEYS = ("tokens", "targets", "segment_ids", "positions", "loss_mask")
 
 
@@ -74,6 +78,7 @@ class Trainable:
             in_shardings=(self.shardings(), {key: self.batch_sharding for key in BATCH_KEYS}),
             out_shardings=(self.shardings(), self.replicated),
             donate_argnums=0,
+            compiler_options=COMPILER_OPTIONS.get(architecture.runtime.platform),
         )
 
     def shardings(self) -> TrainState:

@@ -1,6 +1,7 @@
 """The training step: microbatches, skipped updates, balancing by bias, float types."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -192,3 +193,12 @@ def test_dropped_assignments_are_counted():
     assert 0 < metrics["dropped_share"] < 0.5
     _, metrics = one_step(*LOUD)
     assert metrics["dropped_share"] == 0
+
+
+def test_the_state_is_overwritten_in_place():
+    """Nothing of it is copied first: that would take its memory again, and the time to move it."""
+    trainable = tiny_trainable(tiny_config())
+    batch = trainable.put(tiny_batch(trainable.config))
+    program = trainable.step.lower(trainable.abstract(), batch).compile().as_text()
+    assert "%state" in program
+    assert not re.findall(r"= f32\S+ copy\(%state\S*\)", program)
