@@ -1,15 +1,18 @@
 """A model small enough to compile in seconds, batches for it, and the way to a training step on any mesh."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
 from mixtral_jax.config import Config, MeshConfig
 from mixtral_jax.config_loading import parse_config, replace
 from mixtral_jax.model.mixtral import Architecture
-from mixtral_jax.runtime import make_runtime
+from mixtral_jax.model.moe import MoE, SelectionBias
+from mixtral_jax.runtime import Runtime, make_runtime
 from mixtral_jax.sharding import MESH_AXES, make_mesh
 from mixtral_jax.training.step import Trainable
 
@@ -82,3 +85,21 @@ def train(trainable: Trainable, steps: int, *, seed: int = 0) -> tuple[dict[str,
         state, metrics = trainable.step(state, trainable.put(tiny_batch(trainable.config, seed + step)))
         history.append(jax.tree.map(np.asarray, metrics))
     return state, history
+
+
+def moe_layer(config: Config, runtime: Runtime) -> Callable[..., Any]:
+    """One mixture layer: output, dropped count and gradients as a compiled function of (arrays, valid, d_y)."""
+    graph, params, bias = nnx.split(MoE(config.model, runtime, rngs=nnx.Rngs(0)), nnx.Param, SelectionBias)
+
+    def apply(x, router, w_gate, w_up, w_down, valid):
+        named = {"router": router, "w_gate": w_gate, "w_up": w_up, "w_down": w_down}
+        state = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(named))
+        y, out = nnx.merge(graph, state, bias)(x, valid)
+        return y, out.dropped
+
+    @jax.jit
+    def run(arrays, valid, d_y):
+        y, pull, dropped = jax.vjp(lambda *a: apply(*a, valid), *arrays, has_aux=True)
+        return y, dropped, pull(d_y)
+
+    return run

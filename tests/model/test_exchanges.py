@@ -7,14 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from mixtral_jax.kernels.exchange import expert_slices, sort_arrivals
-from mixtral_jax.model.moe import MoE, SelectionBias
 from mixtral_jax.model.routing import choose_experts, device_quota, drop_beyond_quota, expert_capacity
 from mixtral_jax.runtime import make_runtime
 from tests import collectives, oracles
-from tests.tiny import mesh_of, tiny_config
+from tests.tiny import mesh_of, moe_layer, tiny_config
 
 BATCH, SEQ, D_MODEL, D_FF, EXPERTS = 8, 6, 8, 12, 8
 EXCHANGES = ["gather", "padded", "ragged"]
@@ -36,20 +34,7 @@ def layer(k: int, exchange: str, dispatch: str, factor: float, axes: tuple[tuple
         kernels={"experts": experts},
     )  # fmt: skip
     runtime = dataclasses.replace(make_runtime(config, mesh_of(**dict(axes))), exchange=exchange)
-    graph, params, bias = nnx.split(MoE(config.model, runtime, rngs=nnx.Rngs(0)), nnx.Param, SelectionBias)
-
-    def apply(x, router, w_gate, w_up, w_down, valid):
-        named = {"router": router, "w_gate": w_gate, "w_up": w_up, "w_down": w_down}
-        state = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(named))
-        y, out = nnx.merge(graph, state, bias)(x, valid)
-        return y, out.dropped
-
-    @jax.jit
-    def run(arrays, valid, d_y):
-        y, pull, dropped = jax.vjp(lambda *a: apply(*a, valid), *arrays, has_aux=True)
-        return y, dropped, pull(d_y)
-
-    return run
+    return moe_layer(config, runtime)
 
 
 def example(scenario: str):

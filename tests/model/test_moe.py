@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mixtral_jax.model.moe import MoE, SelectionBias
+from mixtral_jax.model.moe import MoE
 from mixtral_jax.model.routing import choose_experts, expert_capacity
 from mixtral_jax.runtime import make_runtime
 from tests import oracles
-from tests.tiny import mesh_of, tiny_config
+from tests.tiny import mesh_of, moe_layer, tiny_config
 
 BATCH, SEQ, D_MODEL, D_FF, EXPERTS = 3, 11, 8, 12, 4
 ROOMY = ("capacity", "auto", 0, float(EXPERTS))
@@ -36,22 +36,7 @@ def layer(k: int, dispatch: str, experts: str, block_size: int, factor: float):
                "num_experts": EXPERTS, "num_experts_per_tok": k, "dispatch": dispatch, "capacity_factor": factor},
         kernels={"experts": experts, "block_size": block_size},
     )  # fmt: skip
-    graph, params, bias = nnx.split(
-        MoE(config.model, make_runtime(config, mesh_of()), rngs=nnx.Rngs(0)), nnx.Param, SelectionBias
-    )
-
-    def apply(x, router, w_gate, w_up, w_down, valid):
-        named = {"router": router, "w_gate": w_gate, "w_up": w_up, "w_down": w_down}
-        state = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(named))
-        y, out = nnx.merge(graph, state, bias)(x, valid)
-        return y, out.dropped
-
-    @jax.jit
-    def run(arrays, valid, d_y):
-        y, pull, dropped = jax.vjp(lambda *a: apply(*a, valid), *arrays, has_aux=True)
-        return y, dropped, pull(d_y)
-
-    return run
+    return moe_layer(config, make_runtime(config, mesh_of()))
 
 
 def example(scenario: str):
