@@ -92,7 +92,9 @@ def test_mpi_says_where_process_0_listens(tmp_path):
 
 @pytest.mark.parametrize(("slices", "names"), [("1", ["pod"]), ("2", ["pod-0", "pod-1"])])
 def test_tpu_runs_the_command_on_every_host_of_every_slice(tmp_path, slices, names):
-    fake(tmp_path, "gcloud", f'printf "%s|" "$@" >> {tmp_path}/calls; echo >> {tmp_path}/calls')
+    fake(
+        tmp_path, "gcloud", f'line=$(printf "%s|" "$@"); echo "$line" >> {tmp_path}/calls'
+    )  # in one piece: two run at once
     environment = {
         "PATH": f"{tmp_path}:{os.environ['PATH']}", "NAME": "pod", "PROJECT": "mine", "SOURCE": "https://host/repo.git",
         "SLICES": slices,
