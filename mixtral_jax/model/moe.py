@@ -17,7 +17,7 @@ from mixtral_jax.model.layers import parameter
 from mixtral_jax.model.routing import choose_experts, device_quota, drop_beyond_quota, expert_capacity
 from mixtral_jax.precision import EXACT_PRODUCT, FULL
 from mixtral_jax.runtime import Runtime
-from mixtral_jax.sharding import RULES, axis_size, spec
+from mixtral_jax.sharding import RULES, axis_size, gather, spec
 
 
 class RouterOutput(NamedTuple):
@@ -74,8 +74,9 @@ class MoE(nnx.Module):
         indices, weights = choose_experts(logits, bias, config.num_experts_per_tok)
         experts = jnp.where(valid[..., None], indices, config.num_experts)
         weights = jnp.where(valid[..., None], weights, 0)
-        if axis_size(runtime.mesh, "expert_d_model") > 1:
-            w_gate, w_up, w_down = _whole(w_gate, 1), _whole(w_up, 1), _whole(w_down, 2)
+        w_gate, w_up, w_down = (
+            gather(w, runtime.mesh, "expert_d_model", axis) for w, axis in ((w_gate, 1), (w_up, 1), (w_down, 2))
+        )
         (batch, seq_len, k), local_experts = experts.shape, w_gate.shape[0]
         ways, shares = runtime.mesh.shape["expert"], runtime.mesh.shape["context"]
         capacity = expert_capacity(seq_len * shares, k, config.num_experts, config.capacity_factor)
@@ -107,11 +108,6 @@ class MoE(nnx.Module):
             flat_x, flat_kept, flat_weights = (a.reshape(-1, a.shape[-1]) for a in (x, kept, weights))
             y = compute_dropless(flat_x, flat_kept, flat_weights, run, quota=quota, **group).reshape(x.shape)
         return jax.lax.psum(y, "tensor"), indices, jax.lax.psum(dropped, ("data", "fsdp", "expert", "context"))
-
-
-def _whole(w: Array, axis: int) -> Array:
-    """Gathers d_model of this device's experts; the backward pass is a reduce-scatter of their gradients."""
-    return jax.lax.all_gather(w, RULES["expert_d_model"], axis=axis, tiled=True)
 
 
 def _all_but_whole_weights(primitive: Any, *_: Any, **parameters: Any) -> bool:
