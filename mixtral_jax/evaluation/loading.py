@@ -11,6 +11,7 @@ from mixtral_jax.data.sources import check_source
 from mixtral_jax.data.splits import Documents, split_documents
 from mixtral_jax.data.token_cache import open_or_build
 from mixtral_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mixtral_jax.distributed import main_first
 from mixtral_jax.evaluation.windows import window_sizes
 from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.runtime import check_sequence, make_runtime
@@ -66,9 +67,15 @@ def load_model(path: str, overrides: list[str], *, packed: bool = True) -> Loade
 def evaluation_texts(loaded: LoadedModel) -> list[Documents]:
     """Opens the texts to measure: of a source that was trained on, the held-out part; of any other, all.
 
+    Of several processes the main one goes first and builds the caches.
+
     Raises:
         UserError: a source that cannot be read.
     """
+    return main_first(lambda: _open_texts(loaded))
+
+
+def _open_texts(loaded: LoadedModel) -> list[Documents]:
     config = loaded.config
     for source in config.data.sources:
         check_source(source)

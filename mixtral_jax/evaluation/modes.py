@@ -10,7 +10,7 @@ from rich.console import Console, RenderableType
 
 from mixtral_jax.config import UserError
 from mixtral_jax.console import ProgressLine
-from mixtral_jax.distributed import is_main, main_first
+from mixtral_jax.distributed import is_main
 from mixtral_jax.evaluation import pictures
 from mixtral_jax.evaluation.context import context_lengths, measure_contexts, num_windows
 from mixtral_jax.evaluation.loading import LoadedModel, evaluation_texts
@@ -46,9 +46,7 @@ def perplexity(loaded: LoadedModel) -> Report:
     """Measures perplexity, source by source, as `eval.mode` says."""
     config = loaded.config
     score = make_scorer(loaded.architecture)(loaded.arrays)
-    evaluation = measure_with_progress(
-        score, main_first(lambda: evaluation_texts(loaded)), config.eval, config.data.seq_len
-    )
+    evaluation = measure_with_progress(score, evaluation_texts(loaded), config.eval, config.data.seq_len)
     numbers = results_json(evaluation, tokenizer=loaded.tokenizer.fingerprint, checkpoint_step=loaded.step)
     draw = {"perplexity.png": lambda path: pictures.draw_perplexity(evaluation, path)}
     return Report([results_table(evaluation)], numbers, draw)
@@ -59,7 +57,7 @@ def context(loaded: LoadedModel) -> Report:
     config = loaded.config
     longest, _ = window_sizes(config.eval, config.data.seq_len)
     lengths = context_lengths(longest, sequence_multiple(loaded.architecture.runtime.mesh.shape["context"]))
-    texts = main_first(lambda: evaluation_texts(loaded))
+    texts = evaluation_texts(loaded)
     score = make_scorer(loaded.architecture)(loaded.arrays)
     total = sum(num_windows(text, longest, config.eval.max_tokens) for text in texts) * len(lengths)
     curves = {}
@@ -109,7 +107,7 @@ def passkey(loaded: LoadedModel) -> Report:
 def routing(loaded: LoadedModel) -> Report:
     """Counts which experts the tokens of each source go to, cut as for perplexity."""
     config = loaded.config
-    texts = main_first(lambda: evaluation_texts(loaded))
+    texts = evaluation_texts(loaded)
     route = make_router(loaded.architecture)(loaded.arrays)
     seq_len, experts = config.data.seq_len, config.model.num_experts
     counts = {}
