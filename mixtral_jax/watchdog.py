@@ -169,7 +169,7 @@ class Watchdog:
                 if verdict.by == 0 or verdict.code != USER_ERROR
                 else f"{verdict.text} ({self._by(verdict)})"
             )
-            print(f"error: {text}", file=sys.stderr)
+            sys.stderr.write(f"error: {text}\n")  # in one piece: print writes the end of the line apart
         sys.stdout.flush()
         sys.stderr.flush()
         with contextlib.suppress(Exception):
