@@ -7,12 +7,13 @@ import jax
 from jax.sharding import Mesh
 
 from mixtral_jax.config import Config, UserError
+from mixtral_jax.kernels.mkl import Products, library
 from mixtral_jax.precision import Precision, make_precision
 from mixtral_jax.sharding import RULES, axis_size, make_mesh
 from mixtral_jax.zigzag import sequence_multiple
 
 AttentionBackend = Literal["blockwise", "cudnn", "splash"]
-ExpertsBackend = Literal["blocked", "ragged_dot", "megablox"]
+ExpertsBackend = Literal["blocked", "mkl", "ragged_dot", "megablox"]
 Exchange = Literal["ragged", "padded", "gather"]
 
 AUTO_ATTENTION: dict[str, AttentionBackend] = {"cpu": "blockwise", "gpu": "cudnn", "tpu": "splash"}
@@ -26,6 +27,7 @@ class Runtime:
 
     mesh: Mesh
     precision: Precision
+    products: Products  # of dense layers and of the loss
     attention: AttentionBackend
     experts: ExpertsBackend
     exchange: Exchange  # of rows between the devices along the mesh axis `expert`
@@ -44,7 +46,7 @@ class Runtime:
         axes = " x ".join(f"{name} {size}" for name, size in self.mesh.shape.items() if size > 1) or "one device"
         exchange = f"exchange: {self.exchange}, " if self.mesh.shape["expert"] > 1 else ""
         return (
-            f"{self.mesh.size} x {device.device_kind} ({axes}); attention: {self.attention}, experts: {self.experts}, "
+            f"{self.mesh.size} x {device.device_kind} ({axes}); products: {self.products}, attention: {self.attention}, experts: {self.experts}, "
             f"{exchange}compute: {jax.numpy.dtype(self.precision.compute).name}, remat: {self.remat}"
         )
 
@@ -58,7 +60,11 @@ def make_runtime(config: Config, mesh: Mesh | None = None) -> Runtime:
     mesh = make_mesh(config.mesh) if mesh is None else mesh
     platform = mesh.devices.flat[0].platform
     precision = make_precision(config.precision)
-    experts = AUTO_EXPERTS[platform] if config.kernels.experts == "auto" else config.kernels.experts
+    products = choose_products(config.kernels.products, mesh, precision)
+    automatic = "mkl" if products == "mkl" else AUTO_EXPERTS[platform]
+    experts = automatic if config.kernels.experts == "auto" else config.kernels.experts
+    if experts == "mkl" and products != "mkl":
+        raise UserError("kernels.experts=mkl needs kernels.products=mkl as well: set both, or use auto")
     if experts == "megablox" and platform == "gpu":
         raise UserError("kernels.experts=megablox does not run on gpu: use auto, ragged_dot or blocked")
     model = config.model
@@ -71,6 +77,7 @@ def make_runtime(config: Config, mesh: Mesh | None = None) -> Runtime:
     return Runtime(
         mesh=mesh,
         precision=precision,
+        products=products,
         attention=choose_attention(config.kernels.attention, platform, precision),
         experts=experts,
         exchange=choose_exchange(config.kernels.exchange, platform),
@@ -98,6 +105,26 @@ def choose_attention(
             "kernels.attention=cudnn does not compute in float32: set precision.compute=bfloat16, or use auto"
         )
     return name
+
+
+def choose_products(name: Literal["auto", "xla", "mkl"], mesh: Mesh, precision: Precision) -> Products:
+    """Resolves `auto`: oneMKL where it is installed and can be called.
+
+    Raises:
+        UserError: oneMKL is asked for where it cannot compute.
+    """
+    platform, full = mesh.devices.flat[0].platform, precision.full
+    if platform != "cpu" or mesh.size > 1 or precision.compute != full or precision.params != full:
+        if name == "mkl":
+            raise UserError("kernels.products=mkl computes in float32 on one device of kind cpu: use auto or xla")
+        return "xla"
+    if name == "xla":
+        return "xla"
+    if library() is None:
+        if name == "mkl":
+            raise UserError("kernels.products=mkl needs the package: pip install mkl, or use auto or xla")
+        return "xla"
+    return "mkl"
 
 
 def choose_exchange(name: Literal["auto", "ragged", "padded", "gather"], platform: str) -> Exchange:

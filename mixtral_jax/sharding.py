@@ -179,6 +179,12 @@ def gather(x: jax.Array, mesh: Mesh, logical: str, axis: int) -> jax.Array:
     return jax.lax.all_gather(x, names, axis=axis, tiled=True) if names else x
 
 
+def add_up(x: jax.Array, mesh: Mesh, *names: str) -> jax.Array:
+    """Inside `shard_map`: sums over mesh axes; XLA for CPU would copy for a sum over one device too."""
+    names = tuple(name for name in names if mesh.shape[name] > 1)
+    return jax.lax.psum(x, names) if names else x
+
+
 def axis_size(mesh: Mesh, logical: str) -> int:
     """Returns over how many devices a logical axis is split."""
     return math.prod(mesh.shape[name] for name in RULES[logical])

@@ -77,7 +77,7 @@ def extend(
         values = constrain(write(values, project(attention.wv), start), runtime.mesh, KV_HEADS)
         out = _attend(rotate(project(attention.wq), *rotary), keys, values, visible)
         x = x + jnp.einsum("bshk,hkd->bsd", out, attention.wo[...].astype(compute))
-        y, _ = layer.moe(layer.moe_norm(x), valid)
+        y, *_ = layer.moe(layer.moe_norm(x), valid)
         return x + y, (keys, values)
 
     x = embed(model.embedding[...], tokens, runtime)

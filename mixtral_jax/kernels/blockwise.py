@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from mixtral_jax.precision import FULL
 
 MASKED = -1e30  # finite, so that a row without any key gives no NaN
-BLOCK = 256  # positions of queries and of keys that meet at once
+BLOCK = 128  # positions of queries and of keys that meet at once
 
 
 def blockwise_attention(

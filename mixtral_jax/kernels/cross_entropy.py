@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from mixtral_jax.kernels.mkl import Products, add_product, multiply
 from mixtral_jax.precision import FULL
 from mixtral_jax.sharding import VOCAB_AXIS, gather, spec
 
@@ -21,6 +22,7 @@ def cross_entropy_sum(
     mask: Bool[Array, "batch seq"],
     *,
     mesh: Mesh,
+    products: Products,
     chunk: int,
 ) -> Float[Array, ""]:
     """Sums -log softmax(x head)[target] over the masked positions, in nats; differentiable in x and head.
@@ -31,13 +33,14 @@ def cross_entropy_sum(
         targets: next tokens.
         mask: positions that count.
         mesh: where the arrays lie.
+        products: who multiplies.
         chunk: tokens of a device whose logits exist at once.
     """
 
     def local(x: Array, head: Array, targets: Array, mask: Array) -> Array:
         head = gather(head, mesh, "d_model", axis=0)
         flat = (a.reshape(-1, *a.shape[2:]) for a in (x, targets, mask))
-        total = _local_sum(head, *flat, min(chunk, targets.size))
+        total = _local_sum(head, *flat, min(chunk, targets.size), products)
         return jax.lax.psum(total, ("data", "fsdp", "expert", "context"))
 
     tokens = spec(("batch", "sequence"))
@@ -53,6 +56,7 @@ def token_losses(
     targets: Int[Array, "batch seq"],
     *,
     mesh: Mesh,
+    products: Products,
     chunk: int,
 ) -> tuple[Float[Array, "batch seq"], Bool[Array, "batch seq"]]:
     """Computes -log softmax(x head)[target] of every position in nats, forward only; see `cross_entropy_sum`.
@@ -65,7 +69,7 @@ def token_losses(
         head = gather(head, mesh, "d_model", axis=0)
 
         def body(inputs: tuple[Array, Array]) -> tuple[Array, Array]:
-            logits, logsumexp, at_target, _ = _chunk_logits(inputs[0], head, inputs[1])
+            logits, logsumexp, at_target, _ = _chunk_logits(inputs[0], head, inputs[1], products)
             return logsumexp - at_target, at_target >= jax.lax.pmax(jnp.max(logits, axis=-1), VOCAB_AXIS)
 
         size = min(chunk, targets.size)
@@ -90,9 +94,12 @@ def _join(x: Array, tokens: int) -> Array:
     return x.reshape(-1, *x.shape[2:])[:tokens]
 
 
-def _chunk_logits(x: Array, head: Array, targets: Array) -> tuple[Array, Array, Array, Array]:
+def _chunk_logits(x: Array, head: Array, targets: Array, products: Products) -> tuple[Array, Array, Array, Array]:
     """Returns this device's columns of the logits, and over all columns: logsumexp, logit at the target, its column."""
-    logits = jnp.einsum("td,dv->tv", x, head, preferred_element_type=FULL)
+    if products == "mkl":
+        logits = multiply(x, head)
+    else:
+        logits = jnp.einsum("td,dv->tv", x, head, preferred_element_type=FULL)
     column = targets - jax.lax.axis_index(VOCAB_AXIS) * head.shape[1]
     here = (column >= 0) & (column < head.shape[1])
     peak = jax.lax.pmax(jnp.max(logits, axis=-1), VOCAB_AXIS)
@@ -102,24 +109,28 @@ def _chunk_logits(x: Array, head: Array, targets: Array) -> tuple[Array, Array, 
     return logits, peak + jnp.log(total), at_target, jnp.where(here, column, -1)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _local_sum(head: Array, x: Array, targets: Array, mask: Array, chunk: int) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _local_sum(head: Array, x: Array, targets: Array, mask: Array, chunk: int, products: Products) -> Array:
     def body(total: Array, inputs: tuple[Array, ...]) -> tuple[Array, None]:
         x_c, targets_c, mask_c = inputs
-        _, logsumexp, at_target, _ = _chunk_logits(x_c, head, targets_c)
+        _, logsumexp, at_target, _ = _chunk_logits(x_c, head, targets_c, products)
         return total + jnp.sum(jnp.where(mask_c, logsumexp - at_target, 0)), None
 
     return jax.lax.scan(body, jnp.zeros((), FULL), tuple(_split(a, chunk) for a in (x, targets, mask)))[0]
 
 
-def _local_fwd(head: Array, x: Array, targets: Array, mask: Array, chunk: int) -> tuple[Array, tuple[Array, Array]]:
+def _local_fwd(
+    head: Array, x: Array, targets: Array, mask: Array, chunk: int, products: Products
+) -> tuple[Array, tuple[Array, Array]]:
     def body(carry: tuple[Array, Array], inputs: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
         total, d_head = carry
         x_c, targets_c, mask_c = inputs
-        logits, logsumexp, at_target, column = _chunk_logits(x_c, head, targets_c)
+        logits, logsumexp, at_target, column = _chunk_logits(x_c, head, targets_c, products)
         total += jnp.sum(jnp.where(mask_c, logsumexp - at_target, 0))
         hit = jnp.arange(head.shape[1]) == column[..., None]
         d_logits = jnp.where(mask_c[..., None], jnp.exp(logits - logsumexp[..., None]) - hit, 0).astype(head.dtype)
+        if products == "mkl":
+            return (total, add_product(d_head, x_c, d_logits)), multiply(d_logits, head, "nt")
         d_head += jnp.einsum("td,tv->dv", x_c, d_logits, preferred_element_type=FULL)
         return (total, d_head), jnp.einsum("tv,dv->td", d_logits, head)
 
@@ -128,7 +139,7 @@ def _local_fwd(head: Array, x: Array, targets: Array, mask: Array, chunk: int) -
     return total, (_join(d_x, x.shape[0]).astype(x.dtype), d_head)
 
 
-def _local_bwd(chunk: int, residuals: tuple[Array, Array], d_total: Array) -> tuple[Array | None, ...]:
+def _local_bwd(chunk: int, products: Products, residuals: tuple[Array, Array], d_total: Array) -> tuple[Array | None, ...]:
     d_x, d_head = residuals
     # The sum is the same on every device of the vocabulary axis; its derivative is the sum of their cotangents.
     scale = jax.lax.psum(d_total, VOCAB_AXIS)

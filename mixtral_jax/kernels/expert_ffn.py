@@ -1,7 +1,7 @@
 """The SwiGLU experts over rows that are sorted by expert: work for the chosen experts only.
 
 Backends: `blocked` loops over each expert's active blocks with a dynamic trip count and runs anywhere XLA runs;
-`ragged_dot` is XLA's grouped product, dense on CPU, and on TPU dense in the gradient of the weights; `megablox` is
+`mkl` is oneMKL's on one CPU; `ragged_dot` is XLA's grouped product, dense on CPU, and on TPU dense in the gradient of the weights; `megablox` is
 JAX's grouped kernel for TPU, forward and both gradients. `equal` serves buffers of one size.
 """
 
@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mixtral_jax.kernels.blocked import blocked_ffn
+from mixtral_jax.kernels.mkl_layers import mkl_ffn
 
-ExpertsKernel = Literal["blocked", "ragged_dot", "megablox", "equal"]
+ExpertsKernel = Literal["blocked", "mkl", "ragged_dot", "megablox", "equal"]
 
 # Rows, inner and outer width of a block of megablox, in 2-byte types: with double buffering some 10 MiB, which the
 # vector memory of every TPU holds.
@@ -47,6 +48,9 @@ def expert_ffn(
     """
     if backend == "blocked":
         return blocked_ffn(rows, group_sizes, w_gate, w_up, w_down, block_sizes)
+    if backend == "mkl":
+        stacks = (w_gate[None], w_up[None], w_down[None])
+        return mkl_ffn(rows, group_sizes, jax.lax.stop_gradient(stacks), jnp.zeros((), jnp.int32), stacks)[0]
     if backend == "equal":
         x = rows.reshape(w_gate.shape[0], -1, rows.shape[1])
         gate, up = jnp.einsum("ecd,edf->ecf", x, w_gate), jnp.einsum("ecd,edf->ecf", x, w_up)

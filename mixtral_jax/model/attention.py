@@ -2,13 +2,12 @@
 
 import math
 
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.kernels.attention import attention
-from mixtral_jax.model.layers import parameter, rotate
+from mixtral_jax.model.layers import contract, parameter, rotate
 from mixtral_jax.runtime import Runtime
 from mixtral_jax.sharding import constrain
 
@@ -37,9 +36,9 @@ class Attention(nnx.Module):
     ) -> Float[Array, "batch seq d_model"]:
         """Attends; `segment_ids` 0 is padding."""
         mesh, compute = self.runtime.mesh, self.runtime.precision.compute
-        project = lambda w, axes: constrain(jnp.einsum("bsd,dhk->bshk", x, w[...].astype(compute)), mesh, axes)  # noqa: E731
+        project = lambda w, axes: constrain(contract(x, w[...].astype(compute), 1, self.runtime), mesh, axes)  # noqa: E731
         q = rotate(project(self.wq, HEADS), *rotary)
         k = rotate(project(self.wk, KV_HEADS), *rotary)
         v = project(self.wv, KV_HEADS)
         out = attention(q, k, v, segment_ids, mesh=mesh, backend=self.runtime.attention)
-        return jnp.einsum("bshk,hkd->bsd", out, self.wo[...].astype(compute))
+        return contract(out, self.wo[...].astype(compute), 2, self.runtime)

@@ -1,5 +1,7 @@
 """Parameters with logical axes, normalisation and rotary embedding."""
 
+import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -7,15 +9,32 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from mixtral_jax.kernels.mkl_layers import matmul
 from mixtral_jax.precision import FULL, Precision
 from mixtral_jax.runtime import Runtime
 from mixtral_jax.sharding import VOCAB_AXIS, Axes, gather, spec
 
 
-def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes, std: float, precision: Precision) -> nnx.Param:
+def parameter(
+    rngs: nnx.Rngs,
+    shape: tuple[int, ...],
+    axes: Axes,
+    std: float,
+    precision: Precision,
+    kind: type[nnx.Param] = nnx.Param,
+) -> nnx.Param:
     """Declares a normally distributed parameter together with its logical axes."""
     assert len(shape) == len(axes), (shape, axes)
-    return nnx.Param(std * jax.random.normal(rngs.params(), shape, precision.params), axes=axes)
+    return kind(std * jax.random.normal(rngs.params(), shape, precision.params), axes=axes)
+
+
+def contract(x: Array, w: Array, axes: int, runtime: Runtime) -> Array:
+    """Sums products over the last axes of x and the first ones of w."""
+    if runtime.products == "xla":
+        return jnp.tensordot(x, w, axes)
+    outer = w.shape[axes:]
+    out = matmul(x.reshape(-1, math.prod(w.shape[:axes])), w.reshape(-1, math.prod(outer)))
+    return out.reshape(*x.shape[: x.ndim - axes], *outer)
 
 
 class RMSNorm(nnx.Module):
@@ -29,9 +48,14 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch d_model"]) -> Float[Array, "*batch d_model"]:
         """Normalises the last axis."""
-        wide = x.astype(FULL)
-        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return (wide * inverse * self.scale[...].astype(FULL)).astype(self.precision.compute)
+
+        @partial(jax.checkpoint, prevent_cse=False)  # three arrays of the size of x would be kept for the backward pass
+        def normalize(x: Array, scale: Array) -> Array:
+            wide = x.astype(FULL)
+            inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+            return (wide * inverse * scale.astype(FULL)).astype(self.precision.compute)
+
+        return normalize(x, self.scale[...])
 
 
 def embed(

@@ -8,15 +8,24 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from mixtral_jax.config import ModelConfig
+from mixtral_jax.kernels.mkl_layers import Stacks
 from mixtral_jax.model.attention import Attention
 from mixtral_jax.model.layers import RMSNorm, embed, parameter, rotary_tables
-from mixtral_jax.model.moe import MoE, RouterOutput, SelectionBias
+from mixtral_jax.model.moe import ExpertWeight, InPlace, MoE, RouterOutput, SelectionBias
 from mixtral_jax.precision import FULL
 from mixtral_jax.runtime import Runtime
 from mixtral_jax.sharding import Axes, constrain, named_sharding
 
+
+
+def _is_dense_product(primitive: Any, *arguments: Any, **parameters: Any) -> bool:
+    if primitive.name == "ffi_call":
+        return parameters["target_name"].startswith("mkl_multiply")
+    return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *arguments, **parameters)
+
+
 REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": _is_dense_product,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 RESIDUAL = ("batch", "sequence", None)
@@ -33,12 +42,17 @@ class DecoderLayer(nnx.Module):
         self.mesh = runtime.mesh
 
     def __call__(
-        self, x: Array, segment_ids: Array, attention_ids: Array, rotary: tuple[Array, Array]
-    ) -> tuple[Array, RouterOutput]:
-        """Runs the layer; `attention_ids` say who may see whom, `segment_ids` 0 marks padding."""
+        self,
+        x: Array,
+        segment_ids: Array,
+        attention_ids: Array,
+        rotary: tuple[Array, Array],
+        place: InPlace | None = None,
+    ) -> tuple[Array, RouterOutput, Stacks | None]:
+        """Runs the layer; `attention_ids` say who may see whom, `segment_ids` 0 marks padding; `place`: see `MoE`."""
         x = x + constrain(self.attention(self.attention_norm(x), attention_ids, rotary), self.mesh, RESIDUAL)
-        y, router = self.moe(self.moe_norm(x), segment_ids > 0)
-        return constrain(x + y, self.mesh, RESIDUAL), router
+        y, router, carried = self.moe(self.moe_norm(x), segment_ids > 0, place)
+        return constrain(x + y, self.mesh, RESIDUAL), router, carried
 
 
 class Mixtral(nnx.Module):
@@ -79,14 +93,25 @@ class Mixtral(nnx.Module):
         x = embed(self.embedding[...], tokens, runtime)
         rotary = rotary_tables(positions, config.head_dim, config.rope_theta)
         attention_ids = (segment_ids > 0).astype(segment_ids.dtype) if config.attend_across_documents else segment_ids
-        graph, stacked = nnx.split(self.layers)
+        graph, experts, others = nnx.split(self.layers, ExpertWeight, ...)
+        carried, whole = None, None
+        if runtime.experts == "mkl":  # reads the experts where they lie in the stack, see `mkl_ffn`
+            moe = self.layers.moe
+            carried = (moe.w_gate[...], moe.w_up[...], moe.w_down[...])
+            whole, experts = jax.lax.stop_gradient(experts), None
 
-        def body(x: Array, layer_state: Any) -> tuple[Array, RouterOutput]:
-            return nnx.merge(graph, layer_state)(x, segment_ids, attention_ids, rotary)
+        def body(carry: tuple[Array, Any], inputs: Any) -> tuple[tuple[Array, Any], RouterOutput]:
+            x, carried = carry
+            number, experts, others = inputs
+            layer = nnx.merge(graph, experts if carried is None else whole, others)
+            place = None if carried is None else InPlace(carried, number)
+            x, router, carried = layer(x, segment_ids, attention_ids, rotary, place)
+            return (x, carried), router
 
         if runtime.remat != "none":
             body = jax.checkpoint(body, policy=REMAT_POLICIES[runtime.remat], prevent_cse=False)
-        x, router = jax.lax.scan(body, x, stacked)
+        numbers = jnp.arange(config.num_layers, dtype=jnp.int32)
+        (x, _), router = jax.lax.scan(body, (x, carried), (numbers, experts, others))
         return self.final_norm(x), router
 
     def head(self) -> Float[Array, "d_model vocab"]:

@@ -12,12 +12,17 @@ from jaxtyping import Array, Bool, Float, Int
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.kernels.blocked import choose_block_sizes
 from mixtral_jax.kernels.expert_ffn import expert_ffn
+from mixtral_jax.kernels.mkl_layers import Stacks, mkl_ffn
 from mixtral_jax.model.expert_parallel import compute_capacity, compute_dropless, drop_beyond_capacity
 from mixtral_jax.model.layers import parameter
 from mixtral_jax.model.routing import choose_experts, device_quota, drop_beyond_quota, expert_capacity
 from mixtral_jax.precision import EXACT_PRODUCT, FULL
 from mixtral_jax.runtime import Runtime
-from mixtral_jax.sharding import RULES, axis_size, gather, spec
+from mixtral_jax.sharding import MESH_AXES, RULES, add_up, axis_size, gather, spec
+
+
+# Names every axis: the gradient of what does not is summed over the axes left out, by copying even where there is one device.
+ONE_DEVICE = PartitionSpec(MESH_AXES)
 
 
 class RouterOutput(NamedTuple):
@@ -32,6 +37,17 @@ class SelectionBias(nnx.Variable):
     """State of auxiliary-loss-free balancing: moved by the load, never by a gradient."""
 
 
+class ExpertWeight(nnx.Param):
+    """A matrix of every expert."""
+
+
+class InPlace(NamedTuple):
+    """Where a layer's experts lie in the stack of all layers, for `mkl_ffn`."""
+
+    carried: Stacks  # through all layers
+    layer: Int[Array, ""]
+
+
 class MoE(nnx.Module):
     """y = sum over the top k experts e of softmax_k(router)_e * SwiGLU_e(x). Source: arXiv 2401.04088, equation 2."""
 
@@ -41,34 +57,51 @@ class MoE(nnx.Module):
         precision = runtime.precision
         self.router = parameter(rngs, (d, e), (None, None), std, precision)
         self.selection_bias = SelectionBias(jnp.zeros((e,), FULL), axes=(None,))
-        self.w_gate = parameter(rngs, (e, d, f), ("experts", "expert_d_model", "d_ff"), std, precision)
-        self.w_up = parameter(rngs, (e, d, f), ("experts", "expert_d_model", "d_ff"), std, precision)
-        self.w_down = parameter(rngs, (e, f, d), ("experts", "d_ff", "expert_d_model"), out_std, precision)
+        self.w_gate = parameter(rngs, (e, d, f), ("experts", "expert_d_model", "d_ff"), std, precision, ExpertWeight)
+        self.w_up = parameter(rngs, (e, d, f), ("experts", "expert_d_model", "d_ff"), std, precision, ExpertWeight)
+        self.w_down = parameter(rngs, (e, f, d), ("experts", "d_ff", "expert_d_model"), out_std, precision, ExpertWeight)
         self.config = config
         self.runtime = runtime
 
     def __call__(
-        self, x: Float[Array, "batch seq d_model"], valid: Bool[Array, "batch seq"]
-    ) -> tuple[Float[Array, "batch seq d_model"], RouterOutput]:
-        """Routes and computes; positions that are not `valid` (padding) reach no expert and return zero."""
+        self, x: Float[Array, "batch seq d_model"], valid: Bool[Array, "batch seq"], place: InPlace | None = None
+    ) -> tuple[Float[Array, "batch seq d_model"], RouterOutput, Stacks | None]:
+        """Routes and computes; positions that are not `valid` (padding) reach no expert and return zero.
+
+        Args:
+            x: normalised activations.
+            valid: not padding.
+            place: the experts of this module are those of all layers, and this is where to look.
+
+        Returns:
+            The result, what the router decided, and `place.carried` for the next layer.
+        """
         compute = self.runtime.precision.compute
         logits = jnp.einsum("bsd,de->bse", x.astype(FULL), self.router[...].astype(FULL), precision=EXACT_PRODUCT)
         tokens = spec(("batch", "sequence", None))
         w_in, w_out = spec(("experts", "expert_d_model", "d_ff")), spec(("experts", "d_ff", "expert_d_model"))
         weights = [w[...].astype(compute) for w in (self.w_gate, self.w_up, self.w_down)]
         split = axis_size(self.runtime.mesh, "expert_d_model") > 1
-        y, indices, dropped = jax.shard_map(
+        y, indices, dropped, carried = jax.shard_map(
             jax.checkpoint(self._local, policy=_all_but_whole_weights, prevent_cse=False) if split else self._local,
             mesh=self.runtime.mesh,
-            in_specs=(tokens, tokens, spec(("batch", "sequence")), PartitionSpec(), w_in, w_in, w_out),
-            out_specs=(tokens, tokens, PartitionSpec()),
+            in_specs=(tokens, tokens, spec(("batch", "sequence")), PartitionSpec(), w_in, w_in, w_out, InPlace(ONE_DEVICE, PartitionSpec())),
+            out_specs=(tokens, tokens, PartitionSpec(), ONE_DEVICE),
             check_vma=False,
-        )(x, logits, valid, self.selection_bias[...], *weights)
-        return y, RouterOutput(logits, indices, dropped)
+        )(x, logits, valid, self.selection_bias[...], *weights, place)
+        return y, RouterOutput(logits, indices, dropped), carried
 
     def _local(
-        self, x: Array, logits: Array, valid: Array, bias: Array, w_gate: Array, w_up: Array, w_down: Array
-    ) -> tuple[Array, Array, Array]:
+        self,
+        x: Array,
+        logits: Array,
+        valid: Array,
+        bias: Array,
+        w_gate: Array,
+        w_up: Array,
+        w_down: Array,
+        place: InPlace | None,
+    ) -> tuple[Array, Array, Array, Stacks | None]:
         """Computes one device's part: its tokens with the experts of its group, whoever holds them."""
         config, runtime = self.config, self.runtime
         indices, weights = choose_experts(logits, bias, config.num_experts_per_tok)
@@ -77,12 +110,19 @@ class MoE(nnx.Module):
         w_gate, w_up, w_down = (
             gather(w, runtime.mesh, "expert_d_model", axis) for w, axis in ((w_gate, 1), (w_up, 1), (w_down, 2))
         )
-        (batch, seq_len, k), local_experts = experts.shape, w_gate.shape[0]
-        ways, shares = runtime.mesh.shape["expert"], runtime.mesh.shape["context"]
+        (batch, seq_len, k), local_experts = experts.shape, w_gate.shape[-3]
+        mesh = runtime.mesh
+        ways, shares = mesh.shape["expert"], mesh.shape["context"]
         capacity = expert_capacity(seq_len * shares, k, config.num_experts, config.capacity_factor)
         equal = config.dispatch == "capacity" and shares == 1
+        carried = None
 
         def run(rows: Array, group_sizes: Array) -> Array:
+            nonlocal carried
+            if place:
+                weights = (w_gate, w_up, w_down)
+                rows, carried = mkl_ffn(rows, group_sizes, weights, place.layer, place.carried)
+                return rows
             return expert_ffn(
                 rows,
                 group_sizes,
@@ -107,7 +147,8 @@ class MoE(nnx.Module):
             dropped = jnp.sum((kept == config.num_experts) & (experts < config.num_experts), dtype=FULL)
             flat_x, flat_kept, flat_weights = (a.reshape(-1, a.shape[-1]) for a in (x, kept, weights))
             y = compute_dropless(flat_x, flat_kept, flat_weights, run, quota=quota, **group).reshape(x.shape)
-        return jax.lax.psum(y, "tensor"), indices, jax.lax.psum(dropped, ("data", "fsdp", "expert", "context"))
+        y, dropped = add_up(y, mesh, "tensor"), add_up(dropped, mesh, "data", "fsdp", "expert", "context")
+        return y, indices, dropped, carried
 
 
 def _all_but_whole_weights(primitive: Any, *_: Any, **parameters: Any) -> bool:

@@ -104,7 +104,13 @@ def compute_losses(
     x, router = model(batch["tokens"], batch["segment_ids"], batch["positions"])
     runtime = model.runtime
     nats = cross_entropy_sum(
-        x, model.head(), batch["targets"], batch["loss_mask"], mesh=runtime.mesh, chunk=runtime.loss_chunk
+        x,
+        model.head(),
+        batch["targets"],
+        batch["loss_mask"],
+        mesh=runtime.mesh,
+        products=runtime.products,
+        chunk=runtime.loss_chunk,
     )
     sums = router_sums(router, batch)
     load = expert_load(sums.assignments) if load is None else load
