@@ -63,7 +63,8 @@ class DataConfig:
     tokenizer: str = "mixtral"
     seq_len: int = MISSING  # tokens of a row that the model sees
     holdout: float = 0.01  # share of each source's documents kept from training for evaluation
-    cache_dir: str = ""  # token caches; empty: $XDG_CACHE_HOME/mixtral_jax or ~/.cache/mixtral_jax
+    # Token caches and compiled programs; empty: $XDG_CACHE_HOME/mixtral_jax or ~/.cache/mixtral_jax.
+    cache_dir: str = ""
 
 
 @dataclass(frozen=True)
