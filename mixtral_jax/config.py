@@ -167,6 +167,9 @@ class PrecisionConfig:
     compute: FloatName = "float32"  # matrix products and activations
     gradients: FloatName = "float32"  # accumulation over microbatches
     optimizer: FloatName = "float32"  # first moment of AdamW; the second stays float32
+    # Factors of the experts' products, forward and backward: `compute`, or rounded to 8 bits with scales by row and
+    # column (fp8: e4m3). Parameters and checkpoints stay as they are.
+    experts: Literal["compute", "int8", "fp8"] = "compute"
 
 
 @dataclass(frozen=True)

@@ -42,9 +42,11 @@ class Runtime:
         """Says in one line what was chosen."""
         device = self.mesh.devices.flat[0]
         axes = " x ".join(f"{name} {size}" for name, size in self.mesh.shape.items() if size > 1) or "one device"
+        eight_bit = self.precision.experts
+        experts = f"{self.experts} in {jax.numpy.dtype(eight_bit).name}" if eight_bit else self.experts
         exchange = f"exchange: {self.exchange}, " if self.mesh.shape["expert"] > 1 else ""
         return (
-            f"{self.mesh.size} x {device.device_kind} ({axes}); attention: {self.attention}, experts: {self.experts}, "
+            f"{self.mesh.size} x {device.device_kind} ({axes}); attention: {self.attention}, experts: {experts}, "
             f"{exchange}compute: {jax.numpy.dtype(self.precision.compute).name}, remat: {self.remat}"
         )
 
