@@ -1,11 +1,13 @@
 """One SwiGLU expert layer, forward and with both gradients, against a dense layer of the same active work.
 
     python -m benchmarks.moe_layer [--tokens 2048] [--d-model 512] [--layers 8x1792 32x448 128x112] [--dtype float32]
+                                      [--experts compute int8 fp8]
 
 The dense layer is the limit that a mixture could reach: the same products, in one piece, with nothing to route.
 """
 
 import argparse
+import itertools
 import statistics
 
 import jax
@@ -13,9 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.measure import Report, interleaved, median_ratio
+from mixtral_jax.config import PrecisionConfig
+from mixtral_jax.kernels.blocked import choose_block_sizes
 from mixtral_jax.kernels.expert_ffn import expert_ffn
 from mixtral_jax.kernels.permutation import combine_rows, dispatch_rows
 from mixtral_jax.model.routing import dropless_plan
+from mixtral_jax.precision import make_precision
 
 BACKENDS = ("blocked", "ragged_dot")
 
@@ -29,6 +34,8 @@ def main() -> None:
     parser.add_argument("--backends", nargs="+", default=["blocked"], choices=BACKENDS)
     parser.add_argument("--block-size", type=int, default=0)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--experts", nargs="+", default=["compute"], choices=("compute", "int8", "fp8"),
+                        help="factors of the products, as of precision.experts")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=10)
     options = parser.parse_args()
 
@@ -73,18 +80,23 @@ def pieces(options: argparse.Namespace, experts: int, d_ff: int):
     def dense(x, w_gate, w_up, w_down):
         return (jax.nn.silu(x @ w_gate) * (x @ w_up)) @ w_down
 
-    def mixture(backend):
+    def mixture(backend, factors):
+        blocks = (options.block_size,) if options.block_size else choose_block_sizes(tokens * k, experts)
+        eight_bit = make_precision(PrecisionConfig(experts=factors)).experts
+
         def layer(x, w_gate, w_up, w_down):
             plan = dropless_plan(routing, experts, tokens * k)
             rows = dispatch_rows(x, plan.source, plan.row_of)
             rows = expert_ffn(rows, plan.group_sizes, w_gate, w_up, w_down, backend=backend,
-                              block_size=options.block_size)  # fmt: skip
+                              block_sizes=blocks, eight_bit=eight_bit)  # fmt: skip
             return combine_rows(rows, shares, plan.source, plan.row_of)
 
         return layer
 
     work = {}
-    layers = {"dense": (dense, wide), **{name: (mixture(name), weights) for name in options.backends}}
+    layers = {"dense": (dense, wide)}
+    for backend, factors in itertools.product(options.backends, options.experts):
+        layers[backend if factors == "compute" else f"{backend} {factors}"] = (mixture(backend, factors), weights)
     for name, (layer, w) in layers.items():
         forward = jax.jit(layer)
         gradients = jax.jit(lambda *a, layer=layer: jax.vjp(layer, *a)[1](d_y))

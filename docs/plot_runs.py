@@ -3,6 +3,7 @@
 `python docs/plot_runs.py curve RUN docs/images/tiny.png`
 `python docs/plot_runs.py balance RUN_WITH RUN_WITHOUT docs/images/balance.png`
 `python docs/plot_runs.py sources RUN docs/images/languages.png`
+`python docs/plot_runs.py runs RUN [RUN ...] docs/images/quantized.png`
 """
 
 import sys
@@ -74,5 +75,25 @@ def draw_sources(run: str, picture: str) -> None:
     figure.savefig(picture, dpi=120)
 
 
+def draw_runs(*runs_and_picture: str) -> None:
+    """Draws held-out nats per token of several runs, and how far each is from the first."""
+    *runs, picture = runs_and_picture
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    first = np.array([e["heldout/total"] for e in split(runs[0])[1]])
+    for run in runs:
+        heldout = split(run)[1]
+        steps, nats = ([e[name] for e in heldout] for name in ("step", "heldout/total"))
+        left.plot(steps, nats, "o-", ms=3, lw=1, label=Path(run).name)
+        right.plot(steps, np.array(nats) - first, "o-", ms=3, lw=1, label=Path(run).name)
+    left.set(xlabel="step", ylabel="nats per token", title="held-out text")
+    right.set(xlabel="step", title=f"difference from {Path(runs[0]).name}")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    left.legend()
+    figure.savefig(picture, dpi=120)
+
+
 if __name__ == "__main__":
-    {"curve": draw_curve, "balance": draw_balance, "sources": draw_sources}[sys.argv[1]](*sys.argv[2:])
+    {"curve": draw_curve, "balance": draw_balance, "sources": draw_sources, "runs": draw_runs}[sys.argv[1]](
+        *sys.argv[2:]
+    )

@@ -63,7 +63,8 @@ class DataConfig:
     tokenizer: str = "mixtral"
     seq_len: int = MISSING  # tokens of a row that the model sees
     holdout: float = 0.01  # share of each source's documents kept from training for evaluation
-    cache_dir: str = ""  # token caches; empty: $XDG_CACHE_HOME/mixtral_jax or ~/.cache/mixtral_jax
+    # Token caches and compiled programs; empty: $XDG_CACHE_HOME/mixtral_jax or ~/.cache/mixtral_jax.
+    cache_dir: str = ""
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,9 @@ class PrecisionConfig:
     compute: FloatName = "float32"  # matrix products and activations
     gradients: FloatName = "float32"  # accumulation over microbatches
     optimizer: FloatName = "float32"  # first moment of AdamW; the second stays float32
+    # Factors of the experts' products, forward and backward: `compute`, or rounded to 8 bits with scales by row and
+    # column (fp8: e4m3). Parameters and checkpoints stay as they are.
+    experts: Literal["compute", "int8", "fp8"] = "compute"
 
 
 @dataclass(frozen=True)

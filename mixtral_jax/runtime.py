@@ -44,9 +44,12 @@ class Runtime:
         """Says in one line what was chosen."""
         device = self.mesh.devices.flat[0]
         axes = " x ".join(f"{name} {size}" for name, size in self.mesh.shape.items() if size > 1) or "one device"
+        eight_bit = self.precision.experts
+        experts = f"{self.experts} in {jax.numpy.dtype(eight_bit).name}" if eight_bit else self.experts
         exchange = f"exchange: {self.exchange}, " if self.mesh.shape["expert"] > 1 else ""
         return (
-            f"{self.mesh.size} x {device.device_kind} ({axes}); products: {self.products}, attention: {self.attention}, experts: {self.experts}, "
+            f"{self.mesh.size} x {device.device_kind} ({axes}); products: {self.products}, attention: {self.attention}, "
+            f"experts: {experts}, "
             f"{exchange}compute: {jax.numpy.dtype(self.precision.compute).name}, remat: {self.remat}"
         )
 
@@ -61,10 +64,10 @@ def make_runtime(config: Config, mesh: Mesh | None = None) -> Runtime:
     platform = mesh.devices.flat[0].platform
     precision = make_precision(config.precision)
     products = choose_products(config.kernels.products, mesh, precision)
-    automatic = "mkl" if products == "mkl" else AUTO_EXPERTS[platform]
+    automatic = "mkl" if products == "mkl" and not precision.experts else AUTO_EXPERTS[platform]
     experts = automatic if config.kernels.experts == "auto" else config.kernels.experts
-    if experts == "mkl" and products != "mkl":
-        raise UserError("kernels.experts=mkl needs kernels.products=mkl as well: set both, or use auto")
+    if experts == "mkl" and (products != "mkl" or precision.experts):
+        raise UserError("kernels.experts=mkl needs kernels.products=mkl and precision.experts=compute: set them, or use auto")
     if experts == "megablox" and platform == "gpu":
         raise UserError("kernels.experts=megablox does not run on gpu: use auto, ragged_dot or blocked")
     model = config.model

@@ -4,6 +4,7 @@ optimisations and the emitters of fused loops, which take longer than the tests 
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # in this process; the first directory would serve all tests
 os.environ["XLA_FLAGS"] = " ".join(
     ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0",
      "--xla_cpu_use_fusion_emitters=false")

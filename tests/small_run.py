@@ -58,17 +58,18 @@ mesh: {{fsdp: 1}}
     return config
 
 
-def start(script: str, *arguments: object) -> subprocess.Popen[str]:
-    """Starts an entry script on one CPU device."""
-    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+def start(script: str, *arguments: object, **variables: str) -> subprocess.Popen[str]:
+    """Starts an entry script on one CPU device, with more environment variables."""
+    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT), "JAX_ENABLE_COMPILATION_CACHE": "true"}
+    environment |= variables
     return subprocess.Popen(
         [sys.executable, str(ROOT / script), *map(str, arguments)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
     )  # fmt: skip
 
 
-def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+def run(script: str, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
     """Runs an entry script to its end."""
-    process = start(script, *arguments)
+    process = start(script, *arguments, **variables)
     out, err = process.communicate(timeout=300)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)

@@ -4,8 +4,9 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from types import TracebackType
+from typing import Any
 
-from mixtral_jax.data.packing import Batch
+Batch = dict[str, Any]  # arrays, of the host or on devices
 
 
 class Prefetcher:

@@ -9,10 +9,12 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from mixtral_jax.kernels.blocked import blocked_ffn
 from mixtral_jax.kernels.mkl_layers import mkl_ffn
+from mixtral_jax.kernels.quantized import EightBitProduct, quantized_ffn
 
 ExpertsKernel = Literal["blocked", "mkl", "ragged_dot", "megablox", "equal"]
 
@@ -32,6 +34,7 @@ def expert_ffn(
     backend: ExpertsKernel,
     block_sizes: tuple[int, ...] = (),
     interpret: bool = False,
+    eight_bit: DTypeLike | None = None,
 ) -> Float[Array, "rows d_model"]:
     """Computes w_down(silu(w_gate x) * w_up x) with each row's expert.
 
@@ -42,10 +45,14 @@ def expert_ffn(
         backend: see the module; `equal` requires every group to be rows / experts long.
         block_sizes: rows of the blocks of `blocked`, largest first; see `choose_block_sizes`.
         interpret: run a kernel of the platform step by step, on a CPU.
+        eight_bit: type that the products' factors are rounded to, see `quantized`; None: none.
 
     Returns:
         One output a row; rows of nobody are finite and otherwise unspecified.
     """
+    if eight_bit is not None:
+        product = EightBitProduct(eight_bit, backend, block_sizes[0] if block_sizes else 0, interpret)
+        return quantized_ffn(rows, group_sizes, w_gate, w_up, w_down, product)
     if backend == "blocked":
         return blocked_ffn(rows, group_sizes, w_gate, w_up, w_down, block_sizes)
     if backend == "mkl":

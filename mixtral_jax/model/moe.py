@@ -132,6 +132,7 @@ class MoE(nnx.Module):
                 backend="equal" if equal else runtime.experts,
                 block_sizes=runtime.block_sizes or choose_block_sizes(batch * seq_len * k, local_experts),
                 interpret=runtime.platform == "cpu",
+                eight_bit=runtime.precision.experts,
             )
 
         group = {"num_experts": config.num_experts, "ways": ways, "exchange": runtime.exchange}

@@ -23,8 +23,8 @@ from mixtral_jax.runtime import Runtime
 from mixtral_jax.sharding import axis_size, make_mesh
 
 # Largest ||kernel - reference|| / ||reference|| of an output or gradient. Rounding to bfloat16 gives some 0.005, to
-# TF32 0.0005; a wrong mask, row or expert gives 0.1 and more.
-LIMITS = {2: 0.02, 4: 0.002}  # by bytes of the compute type
+# TF32 0.0005, all factors of the experts' products to 8 bits up to 0.08; a wrong mask, row or expert gives more.
+LIMITS = {1: 0.15, 2: 0.02, 4: 0.002}  # by bytes of the type of products
 MOST_EXPERTS = 4  # of a device; the float32 reference of more would crowd out the model
 
 
@@ -45,8 +45,10 @@ def admit_kernels(config: Config, runtime: Runtime) -> str:
         f"attention: {runtime.attention}": _attention_differences(config, runtime),
         f"experts: {runtime.experts}": _expert_differences(config, runtime),
     }
-    limit = LIMITS[jnp.dtype(runtime.precision.compute).itemsize]
+    precision = runtime.precision
     for kernel, found in differences.items():
+        products = precision.experts or precision.compute if kernel.startswith("experts") else precision.compute
+        limit = LIMITS[jnp.dtype(products).itemsize]
         worst = max(found, key=lambda name: found[name] if math.isfinite(found[name]) else math.inf)
         if not found[worst] <= limit:  # so written, it is also true of nan
             figures = ", ".join(f"{name} {value:.2g}" for name, value in found.items())
@@ -96,14 +98,14 @@ def _expert_differences(config: Config, runtime: Runtime) -> dict[str, float]:
     w_in, w_out = (experts, model.d_model, d_ff), (experts, d_ff, model.d_model)
     shapes = [(rows, model.d_model), w_in, w_in, w_out, (rows, model.d_model)]
 
-    def run(backend: Any, *arrays: Array) -> Array:
+    def run(backend: Any, eight_bit: Any, *arrays: Array) -> Array:
         blocks = runtime.block_sizes or choose_block_sizes(rows, experts)
         interpret = runtime.platform == "cpu"
-        settings = {"backend": backend, "block_sizes": blocks, "interpret": interpret}
+        settings = {"backend": backend, "block_sizes": blocks, "interpret": interpret, "eight_bit": eight_bit}
         out = expert_ffn(arrays[0], jnp.asarray(sizes), *arrays[1:], **settings)
         return jnp.where(used, out, 0)
 
-    kernel, reference = partial(run, runtime.experts), partial(run, "blocked")
+    kernel, reference = partial(run, runtime.experts, runtime.precision.experts), partial(run, "blocked", None)
     return _differences(kernel, reference, shapes, ("output", "d_rows", "d_w_gate", "d_w_up", "d_w_down"), runtime)
 
 

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from mixtral_jax import distributed
+from mixtral_jax.compiled import keep_compiled
 from mixtral_jax.config import Config, DistributedConfig, UserError
 from mixtral_jax.config_loading import to_yaml
 from mixtral_jax.data.pipeline import TrainingData, open_documents
@@ -28,6 +29,7 @@ from mixtral_jax.runtime import make_runtime
 from mixtral_jax.training.admission import admit_kernels
 from mixtral_jax.training.checkpoint import Checkpoints, find_checkpoint
 from mixtral_jax.training.logger import MetricsLogger
+from mixtral_jax.training.losses import Batch
 from mixtral_jax.training.run_dir import RunDirectory
 from mixtral_jax.training.signals import StopRequest
 from mixtral_jax.training.step import Trainable, TrainState
@@ -61,6 +63,7 @@ class Trainer:
         self.config = dataclasses.replace(config, distributed=DistributedConfig())  # of this start, not of the run
         self.say = say
         self.runtime = make_runtime(config)
+        keep_compiled(config.data.cache_dir)
         self.trainable = Trainable(Architecture(config.model, self.runtime), config)
         self.score = make_scorer(self.trainable.architecture)
 
@@ -139,11 +142,17 @@ class Trainer:
         self.clock, self.clock_step = time.monotonic(), step
         pending: deque[tuple[int, dict[str, Any]]] = deque()
         rows = self.trainable.host_rows()
-        with StopRequest() as stop, Prefetcher(lambda step: self.data.batch(step, rows), step, last) as batches:
-            for host_batch in batches:
+
+        def place(step: int) -> Batch:
+            """In the thread of the prefetcher: to put a host's own rows on its own devices takes no other process."""
+            return self.trainable.put(self.data.batch(step, rows), rows)
+
+        with StopRequest() as stop, Prefetcher(place, step, last) as batches:
+            for batch in batches:
                 distributed.begin(step + 1)
-                state, metrics = self.trainable.step(state, self.trainable.put(host_batch, rows))
+                state, metrics = self.trainable.step(state, batch)
                 step += 1
+                self._fetch(step, metrics)
                 pending.append((step, metrics))
                 asked = stop.reached(step)
                 ends = step == last or asked
@@ -162,6 +171,15 @@ class Trainer:
         distributed.rest()
         return state, step
 
+    def _is_logged(self, step: int) -> bool:
+        return step % self.config.train.log_every == 0 or step in (1, self.config.train.steps)
+
+    def _fetch(self, step: int, metrics: dict[str, Any]) -> None:
+        """Lets the device send what `_report` reads as soon as it is there; without it, every value is a round trip."""
+        for name, value in metrics.items():
+            if name == "skipped_in_a_row" or self._is_logged(step):
+                value.copy_to_host_async()
+
     def _report(self, step: int, metrics: dict[str, Any]) -> None:
         """Waits for a step, watches for trouble and logs every `train.log_every` steps, the first and the last."""
         jax.block_until_ready(metrics)
@@ -173,7 +191,7 @@ class Trainer:
                 f"the loss or a gradient was not finite in {in_a_row} steps in a row, up to step {step}: lower "
                 "optimizer.learning_rate or look at the data; the checkpoints hold the last good parameters"
             )
-        if step % config.log_every and step not in (1, config.steps):
+        if not self._is_logged(step):
             self.logger.advance(step)
             return
         values = {name: np.asarray(value) for name, value in metrics.items() if name != "skipped_in_a_row"}

@@ -11,9 +11,10 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mixtral_jax.config import MeshConfig
+from mixtral_jax.config import MeshConfig, PrecisionConfig
 from mixtral_jax.kernels.attention import attention
 from mixtral_jax.kernels.expert_ffn import expert_ffn
+from mixtral_jax.precision import make_precision
 from mixtral_jax.sharding import make_mesh
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, the compiler of TPUs")
@@ -34,14 +35,16 @@ def compiled(topology, function, *shapes):
 
 
 @pytest.mark.parametrize("topology", CHIPS)
-def test_expert_products_are_those_of_the_rows(topology):
+@pytest.mark.parametrize("experts", ["compute", "int8", "fp8"])
+def test_expert_products_are_those_of_the_rows(topology, experts):
     """A dense program would multiply every row with every expert in some product."""
+    eight_bit = make_precision(PrecisionConfig(experts=experts)).experts
     rows, d_model, d_ff, local_experts = 4096, 4096, 14336, 8
     bf16, weights = jnp.bfloat16, (local_experts, d_model, d_ff)
 
     def gradients(x, sizes, *w):
         def run(x, *w):
-            return jnp.sum(expert_ffn(x, sizes, *w, backend="megablox").astype(jnp.float32) ** 2)
+            return jnp.sum(expert_ffn(x, sizes, *w, backend="megablox", eight_bit=eight_bit).astype(jnp.float32) ** 2)
 
         return jax.grad(run, argnums=(0, 1, 2, 3))(x, *w)
 

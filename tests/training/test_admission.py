@@ -25,6 +25,16 @@ def test_kernels_for_tpu_are_admitted(compute, mesh):
     assert float(said.split()[-1]) < (0.02 if compute == "bfloat16" else 1e-4)
 
 
+@pytest.mark.parametrize("experts", ["int8", "fp8"])
+def test_products_of_8_bits_are_held_to_what_their_rounding_gives(monkeypatch, experts):
+    eight_bit = ("precision.compute=bfloat16", f"precision.experts={experts}")
+    assert 0.005 < float(admit(*eight_bit).split()[-1]) < 0.1
+    halved = wrong(admission.expert_ffn, gradient_of_weights_halved, "megablox")
+    monkeypatch.setattr(admission, "expert_ffn", halved)
+    with pytest.raises(UserError, match="megablox does not compute what it should"):
+        admit(*eight_bit)
+
+
 def wrong(real, mend, backend):
     """A kernel that goes wrong under one backend."""
 

@@ -1,0 +1,79 @@
+"""Compiled programs on disk: a second start of the same model compiles nothing.
+
+JAX keeps and finds them, by program, compiler options, versions and devices; here is decided where, and when not.
+"""
+
+import contextlib
+import hashlib
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from mixtral_jax.config import UserError
+from mixtral_jax.data.cache_files import cache_directory
+from mixtral_jax.distributed import is_alone, is_main
+
+LIMIT = 4 << 30  # bytes; a program of a large model takes some 10 MiB
+CPU_FACTS = ("model name", "flags", "CPU implementer", "CPU part", "Features")  # of /proc/cpuinfo, x86 and ARM
+
+
+def keep_compiled(configured: str) -> None:
+    """Lets JAX keep what it compiles from here on below the directory of caches; call it once the devices are known.
+
+    Nothing changes where JAX's own variables (JAX_COMPILATION_CACHE_DIR, JAX_ENABLE_COMPILATION_CACHE) have decided,
+    where the directory cannot be written, or for several processes with GPUs: these tune kernels together while they
+    compile, and one that finds its program on disk would leave the others waiting.
+
+    Args:
+        configured: `data.cache_dir`.
+    """
+    settings: Any = jax.config  # its attributes are made as it is loaded
+    if settings.jax_compilation_cache_dir is not None or not settings.jax_enable_compilation_cache:
+        return
+    backend = jax.default_backend()
+    if backend == "gpu" and not is_alone():
+        return
+    try:
+        # XLA runs a program that was compiled for another processor, to the first instruction that is missing.
+        directory = cache_directory(configured) / "compiled" / (_processor() if backend == "cpu" else backend)
+        directory.mkdir(parents=True, exist_ok=True)
+    except (UserError, OSError):
+        return
+    if not os.access(directory, os.W_OK):
+        return
+    if is_main():
+        trim(directory, LIMIT)
+    settings.update("jax_compilation_cache_dir", str(directory))
+    # A start compiles dozens of small programs, which take longer together than they do on disk.
+    settings.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def trim(directory: Path, limit: int) -> None:
+    """Deletes the programs that were not used for longest, down to so many bytes; JAX's own limit locks every look."""
+    files = [(max(status.st_atime, status.st_mtime), status.st_size, path) for path, status in _files(directory)]
+    total = sum(size for _, size, _ in files)
+    for _, size, path in sorted(files):
+        if total <= limit:
+            return
+        path.unlink(missing_ok=True)
+        total -= size
+
+
+def _files(directory: Path) -> list[tuple[Path, os.stat_result]]:
+    found = []
+    for path in directory.glob("*-cache"):
+        with contextlib.suppress(FileNotFoundError):  # another process trims, too
+            found.append((path, path.stat()))
+    return found
+
+
+def _processor() -> str:
+    """Names this machine's processor by what it can do."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        facts = [line for line in lines if line.split("\t")[0].strip() in CPU_FACTS]
+        return f"{platform.machine()}-{hashlib.sha256(chr(10).join(facts).encode()).hexdigest()[:12]}"
+    return f"{platform.machine()}-{platform.node()}"

@@ -1,0 +1,109 @@
+"""Compiled programs on disk: a second start finds every one, and what must not share one does not."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from mixtral_jax import compiled
+from mixtral_jax.compiled import keep_compiled, trim
+from tests.small_run import run, write_config
+
+MISS = "PERSISTENT COMPILATION CACHE MISS"
+
+
+@pytest.fixture
+def jax_of_a_user(monkeypatch):
+    """JAX's settings as without a word of the user, put back after the test; nothing is compiled meanwhile."""
+    names = ("jax_enable_compilation_cache", "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def test_programs_are_kept_below_the_cache_directory_by_processor(jax_of_a_user, tmp_path, monkeypatch):
+    keep_compiled(str(tmp_path))
+    first = jax.config.jax_compilation_cache_dir
+    assert first.startswith(str(tmp_path / "compiled"))
+    monkeypatch.setattr(compiled, "CPU_FACTS", ("flags",))  # as if /proc/cpuinfo named another one
+    jax.config.update("jax_compilation_cache_dir", None)
+    keep_compiled(str(tmp_path))
+    assert jax.config.jax_compilation_cache_dir != first
+
+
+def test_what_the_user_told_jax_stays(jax_of_a_user, tmp_path):
+    jax.config.update("jax_compilation_cache_dir", "/elsewhere")
+    keep_compiled(str(tmp_path))
+    assert jax.config.jax_compilation_cache_dir == "/elsewhere"
+    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_enable_compilation_cache", False)
+    keep_compiled(str(tmp_path))
+    assert jax.config.jax_compilation_cache_dir is None
+
+
+def test_a_directory_that_cannot_be_made_or_written_is_left_alone(jax_of_a_user, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    keep_compiled(str(tmp_path / "file"))
+    assert jax.config.jax_compilation_cache_dir is None
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    keep_compiled(str(tmp_path))
+    assert jax.config.jax_compilation_cache_dir is None
+
+
+@pytest.mark.parametrize(
+    ("backend", "alone", "kept"), [("gpu", False, False), ("gpu", True, True), ("tpu", False, True)]
+)
+def test_gpus_of_several_processes_tune_together_and_keep_nothing(
+    jax_of_a_user, tmp_path, monkeypatch, backend, alone, kept
+):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(compiled, "is_alone", lambda: alone)
+    keep_compiled(str(tmp_path))
+    assert (jax.config.jax_compilation_cache_dir is not None) == kept
+
+
+def test_the_limit_takes_what_was_not_used_for_longest(tmp_path):
+    for age, name in enumerate("abcd"):
+        path = tmp_path / f"{name}-cache"
+        path.write_bytes(bytes(10))
+        os.utime(path, (1e9 - age, 1e9 - age))
+    (tmp_path / "other").write_bytes(bytes(100))
+    trim(tmp_path, 25)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-cache", "b-cache", "other"]
+
+
+def test_compiler_options_are_part_of_what_a_program_is_found_by(tmp_path):
+    script = """
+import jax
+options = [None, {"xla_cpu_copy_insertion_use_region_analysis": True}]
+for chosen in options + options:
+    jax.clear_caches()
+    jax.jit(lambda x: x * 2, compiler_options=chosen).lower(1.0).compile()
+"""
+    environment = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "true", "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
+                   "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # fmt: skip
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
+    assert len(list(tmp_path.glob("jit__lambda*-cache"))) == 2
+
+
+@pytest.mark.slow
+def test_a_second_start_compiles_nothing(tmp_path):
+    """Training with its evaluations, and `eval.py`."""
+    config = write_config(tmp_path)
+    explained = {"JAX_EXPLAIN_CACHE_MISSES": "1"}
+    training = (config, "train.steps=6", "train.eval_every=3")
+    first, second = (run("train.py", *training, f"run_dir={tmp_path / name}", **explained) for name in "ab")
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    assert "held-out" in second.stdout
+    assert MISS in first.stderr
+    assert MISS not in second.stderr
+    # With the batches of training, all of its programs would be there already.
+    first, second = (run("eval.py", tmp_path / "a", "eval.batch_size=3", **explained) for _ in range(2))
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    assert MISS in first.stderr
+    assert MISS not in second.stderr

@@ -1,0 +1,86 @@
+"""The loop in one process: batches reach the devices ahead of their step, and no step waits for another's metrics."""
+
+import threading
+
+import pytest
+
+from mixtral_jax.config import UserError
+from mixtral_jax.config_loading import load_config, replace
+from mixtral_jax.data.pipeline import TrainingData
+from mixtral_jax.training.step import Trainable
+from mixtral_jax.training.trainer import IN_FLIGHT, Trainer
+from tests.small_run import write_config
+
+STEPS = 9
+KEYS = ("train.batch_size=8", "mesh.fsdp=8", f"train.steps={STEPS}", "train.eval_every=0", "checkpoint.every=100")
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    return Trainer(load_config(write_config(tmp_path), list(KEYS)), say=lambda text: None)
+
+
+def prefetching():
+    return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+
+
+def test_steps_go_out_before_metrics_come_in_and_batches_are_placed_ahead(trainer, monkeypatch):
+    events, placed = [], [threading.Event() for _ in range(STEPS)]
+    put, step, report = Trainable.put, trainer.trainable.step, Trainer._report
+
+    def note_put(self, batch, rows=None):
+        assert threading.current_thread().name == "prefetch"
+        result = put(self, batch, rows)
+        placed[next(number for number, event in enumerate(placed) if not event.is_set())].set()
+        return result
+
+    def note_step(state, batch):
+        number = sum(kind == "step" for kind, _ in events)
+        if number + 1 < STEPS:  # the thread must get there while this one is busy with a step
+            assert placed[number + 1].wait(60), f"the batch after step {number + 1} is not on the devices"
+        events.append(("step", number + 1))
+        return step(state, batch)
+
+    def note_report(self, number, metrics):
+        events.append(("report", number))
+        report(self, number, metrics)
+
+    monkeypatch.setattr(Trainable, "put", note_put)
+    monkeypatch.setattr(trainer.trainable, "step", note_step)
+    monkeypatch.setattr(Trainer, "_report", note_report)
+    outcome = trainer.run()
+
+    assert outcome.finished
+    for number in range(1, STEPS - IN_FLIGHT + 1):
+        assert events.index(("report", number)) == events.index(("step", number + IN_FLIGHT)) + 1
+    assert [number for kind, number in events if kind == "report"] == list(range(1, STEPS + 1))
+    assert not prefetching()
+
+
+def test_a_loader_that_fails_ends_the_run_with_its_sentence_and_leaves_no_thread(trainer, monkeypatch):
+    make = TrainingData.batch
+
+    def fail(self, step, rows=None):
+        if step == 3:
+            raise UserError("the disk is gone: mount it")
+        return make(self, step, rows)
+
+    monkeypatch.setattr(TrainingData, "batch", fail)
+    with pytest.raises(UserError, match=r"^the disk is gone: mount it$"):
+        trainer.run()
+    assert not prefetching()
+
+
+def test_metrics_are_sent_for_ahead_where_they_will_be_read(trainer):
+    class Value:
+        sent = False
+
+        def copy_to_host_async(self):
+            self.sent = True
+
+    trainer.config = replace(trainer.config, train={"log_every": 5})
+    for step, logged in ((1, True), (2, False), (STEPS, True)):
+        metrics = {"loss": Value(), "skipped_in_a_row": Value()}
+        trainer._fetch(step, metrics)
+        assert metrics["skipped_in_a_row"].sent
+        assert metrics["loss"].sent == logged
