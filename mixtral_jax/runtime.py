@@ -47,10 +47,10 @@ class Runtime:
         eight_bit = self.precision.experts
         experts = f"{self.experts} in {jax.numpy.dtype(eight_bit).name}" if eight_bit else self.experts
         exchange = f"exchange: {self.exchange}, " if self.mesh.shape["expert"] > 1 else ""
+        compute = jax.numpy.dtype(self.precision.compute).name
         return (
-            f"{self.mesh.size} x {device.device_kind} ({axes}); products: {self.products}, attention: {self.attention}, "
-            f"experts: {experts}, "
-            f"{exchange}compute: {jax.numpy.dtype(self.precision.compute).name}, remat: {self.remat}"
+            f"{self.mesh.size} x {device.device_kind} ({axes}); products: {self.products}, "
+            f"attention: {self.attention}, experts: {experts}, {exchange}compute: {compute}, remat: {self.remat}"
         )
 
 
@@ -67,7 +67,7 @@ def make_runtime(config: Config, mesh: Mesh | None = None) -> Runtime:
     automatic = "mkl" if products == "mkl" and not precision.experts else AUTO_EXPERTS[platform]
     experts = automatic if config.kernels.experts == "auto" else config.kernels.experts
     if experts == "mkl" and (products != "mkl" or precision.experts):
-        raise UserError("kernels.experts=mkl needs kernels.products=mkl and precision.experts=compute: set them, or use auto")
+        raise UserError("kernels.experts=mkl needs kernels.products=mkl and precision.experts=compute: or use auto")
     if experts == "megablox" and platform == "gpu":
         raise UserError("kernels.experts=megablox does not run on gpu: use auto, ragged_dot or blocked")
     model = config.model

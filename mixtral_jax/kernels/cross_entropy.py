@@ -139,7 +139,9 @@ def _local_fwd(
     return total, (_join(d_x, x.shape[0]).astype(x.dtype), d_head)
 
 
-def _local_bwd(chunk: int, products: Products, residuals: tuple[Array, Array], d_total: Array) -> tuple[Array | None, ...]:
+def _local_bwd(
+    chunk: int, products: Products, residuals: tuple[Array, Array], d_total: Array
+) -> tuple[Array | None, ...]:
     d_x, d_head = residuals
     # The sum is the same on every device of the vocabulary axis; its derivative is the sum of their cotangents.
     scale = jax.lax.psum(d_total, VOCAB_AXIS)

@@ -1,8 +1,8 @@
 """The SwiGLU experts over rows that are sorted by expert: work for the chosen experts only.
 
-Backends: `blocked` loops over each expert's active blocks with a dynamic trip count and runs anywhere XLA runs;
-`mkl` is oneMKL's on one CPU; `ragged_dot` is XLA's grouped product, dense on CPU, and on TPU dense in the gradient of the weights; `megablox` is
-JAX's grouped kernel for TPU, forward and both gradients. `equal` serves buffers of one size.
+Backends: `blocked` loops over each expert's active blocks with a dynamic trip count and runs anywhere XLA runs; `mkl`
+is oneMKL's on one CPU; `ragged_dot` is XLA's grouped product, dense on CPU, and on TPU dense in the gradient of the
+weights; `megablox` is JAX's grouped kernel for TPU, forward and both gradients. `equal` serves buffers of one size.
 """
 
 from typing import Literal
@@ -51,6 +51,7 @@ def expert_ffn(
         One output a row; rows of nobody are finite and otherwise unspecified.
     """
     if eight_bit is not None:
+        assert backend != "mkl"  # its products are of float32
         product = EightBitProduct(eight_bit, backend, block_sizes[0] if block_sizes else 0, interpret)
         return quantized_ffn(rows, group_sizes, w_gate, w_up, w_down, product)
     if backend == "blocked":

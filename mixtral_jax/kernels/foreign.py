@@ -13,7 +13,7 @@ import jax
 
 API_VERSION = (0, 3)
 METADATA, INTERNAL = 1, 13  # XLA_FFI_Extension_Metadata, XLA_FFI_Error_Code_INTERNAL
-HEAD = [("struct_size", c_size_t), ("extension", c_void_p)]
+HEAD: Any = (("struct_size", c_size_t), ("extension", c_void_p))
 
 
 class Version(ctypes.Structure):

@@ -12,7 +12,9 @@ from jaxtyping import Array, Float, Int
 
 from mixtral_jax.kernels.mkl import add_outer, grouped, grouped_add, multiply
 
-Stacks = tuple[Array, Array, Array]  # gate and up [layers, experts, d_model, d_ff], down [layers, experts, d_ff, d_model]
+Stacks = tuple[
+    Array, Array, Array
+]  # gate and up [layers, experts, d_model, d_ff], down [layers, experts, d_ff, d_model]
 
 
 @jax.custom_vjp

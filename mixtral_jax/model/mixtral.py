@@ -17,7 +17,6 @@ from mixtral_jax.runtime import Runtime
 from mixtral_jax.sharding import Axes, constrain, named_sharding
 
 
-
 def _is_dense_product(primitive: Any, *arguments: Any, **parameters: Any) -> bool:
     if primitive.name == "ffi_call":
         return parameters["target_name"].startswith("mkl_multiply")
@@ -93,7 +92,8 @@ class Mixtral(nnx.Module):
         x = embed(self.embedding[...], tokens, runtime)
         rotary = rotary_tables(positions, config.head_dim, config.rope_theta)
         attention_ids = (segment_ids > 0).astype(segment_ids.dtype) if config.attend_across_documents else segment_ids
-        graph, experts, others = nnx.split(self.layers, ExpertWeight, ...)
+        split: Any = nnx.split(self.layers, ExpertWeight, ...)
+        graph, experts, others = split
         carried, whole = None, None
         if runtime.experts == "mkl":  # reads the experts where they lie in the stack, see `mkl_ffn`
             moe = self.layers.moe
@@ -104,7 +104,7 @@ class Mixtral(nnx.Module):
             x, carried = carry
             number, experts, others = inputs
             layer = nnx.merge(graph, experts if carried is None else whole, others)
-            place = None if carried is None else InPlace(carried, number)
+            place = None if carried is None else (carried, number)
             x, router, carried = layer(x, segment_ids, attention_ids, rotary, place)
             return (x, carried), router
 

@@ -20,8 +20,7 @@ from mixtral_jax.precision import EXACT_PRODUCT, FULL
 from mixtral_jax.runtime import Runtime
 from mixtral_jax.sharding import MESH_AXES, RULES, add_up, axis_size, gather, spec
 
-
-# Names every axis: the gradient of what does not is summed over the axes left out, by copying even where there is one device.
+# Names every axis: over axes left out the gradient is summed, which copies it even where there is one device.
 ONE_DEVICE = PartitionSpec(MESH_AXES)
 
 
@@ -41,11 +40,8 @@ class ExpertWeight(nnx.Param):
     """A matrix of every expert."""
 
 
-class InPlace(NamedTuple):
-    """Where a layer's experts lie in the stack of all layers, for `mkl_ffn`."""
-
-    carried: Stacks  # through all layers
-    layer: Int[Array, ""]
+# For `mkl_ffn`: the experts of all layers, carried through them, and the number of the layer.
+InPlace = tuple[Stacks, Int[Array, ""]]
 
 
 class MoE(nnx.Module):
@@ -59,7 +55,9 @@ class MoE(nnx.Module):
         self.selection_bias = SelectionBias(jnp.zeros((e,), FULL), axes=(None,))
         self.w_gate = parameter(rngs, (e, d, f), ("experts", "expert_d_model", "d_ff"), std, precision, ExpertWeight)
         self.w_up = parameter(rngs, (e, d, f), ("experts", "expert_d_model", "d_ff"), std, precision, ExpertWeight)
-        self.w_down = parameter(rngs, (e, f, d), ("experts", "d_ff", "expert_d_model"), out_std, precision, ExpertWeight)
+        self.w_down = parameter(
+            rngs, (e, f, d), ("experts", "d_ff", "expert_d_model"), out_std, precision, ExpertWeight
+        )
         self.config = config
         self.runtime = runtime
 
@@ -74,18 +72,22 @@ class MoE(nnx.Module):
             place: the experts of this module are those of all layers, and this is where to look.
 
         Returns:
-            The result, what the router decided, and `place.carried` for the next layer.
+            The result, what the router decided, and the stacks of `place` for the next layer.
         """
         compute = self.runtime.precision.compute
         logits = jnp.einsum("bsd,de->bse", x.astype(FULL), self.router[...].astype(FULL), precision=EXACT_PRODUCT)
         tokens = spec(("batch", "sequence", None))
         w_in, w_out = spec(("experts", "expert_d_model", "d_ff")), spec(("experts", "d_ff", "expert_d_model"))
-        weights = [w[...].astype(compute) for w in (self.w_gate, self.w_up, self.w_down)]
+        weights = (w[...].astype(compute) for w in (self.w_gate, self.w_up, self.w_down))
         split = axis_size(self.runtime.mesh, "expert_d_model") > 1
+        held: Any = PartitionSpec()
+        if place:
+            held = (ONE_DEVICE, PartitionSpec())
+        local: Any = self._local
         y, indices, dropped, carried = jax.shard_map(
-            jax.checkpoint(self._local, policy=_all_but_whole_weights, prevent_cse=False) if split else self._local,
+            jax.checkpoint(local, policy=_all_but_whole_weights, prevent_cse=False) if split else local,
             mesh=self.runtime.mesh,
-            in_specs=(tokens, tokens, spec(("batch", "sequence")), PartitionSpec(), w_in, w_in, w_out, InPlace(ONE_DEVICE, PartitionSpec())),
+            in_specs=(tokens, tokens, spec(("batch", "sequence")), PartitionSpec(), w_in, w_in, w_out, held),
             out_specs=(tokens, tokens, PartitionSpec(), ONE_DEVICE),
             check_vma=False,
         )(x, logits, valid, self.selection_bias[...], *weights, place)
@@ -120,8 +122,9 @@ class MoE(nnx.Module):
         def run(rows: Array, group_sizes: Array) -> Array:
             nonlocal carried
             if place:
+                stacks, layer = place
                 weights = (w_gate, w_up, w_down)
-                rows, carried = mkl_ffn(rows, group_sizes, weights, place.layer, place.carried)
+                rows, carried = mkl_ffn(rows, group_sizes, weights, layer, stacks)
                 return rows
             return expert_ffn(
                 rows,
