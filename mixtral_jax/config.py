@@ -174,8 +174,9 @@ class KernelsConfig:
 
     # Portable blocks, cuDNN on CUDA, splash on TPU.
     attention: Literal["auto", "blockwise", "cudnn", "splash"] = "auto"
-    # Products over rows sorted by expert: blocks with a dynamic count, XLA's ragged_dot, or JAX's kernel for TPU.
-    experts: Literal["auto", "blocked", "ragged_dot", "megablox"] = "auto"
+    # Products over rows sorted by expert: blocks with a dynamic count, XLA's ragged_dot, or a grouped kernel, megablox
+    # for TPU and triton for GPUs from compute capability 8.0; in float32 triton uses TF32, as XLA's products do.
+    experts: Literal["auto", "blocked", "ragged_dot", "megablox", "triton"] = "auto"
     # How rows reach the experts of other devices, the same numbers from each: just those rows (`ragged`, not on CPU),
     # blocks of one size (`padded`), or all tokens to all and sums back (`gather`). auto: gather on CPU, else ragged.
     exchange: Literal["auto", "ragged", "padded", "gather"] = "auto"

@@ -12,11 +12,11 @@ from mixtral_jax.sharding import RULES, axis_size, make_mesh
 from mixtral_jax.zigzag import sequence_multiple
 
 AttentionBackend = Literal["blockwise", "cudnn", "splash"]
-ExpertsBackend = Literal["blocked", "ragged_dot", "megablox"]
+ExpertsBackend = Literal["blocked", "ragged_dot", "megablox", "triton"]
 Exchange = Literal["ragged", "padded", "gather"]
 
 AUTO_ATTENTION: dict[str, AttentionBackend] = {"cpu": "blockwise", "gpu": "cudnn", "tpu": "splash"}
-AUTO_EXPERTS: dict[str, ExpertsBackend] = {"cpu": "blocked", "gpu": "ragged_dot", "tpu": "megablox"}
+AUTO_EXPERTS: dict[str, ExpertsBackend] = {"cpu": "blocked", "gpu": "triton", "tpu": "megablox"}
 AUTO_EXCHANGE: dict[str, Exchange] = {"cpu": "gather", "gpu": "ragged", "tpu": "ragged"}
 
 
@@ -58,9 +58,6 @@ def make_runtime(config: Config, mesh: Mesh | None = None) -> Runtime:
     mesh = make_mesh(config.mesh) if mesh is None else mesh
     platform = mesh.devices.flat[0].platform
     precision = make_precision(config.precision)
-    experts = AUTO_EXPERTS[platform] if config.kernels.experts == "auto" else config.kernels.experts
-    if experts == "megablox" and platform == "gpu":
-        raise UserError("kernels.experts=megablox does not run on gpu: use auto, ragged_dot or blocked")
     model = config.model
     check_divides(mesh, "d_model", "model.d_model", model.d_model)
     check_divides(mesh, "d_ff", "model.d_ff", model.d_ff)
@@ -72,7 +69,7 @@ def make_runtime(config: Config, mesh: Mesh | None = None) -> Runtime:
         mesh=mesh,
         precision=precision,
         attention=choose_attention(config.kernels.attention, platform, precision),
-        experts=experts,
+        experts=choose_experts(config.kernels.experts, platform),
         exchange=choose_exchange(config.kernels.exchange, platform),
         block_sizes=(config.kernels.block_size,) if config.kernels.block_size else (),
         loss_chunk=config.kernels.loss_chunk,
@@ -97,6 +94,21 @@ def choose_attention(
         raise UserError(
             "kernels.attention=cudnn does not compute in float32: set precision.compute=bfloat16, or use auto"
         )
+    return name
+
+
+def choose_experts(
+    name: Literal["auto", "blocked", "ragged_dot", "megablox", "triton"], platform: str
+) -> ExpertsBackend:
+    """Resolves `auto` by platform.
+
+    Raises:
+        UserError: a kernel that the platform lacks.
+    """
+    if name == "auto":
+        return AUTO_EXPERTS[platform]
+    if (name, platform) in (("megablox", "gpu"), ("triton", "tpu")):
+        raise UserError(f"kernels.experts={name} does not run on {platform}: use auto, ragged_dot or blocked")
     return name
 
 

@@ -6,7 +6,7 @@ from jax.sharding import PartitionSpec
 
 from mixtral_jax.config import MeshConfig, PrecisionConfig, UserError
 from mixtral_jax.precision import make_precision
-from mixtral_jax.runtime import choose_attention, choose_exchange, make_runtime
+from mixtral_jax.runtime import choose_attention, choose_exchange, choose_experts, make_runtime
 from mixtral_jax.sharding import MESH_AXES, RULES, axis_size, make_mesh, spec
 from tests.tiny import mesh_of, tiny_config, tiny_trainable
 
@@ -94,6 +94,17 @@ def test_a_kernel_that_cannot_run_is_refused(backend, platform, sentence):
 
 def test_a_forced_kernel_is_checked_before_anything_runs():
     assert "kernels.attention=cudnn" in refusal(make_runtime, tiny_config(kernels={"attention": "cudnn"}), mesh_of())
+
+
+@pytest.mark.parametrize(("platform", "backend"), [("cpu", "blocked"), ("gpu", "triton"), ("tpu", "megablox")])
+def test_auto_chooses_the_experts_products_by_platform(platform, backend):
+    assert choose_experts("auto", platform) == backend
+
+
+@pytest.mark.parametrize(("backend", "platform"), [("megablox", "gpu"), ("triton", "tpu")])
+def test_a_grouped_kernel_of_another_platform_is_refused(backend, platform):
+    sentence = f"kernels.experts={backend} does not run on {platform}: use auto, ragged_dot or blocked"
+    assert refusal(choose_experts, backend, platform) == sentence
 
 
 @pytest.mark.parametrize(("platform", "exchange"), [("cpu", "gather"), ("gpu", "ragged"), ("tpu", "ragged")])

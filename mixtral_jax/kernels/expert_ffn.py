@@ -1,8 +1,9 @@
 """The SwiGLU experts over rows that are sorted by expert: work for the chosen experts only.
 
 Backends: `blocked` loops over each expert's active blocks with a dynamic trip count and runs anywhere XLA runs;
-`ragged_dot` is XLA's grouped product, dense on CPU, and on TPU dense in the gradient of the weights; `megablox` is
-JAX's grouped kernel for TPU, forward and both gradients. `equal` serves buffers of one size.
+`ragged_dot` is XLA's grouped product, dense on CPU and CUDA, and on TPU dense in the gradient of the weights;
+`megablox` is JAX's grouped kernel for TPU, `triton` ours for GPUs, forward and both gradients. `equal` serves buffers
+of one size.
 """
 
 from typing import Literal
@@ -13,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from mixtral_jax.kernels.blocked import blocked_ffn
 
-ExpertsKernel = Literal["blocked", "ragged_dot", "megablox", "equal"]
+ExpertsKernel = Literal["blocked", "ragged_dot", "megablox", "triton", "equal"]
 
 # Rows, inner and outer width of a block of megablox, in 2-byte types: with double buffering some 10 MiB, which the
 # vector memory of every TPU holds.
@@ -55,6 +56,11 @@ def expert_ffn(
     if backend == "ragged_dot":
         gate, up = jax.lax.ragged_dot(rows, w_gate, sizes), jax.lax.ragged_dot(rows, w_up, sizes)
         return jax.lax.ragged_dot(jax.nn.silu(gate) * up, w_down, sizes)
+    if backend == "triton":
+        from mixtral_jax.kernels.grouped import gmm
+
+        gate, up = gmm(rows, w_gate, sizes, interpret), gmm(rows, w_up, sizes, interpret)
+        return gmm(jax.nn.silu(gate) * up, w_down, sizes, interpret)
     # Megablox leaves the memory of rows that belong to nobody as it finds it, in outputs and in gradients.
     used = (jnp.arange(rows.shape[0]) < jnp.sum(sizes))[:, None]
     x = jnp.pad(jnp.where(used, rows, 0), ((0, -rows.shape[0] % _tiling(rows, w_gate)[0]), (0, 0)))

@@ -23,6 +23,7 @@ BACKENDS = [
     ("blocked", (1,)),
     ("ragged_dot", ()),
     ("megablox", ()),
+    ("triton", ()),
 ]
 
 

@@ -22,6 +22,7 @@ KERNELS = [
     ("dropless", "blocked", 0, 1.0),
     ("dropless", "ragged_dot", 0, 1.0),
     ("dropless", "megablox", 0, 1.0),
+    ("dropless", "triton", 0, 1.0),
     ROOMY,
 ]
 TIGHT = [("capacity", "auto", 0, factor) for factor in (0.3, 1.0)]
