@@ -24,6 +24,7 @@ from mixtral_jax.kernels.blockwise import blockwise_attention
 from mixtral_jax.precision import FULL
 
 LEAST_ROOM, TOKENS_OF_A_DOCUMENT = 16, 512
+UNUSUAL = "unusual"  # names the operations of the portable blocks in the compiled program, for the planner
 STATUS_RETURNING = 2  # version of the custom call's interface
 LARGEST_OFFSET = 2**31 - 1  # offsets are 32-bit integers
 MEMORY = (0, 2, 1, 3)  # cuDNN's results are [rows, heads, seq, head_dim], stored as [rows, seq, heads, head_dim]
@@ -104,6 +105,7 @@ def _bwd(residuals: tuple[Array, ...], d_out: Array) -> tuple[Array | None, ...]
 packed_attention.defvjp(_fwd, _bwd)
 
 
+@jax.named_scope(UNUSUAL)
 def _portable(segment_ids: Array, q: Array, k: Array, v: Array) -> Array:
     return _as_cudnn(blockwise_attention(q, k, v, segment_ids, segment_ids, jnp.zeros(1, jnp.int32)))
 

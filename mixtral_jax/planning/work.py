@@ -12,13 +12,14 @@ FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while
         "partition-id", "replica-id", "opt-barrier", "async-start", "async-update", "async-done", "iota"}  # fmt: skip
 SLICING = {"dynamic-slice", "gather", "slice"}
 
-# Attention kernels by a part of their name: products of all queries with all keys, of which causality leaves half.
+# Attention kernels by a part of their own or their library's name, the first that fits: products of all queries with
+# all keys, of which causality leaves half.
 ATTENTION_PRODUCTS = {
-    "splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4,
-    "dot_product_attention_fwd": 2, "dot_product_attention_bwd": 5,
+    "splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4, "SoftmaxBackward": 5, "__cudnn$fmha": 2,
 }  # fmt: skip
 
-GROUPED = re.compile(r"(t?gmm|ragged-dot-none)\b")  # kernels of grouped products: megablox's two and XLA's for TPU
+# Kernels of grouped products: megablox's two and XLA's for TPU by the operation's name, ours for GPUs by an attribute.
+GROUPED = re.compile(r"^(?:t?gmm|ragged-dot-none)\b|[{ ]name = \"t?gmm\"")
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,19 @@ def count_work(module: Module, *, attention_product: float, expert_rows: float) 
         for instruction in computation.values():
             dense += runs * _product_flops(instruction, computation)
             if instruction.opcode == "custom-call":
-                products = next((n for part, n in ATTENTION_PRODUCTS.items() if part in instruction.name), 0)
+                name_and_target = f"{instruction.name} {instruction.attribute('custom_call_target')}"
+                products = next((n for part, n in ATTENTION_PRODUCTS.items() if part in name_and_target), 0)
                 attention += runs * products * attention_product
-                if GROUPED.match(instruction.name) and len(instruction.shapes) == 1:
+                if is_grouped(instruction) and len(instruction.shapes) == 1:
                     grouped += runs * _grouped_flops(instruction, computation, expert_rows)
             if name not in module.fused and instruction.opcode not in FREE and not instruction.opcode.endswith("-done"):
                 memory += runs * _traffic(instruction, computation, module)
     return Work(dense, attention, grouped, memory)
+
+
+def is_grouped(instruction: Instruction) -> bool:
+    """Whether an operation is a kernel of grouped products."""
+    return bool(GROUPED.search(instruction.name) or GROUPED.search(instruction.attributes))
 
 
 def _operands(instruction: Instruction, computation: Computation) -> list[Instruction]:
