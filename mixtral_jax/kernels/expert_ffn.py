@@ -57,10 +57,9 @@ def expert_ffn(
         gate, up = jax.lax.ragged_dot(rows, w_gate, sizes), jax.lax.ragged_dot(rows, w_up, sizes)
         return jax.lax.ragged_dot(jax.nn.silu(gate) * up, w_down, sizes)
     if backend == "triton":
-        from mixtral_jax.kernels.grouped import gmm
+        from mixtral_jax.kernels.grouped import grouped_ffn
 
-        gate, up = gmm(rows, w_gate, sizes, interpret), gmm(rows, w_up, sizes, interpret)
-        return gmm(jax.nn.silu(gate) * up, w_down, sizes, interpret)
+        return grouped_ffn(rows, sizes, w_gate, w_up, w_down, interpret)
     # Megablox leaves the memory of rows that belong to nobody as it finds it, in outputs and in gradients.
     used = (jnp.arange(rows.shape[0]) < jnp.sum(sizes))[:, None]
     x = jnp.pad(jnp.where(used, rows, 0), ((0, -rows.shape[0] % _tiling(rows, w_gate)[0]), (0, 0)))

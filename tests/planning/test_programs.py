@@ -165,11 +165,16 @@ ENTRY %main (l: bf16[64,32], r: bf16[1,32,16], p: pred[]) -> bf16[64,16] {
   %c = bf16[64,32]{1,0} conditional(%p, %l, %l), true_computation=%flash, false_computation=%blocks
   %g = (bf16[64,32]{1,0}, u8[0]{0}) custom-call(%c), custom_call_target="__cudnn$fmhaScaleBiasSoftmaxBackward"
   %pallas_call.2 = bf16[1,32,16]{2,1,0} custom-call(%l, %l), custom_call_target="x", backend_config={name = "tgmm"}
+  %swiglu = bf16[64,32]{1,0} custom-call(%l, %l), custom_call_target="x", backend_config={name = "swiglu"}
+  %unfilled = bf16[64,16]{1,0} custom-call(%l, %r, %l, %r), backend_config={name = "gmm_unfilled"}
   ROOT %pallas_call.1 = bf16[64,16]{1,0} custom-call(%l, %r), custom_call_target="x", backend_config={name = "gmm"}
 }
 """
     work = count_work(parse(text), attention_product=100.0, expert_rows=10.0)
-    assert (work.attention, work.grouped) == (700.0, 2 * 2 * 10 * 32 * 16)
+    assert (work.attention, work.grouped) == (700.0, 4 * 2 * 10 * 32 * 16)  # unfilled makes two products
+    # Rows of nobody are neither read nor written, but for the zeros of gmm; the flash call and the next take all.
+    somebody = 2 * 10 * (2 * 32 + 3 * 32 + (2 * 32 + 16) + 32) + 2 * 32 * 16 * (1 + 2 + 1) + 2 * 64 * 16
+    assert work.memory_bytes == somebody + 2 * 2 * 2 * 64 * 32
 
 
 def test_arrays_in_a_core_s_own_memory_are_not_traffic():
