@@ -3,6 +3,8 @@
     python -m benchmarks.moe_layer [--tokens 2048] [--d-model 512] [--layers 8x1792 32x448 128x112] [--dtype float32]
 
 The dense layer is the limit that a mixture could reach: the same products, in one piece, with nothing to route.
+`products` are those of the experts alone, over rows that lie sorted. On an accelerator the defaults are Mixtral 8x7B's
+layer in bfloat16, in the kernel that its platform gets: on CUDA the grouped one.
 """
 
 import argparse
@@ -13,24 +15,30 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.measure import Report, interleaved, median_ratio
+from mixtral_jax.kernels.blocked import choose_block_sizes
 from mixtral_jax.kernels.expert_ffn import expert_ffn
 from mixtral_jax.kernels.permutation import combine_rows, dispatch_rows
 from mixtral_jax.model.routing import dropless_plan
+from mixtral_jax.runtime import AUTO_EXPERTS
 
-BACKENDS = ("blocked", "ragged_dot")
+BACKENDS = ("blocked", "ragged_dot", "megablox", "triton")
+SMALL = {"tokens": 2048, "d_model": 512, "layers": ["8x1792", "32x448", "128x112"], "dtype": "float32"}
+MIXTRAL = {"tokens": 16384, "d_model": 4096, "layers": ["8x14336"], "dtype": "bfloat16"}
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    platform = jax.devices()[0].platform
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--d-model", type=int, default=512)
+    parser.add_argument("--tokens", type=int)
+    parser.add_argument("--d-model", type=int)
     parser.add_argument("--per-token", type=int, default=2, help="experts per token")
-    parser.add_argument("--layers", nargs="+", default=["8x1792", "32x448", "128x112"], help="experts x d_ff")
-    parser.add_argument("--backends", nargs="+", default=["blocked"], choices=BACKENDS)
-    parser.add_argument("--block-size", type=int, default=0)
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--layers", nargs="+", help="experts x d_ff")
+    parser.add_argument("--backends", nargs="+", default=[AUTO_EXPERTS[platform]], choices=BACKENDS)
+    parser.add_argument("--block-sizes", type=int, nargs="+", help="rows of the blocks of `blocked`, largest first")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"))
     parser.add_argument("--rounds", type=int, default=10)
-    options = parser.parse_args()
+    parser.set_defaults(**(SMALL if platform == "cpu" else MIXTRAL))
+    options = parser.parse_args(arguments)
 
     report = Report(
         f"expert layer, {options.tokens} tokens x {options.per_token} experts, d_model {options.d_model}, "
@@ -73,23 +81,35 @@ def pieces(options: argparse.Namespace, experts: int, d_ff: int):
     def dense(x, w_gate, w_up, w_down):
         return (jax.nn.silu(x @ w_gate) * (x @ w_up)) @ w_down
 
+    blocks = tuple(options.block_sizes or choose_block_sizes(tokens * k, experts))
+    interpret = jax.devices()[0].platform == "cpu"
+
+    def products(backend):
+        def layer(rows, *w):
+            sizes = jnp.bincount(routing.reshape(-1), length=experts)
+            return expert_ffn(rows, sizes, *w, backend=backend, block_sizes=blocks, interpret=interpret)
+
+        return layer
+
     def mixture(backend):
-        def layer(x, w_gate, w_up, w_down):
+        def layer(x, *w):
             plan = dropless_plan(routing, experts, tokens * k)
-            rows = dispatch_rows(x, plan.source, plan.row_of)
-            rows = expert_ffn(rows, plan.group_sizes, w_gate, w_up, w_down, backend=backend,
-                              block_size=options.block_size)  # fmt: skip
+            rows = products(backend)(dispatch_rows(x, plan.source, plan.row_of), *w)
             return combine_rows(rows, shares, plan.source, plan.row_of)
 
         return layer
 
     work = {}
-    layers = {"dense": (dense, wide), **{name: (mixture(name), weights) for name in options.backends}}
-    for name, (layer, w) in layers.items():
+    sorted_rows, d_rows = array(tokens * k, d), array(tokens * k, d)
+    layers = {"dense": (dense, x, wide, d_y)}
+    for name in options.backends:
+        layers[name] = (mixture(name), x, weights, d_y)
+        layers[f"{name} products"] = (products(name), sorted_rows, weights, d_rows)
+    for name, (layer, rows, w, d_out) in layers.items():
         forward = jax.jit(layer)
-        gradients = jax.jit(lambda *a, layer=layer: jax.vjp(layer, *a)[1](d_y))
-        work[f"{name}, forward"] = lambda f=forward, w=w: f(x, *w)
-        work[f"{name}, gradients"] = lambda g=gradients, w=w: g(x, *w)
+        gradients = jax.jit(lambda rows, *w, layer=layer, d_out=d_out: jax.vjp(layer, rows, *w)[1](d_out))
+        work[f"{name}, forward"] = lambda f=forward, rows=rows, w=w: f(rows, *w)
+        work[f"{name}, gradients"] = lambda g=gradients, rows=rows, w=w: g(rows, *w)
     return work
 
 
