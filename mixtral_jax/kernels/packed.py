@@ -26,6 +26,7 @@ from mixtral_jax.precision import FULL
 LEAST_ROOM, TOKENS_OF_A_DOCUMENT = 16, 512
 UNUSUAL = "unusual"  # names the operations of the portable blocks in the compiled program, for the planner
 STATUS_RETURNING = 2  # version of the custom call's interface
+HEAD_DIM_MULTIPLE, LARGEST_HEAD_DIM = 8, 256
 LARGEST_OFFSET = 2**31 - 1  # offsets are 32-bit integers
 MEMORY = (0, 2, 1, 3)  # cuDNN's results are [rows, heads, seq, head_dim], stored as [rows, seq, heads, head_dim]
 # Contracted axes and batch axes of the products in a layout [rows, seq, heads, head_dim], as XLA wants them named.
@@ -46,7 +47,7 @@ def packed_attention(
     """Computes `kernels.attention` on one device, in types of two bytes.
 
     Raises:
-        UserError: more elements than 32-bit offsets reach.
+        UserError: a head_dim that cuDNN lacks, or more elements than 32-bit offsets reach.
     """
     return _fwd(q, k, v, segment_ids)[0]
 
@@ -79,6 +80,11 @@ def find_documents(
 
 
 def _fwd(q: Array, k: Array, v: Array, segment_ids: Array) -> tuple[Array, tuple[Array, ...]]:
+    if q.shape[3] % HEAD_DIM_MULTIPLE or q.shape[3] > LARGEST_HEAD_DIM:
+        raise UserError(
+            f"kernels.attention=cudnn takes a model.head_dim of {HEAD_DIM_MULTIPLE} to {LARGEST_HEAD_DIM} in steps of "
+            f"{HEAD_DIM_MULTIPLE}, not {q.shape[3]}: use kernels.attention=blockwise"
+        )
     if math.prod(q.shape) > LARGEST_OFFSET:
         raise UserError(
             f"kernels.attention=cudnn reaches {LARGEST_OFFSET:,} elements, and the queries of a device are "

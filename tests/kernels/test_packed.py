@@ -119,7 +119,15 @@ def test_documents_are_found_in_order(documents, room):
     np.testing.assert_array_equal(lengths.reshape(-1), np.diff(ends[: 2 * room + 1]))
 
 
-def test_more_elements_than_offsets_reach_are_refused():
-    shapes = [jax.ShapeDtypeStruct((16, 32768, n, 128), jnp.bfloat16) for n in (32, 8, 8)]
-    with pytest.raises(UserError, match=r"reaches 2,147,483,647 elements, .* 16 x 32768 x 32 x 128: raise"):
+@pytest.mark.parametrize(
+    ("head_dim", "sentence"),
+    [
+        (128, r"reaches 2,147,483,647 elements, .* 16 x 32768 x 32 x 128: raise train.microbatches"),
+        (20, "takes a model.head_dim of 8 to 256 in steps of 8, not 20: use kernels.attention=blockwise"),
+        (264, "not 264: use kernels.attention=blockwise"),
+    ],
+)
+def test_what_cudnn_does_not_take_is_refused(head_dim, sentence):
+    shapes = [jax.ShapeDtypeStruct((16, 32768, n, head_dim), jnp.bfloat16) for n in (32, 8, 8)]
+    with pytest.raises(UserError, match=sentence):
         jax.eval_shape(packed_attention, *shapes, jax.ShapeDtypeStruct((16, 32768), jnp.int32))
