@@ -15,6 +15,7 @@ import numpy as np
 
 from benchmarks.measure import Report, interleaved
 from mixtral_jax.config import MeshConfig
+from mixtral_jax.kernels import mkl
 from mixtral_jax.kernels.cross_entropy import cross_entropy_sum
 from mixtral_jax.sharding import make_mesh
 
@@ -36,9 +37,12 @@ def main() -> None:
     arrays = jnp.asarray(x, options.dtype), jnp.asarray(head, options.dtype)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     mask = jnp.ones(targets.shape, bool)
+    wide = options.dtype == "float32" and jax.devices()[0].platform == "cpu"
+    products = "mkl" if wide and mkl.library() else "xla"
 
     def chunked(chunk):
-        return lambda x, head: cross_entropy_sum(x, head, jnp.asarray(targets), mask, mesh=mesh, chunk=chunk)
+        settings: dict[str, Any] = {"mesh": mesh, "products": products, "chunk": chunk}
+        return lambda x, head: cross_entropy_sum(x, head, jnp.asarray(targets), mask, **settings)
 
     def whole(x, head):
         logits = jnp.einsum("bsd,dv->bsv", x, head, preferred_element_type=jnp.float32)

@@ -4,6 +4,8 @@
                                       [--experts compute int8 fp8]
 
 The dense layer is the limit that a mixture could reach: the same products, in one piece, with nothing to route.
+`products` are those of the experts alone, over rows that lie sorted. On an accelerator the defaults are Mixtral 8x7B's
+layer in bfloat16, in the kernel that its platform gets: on CUDA the grouped one.
 """
 
 import argparse
@@ -16,28 +18,35 @@ import numpy as np
 
 from benchmarks.measure import Report, interleaved, median_ratio
 from mixtral_jax.config import PrecisionConfig
+from mixtral_jax.kernels import mkl
 from mixtral_jax.kernels.blocked import choose_block_sizes
 from mixtral_jax.kernels.expert_ffn import expert_ffn
 from mixtral_jax.kernels.permutation import combine_rows, dispatch_rows
 from mixtral_jax.model.routing import dropless_plan
 from mixtral_jax.precision import make_precision
+from mixtral_jax.runtime import AUTO_EXPERTS
 
-BACKENDS = ("blocked", "ragged_dot")
+BACKENDS = ("blocked", "mkl", "ragged_dot", "megablox", "triton")
+SMALL = {"tokens": 2048, "d_model": 512, "layers": ["8x1792", "32x448", "128x112"], "dtype": "float32"}
+MIXTRAL = {"tokens": 16384, "d_model": 4096, "layers": ["8x14336"], "dtype": "bfloat16"}
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    platform = jax.devices()[0].platform
+    backends = ["mkl", "blocked"] if platform == "cpu" and mkl.library() else [AUTO_EXPERTS[platform]]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--d-model", type=int, default=512)
+    parser.add_argument("--tokens", type=int)
+    parser.add_argument("--d-model", type=int)
     parser.add_argument("--per-token", type=int, default=2, help="experts per token")
-    parser.add_argument("--layers", nargs="+", default=["8x1792", "32x448", "128x112"], help="experts x d_ff")
-    parser.add_argument("--backends", nargs="+", default=["blocked"], choices=BACKENDS)
-    parser.add_argument("--block-size", type=int, default=0)
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--layers", nargs="+", help="experts x d_ff")
+    parser.add_argument("--backends", nargs="+", default=backends, choices=BACKENDS)
+    parser.add_argument("--block-sizes", type=int, nargs="+", help="rows of the blocks of `blocked`, largest first")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"))
     parser.add_argument("--experts", nargs="+", default=["compute"], choices=("compute", "int8", "fp8"),
                         help="factors of the products, as of precision.experts")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=10)
-    options = parser.parse_args()
+    parser.set_defaults(**(SMALL if platform == "cpu" else MIXTRAL))
+    options = parser.parse_args(arguments)
 
     report = Report(
         f"expert layer, {options.tokens} tokens x {options.per_token} experts, d_model {options.d_model}, "
@@ -80,28 +89,40 @@ def pieces(options: argparse.Namespace, experts: int, d_ff: int):
     def dense(x, w_gate, w_up, w_down):
         return (jax.nn.silu(x @ w_gate) * (x @ w_up)) @ w_down
 
-    def mixture(backend, factors):
-        blocks = (options.block_size,) if options.block_size else choose_block_sizes(tokens * k, experts)
+    blocks = tuple(options.block_sizes or choose_block_sizes(tokens * k, experts))
+    interpret = jax.devices()[0].platform == "cpu"
+
+    def products(backend, factors):
         eight_bit = make_precision(PrecisionConfig(experts=factors)).experts
 
-        def layer(x, w_gate, w_up, w_down):
+        def layer(rows, *w):
+            sizes = jnp.bincount(routing.reshape(-1), length=experts)
+            settings = {"backend": backend, "block_sizes": blocks, "interpret": interpret, "eight_bit": eight_bit}
+            return expert_ffn(rows, sizes, *w, **settings)
+
+        return layer
+
+    def mixture(run):
+        def layer(x, *w):
             plan = dropless_plan(routing, experts, tokens * k)
-            rows = dispatch_rows(x, plan.source, plan.row_of)
-            rows = expert_ffn(rows, plan.group_sizes, w_gate, w_up, w_down, backend=backend,
-                              block_sizes=blocks, eight_bit=eight_bit)  # fmt: skip
+            rows = run(dispatch_rows(x, plan.source, plan.row_of), *w)
             return combine_rows(rows, shares, plan.source, plan.row_of)
 
         return layer
 
     work = {}
-    layers = {"dense": (dense, wide)}
+    sorted_rows, d_rows = array(tokens * k, d), array(tokens * k, d)
+    layers = {"dense": (dense, x, wide, d_y)}
     for backend, factors in itertools.product(options.backends, options.experts):
-        layers[backend if factors == "compute" else f"{backend} {factors}"] = (mixture(backend, factors), weights)
-    for name, (layer, w) in layers.items():
+        name = backend if factors == "compute" else f"{backend} {factors}"
+        run = products(backend, factors)
+        layers[name] = (mixture(run), x, weights, d_y)
+        layers[f"{name} products"] = (run, sorted_rows, weights, d_rows)
+    for name, (layer, rows, w, d_out) in layers.items():
         forward = jax.jit(layer)
-        gradients = jax.jit(lambda *a, layer=layer: jax.vjp(layer, *a)[1](d_y))
-        work[f"{name}, forward"] = lambda f=forward, w=w: f(x, *w)
-        work[f"{name}, gradients"] = lambda g=gradients, w=w: g(x, *w)
+        gradients = jax.jit(lambda rows, *w, layer=layer, d_out=d_out: jax.vjp(layer, rows, *w)[1](d_out))
+        work[f"{name}, forward"] = lambda f=forward, rows=rows, w=w: f(rows, *w)
+        work[f"{name}, gradients"] = lambda g=gradients, rows=rows, w=w: g(rows, *w)
     return work
 
 

@@ -1,6 +1,7 @@
 """Contenders in processes of their own, which work in turn: one machine, one run, separate memory."""
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import median_ratio
+
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # as train.py asks for; contenders gain by it too
 
 
 def race(module: str, contenders: Sequence[Sequence[str]], rounds: int) -> list[dict[str, Any]]:
@@ -28,6 +31,7 @@ def race(module: str, contenders: Sequence[Sequence[str]], rounds: int) -> list[
         subprocess.Popen(
             [sys.executable, "-m", module, "--worker", *arguments],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, **HUGE_PAGES},
         )
         for arguments in contenders
     ]  # fmt: skip

@@ -180,8 +180,9 @@ class KernelsConfig:
     attention: Literal["auto", "blockwise", "cudnn", "splash"] = "auto"
     # Dense matrix products: XLA's own, or oneMKL's for float32 on one CPU. auto: `mkl` where it is installed.
     products: Literal["auto", "xla", "mkl"] = "auto"
-    # Products over rows sorted by expert: blocks with a dynamic count, oneMKL, XLA's ragged_dot, JAX's kernel for TPU.
-    experts: Literal["auto", "blocked", "mkl", "ragged_dot", "megablox"] = "auto"
+    # Products over rows sorted by expert: blocks with a dynamic count, oneMKL (one CPU), XLA's ragged_dot, or a grouped
+    # kernel: megablox for TPU, triton for GPUs from compute capability 8.0, in float32 with TF32, as XLA's products.
+    experts: Literal["auto", "blocked", "mkl", "ragged_dot", "megablox", "triton"] = "auto"
     # How rows reach the experts of other devices, the same numbers from each: just those rows (`ragged`, not on CPU),
     # blocks of one size (`padded`), or all tokens to all and sums back (`gather`). auto: gather on CPU, else ragged.
     exchange: Literal["auto", "ragged", "padded", "gather"] = "auto"

@@ -13,11 +13,12 @@ from mixtral_jax.sharding import RULES, axis_size, make_mesh
 from mixtral_jax.zigzag import sequence_multiple
 
 AttentionBackend = Literal["blockwise", "cudnn", "splash"]
-ExpertsBackend = Literal["blocked", "mkl", "ragged_dot", "megablox"]
+ExpertsBackend = Literal["blocked", "mkl", "ragged_dot", "megablox", "triton"]
 Exchange = Literal["ragged", "padded", "gather"]
 
 AUTO_ATTENTION: dict[str, AttentionBackend] = {"cpu": "blockwise", "gpu": "cudnn", "tpu": "splash"}
-AUTO_EXPERTS: dict[str, ExpertsBackend] = {"cpu": "blocked", "gpu": "ragged_dot", "tpu": "megablox"}
+AUTO_EXPERTS: dict[str, ExpertsBackend] = {"cpu": "blocked", "gpu": "triton", "tpu": "megablox"}
+AUTO_EIGHT_BIT: dict[str, ExpertsBackend] = {"cpu": "blocked", "gpu": "ragged_dot", "tpu": "megablox"}
 AUTO_EXCHANGE: dict[str, Exchange] = {"cpu": "gather", "gpu": "ragged", "tpu": "ragged"}
 
 
@@ -64,12 +65,6 @@ def make_runtime(config: Config, mesh: Mesh | None = None) -> Runtime:
     platform = mesh.devices.flat[0].platform
     precision = make_precision(config.precision)
     products = choose_products(config.kernels.products, mesh, precision)
-    automatic = "mkl" if products == "mkl" and not precision.experts else AUTO_EXPERTS[platform]
-    experts = automatic if config.kernels.experts == "auto" else config.kernels.experts
-    if experts == "mkl" and (products != "mkl" or precision.experts):
-        raise UserError("kernels.experts=mkl needs kernels.products=mkl and precision.experts=compute: or use auto")
-    if experts == "megablox" and platform == "gpu":
-        raise UserError("kernels.experts=megablox does not run on gpu: use auto, ragged_dot or blocked")
     model = config.model
     check_divides(mesh, "d_model", "model.d_model", model.d_model)
     check_divides(mesh, "d_ff", "model.d_ff", model.d_ff)
@@ -82,7 +77,7 @@ def make_runtime(config: Config, mesh: Mesh | None = None) -> Runtime:
         precision=precision,
         products=products,
         attention=choose_attention(config.kernels.attention, platform, precision),
-        experts=experts,
+        experts=choose_experts(config.kernels.experts, platform, products, precision),
         exchange=choose_exchange(config.kernels.exchange, platform),
         block_sizes=(config.kernels.block_size,) if config.kernels.block_size else (),
         loss_chunk=config.kernels.loss_chunk,
@@ -117,17 +112,41 @@ def choose_products(name: Literal["auto", "xla", "mkl"], mesh: Mesh, precision: 
         UserError: oneMKL is asked for where it cannot compute.
     """
     platform, full = mesh.devices.flat[0].platform, precision.full
-    if platform != "cpu" or mesh.size > 1 or precision.compute != full or precision.params != full:
-        if name == "mkl":
-            raise UserError("kernels.products=mkl computes in float32 on one device of kind cpu: use auto or xla")
-        return "xla"
-    if name == "xla":
+    fits = platform == "cpu" and mesh.size == 1 and precision.compute == full and precision.params == full
+    if name == "mkl" and not fits:
+        raise UserError("kernels.products=mkl computes in float32 on one CPU device: use auto or xla")
+    if name == "xla" or not fits:
         return "xla"
     if library() is None:
         if name == "mkl":
-            raise UserError("kernels.products=mkl needs the package: pip install mkl, or use auto or xla")
+            raise UserError("kernels.products=mkl needs a package: pip install mkl, or use auto or xla")
         return "xla"
     return "mkl"
+
+
+def choose_experts(
+    name: Literal["auto", "blocked", "mkl", "ragged_dot", "megablox", "triton"],
+    platform: str,
+    products: Products,
+    precision: Precision,
+) -> ExpertsBackend:
+    """Resolves `auto` by platform, and by who multiplies in 8 bits.
+
+    Raises:
+        UserError: a kernel that the platform or the type lacks.
+    """
+    eight_bit = precision.experts is not None
+    if name == "auto":
+        if eight_bit:
+            return AUTO_EIGHT_BIT[platform]
+        return "mkl" if products == "mkl" else AUTO_EXPERTS[platform]
+    if (name, platform) in (("megablox", "gpu"), ("triton", "tpu")):
+        raise UserError(f"kernels.experts={name} does not run on {platform}: use auto, ragged_dot or blocked")
+    if name in ("mkl", "triton") and eight_bit:
+        raise UserError(f"kernels.experts={name} has no products of 8 bits: use auto, or precision.experts=compute")
+    if name == "mkl" and products != "mkl":
+        raise UserError("kernels.experts=mkl needs kernels.products=mkl: set both, or use auto")
+    return name
 
 
 def choose_exchange(name: Literal["auto", "ragged", "padded", "gather"], platform: str) -> Exchange:

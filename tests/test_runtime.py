@@ -4,9 +4,11 @@ import jax
 import pytest
 from jax.sharding import PartitionSpec
 
+from mixtral_jax import runtime
 from mixtral_jax.config import MeshConfig, PrecisionConfig, UserError
+from mixtral_jax.kernels import mkl
 from mixtral_jax.precision import make_precision
-from mixtral_jax.runtime import choose_attention, choose_exchange, make_runtime
+from mixtral_jax.runtime import choose_attention, choose_exchange, choose_experts, make_runtime
 from mixtral_jax.sharding import MESH_AXES, RULES, axis_size, make_mesh, spec
 from tests.tiny import mesh_of, tiny_config, tiny_trainable
 
@@ -96,6 +98,53 @@ def test_a_forced_kernel_is_checked_before_anything_runs():
     assert "kernels.attention=cudnn" in refusal(make_runtime, tiny_config(kernels={"attention": "cudnn"}), mesh_of())
 
 
+@pytest.mark.parametrize(
+    ("platform", "products", "experts", "backend"),
+    [
+        ("cpu", "xla", "compute", "blocked"),
+        ("cpu", "mkl", "compute", "mkl"),
+        ("gpu", "xla", "compute", "triton"),
+        ("tpu", "xla", "compute", "megablox"),
+        ("cpu", "mkl", "int8", "blocked"),
+        ("gpu", "xla", "fp8", "ragged_dot"),
+        ("tpu", "xla", "int8", "megablox"),
+    ],
+)
+def test_auto_chooses_the_experts_products(platform, products, experts, backend):
+    assert choose_experts("auto", platform, products, make_precision(PrecisionConfig(experts=experts))) == backend
+
+
+@pytest.mark.parametrize(("backend", "platform"), [("megablox", "gpu"), ("triton", "tpu")])
+def test_a_grouped_kernel_of_another_platform_is_refused(backend, platform):
+    sentence = f"kernels.experts={backend} does not run on {platform}: use auto, ragged_dot or blocked"
+    assert refusal(choose_experts, backend, platform, "xla", make_precision(PrecisionConfig())) == sentence
+
+
+@pytest.mark.parametrize(
+    ("backend", "products", "experts", "sentence"),
+    [
+        ("mkl", "xla", "compute", "kernels.experts=mkl needs kernels.products=mkl: set both, or use auto"),
+        ("mkl", "mkl", "int8", "kernels.experts=mkl has no products of 8 bits: use auto, or precision.experts=compute"),
+    ],
+)
+def test_experts_by_mkl_are_refused_where_it_does_not_multiply(backend, products, experts, sentence):
+    precision = make_precision(PrecisionConfig(experts=experts))
+    assert refusal(choose_experts, backend, "cpu", products, precision) == sentence
+
+
+def test_mkl_multiplies_on_one_cpu_device_in_float32_where_it_is_installed(monkeypatch):
+    installed = "mkl" if mkl.library() else "xla"
+    assert make_runtime(tiny_config(), mesh_of()).products == installed
+    assert make_runtime(tiny_config(kernels={"products": "xla"}), mesh_of()).products == "xla"
+    assert make_runtime(tiny_config(), mesh_of(fsdp=2)).products == "xla"
+    assert make_runtime(tiny_config(precision={"compute": "bfloat16"}), mesh_of()).products == "xla"
+    forced = tiny_config(kernels={"products": "mkl"})
+    assert "one CPU device" in refusal(make_runtime, forced, mesh_of(fsdp=2))
+    monkeypatch.setattr(runtime, "library", lambda: None)
+    assert make_runtime(tiny_config(), mesh_of()).experts == "blocked"
+    assert "pip install mkl" in refusal(make_runtime, forced, mesh_of())
+
+
 @pytest.mark.parametrize(("platform", "exchange"), [("cpu", "gather"), ("gpu", "ragged"), ("tpu", "ragged")])
 def test_auto_chooses_the_exchange_by_platform(platform, exchange):
     assert choose_exchange("auto", platform) == exchange
@@ -109,6 +158,6 @@ def test_an_exchange_that_the_platform_lacks_is_refused():
 def test_the_choice_is_told_in_a_line():
     runtime = make_runtime(tiny_config("precision.compute=bfloat16"), mesh_of(fsdp=2, expert=2))
     assert runtime.describe() == (
-        f"4 x {jax.devices()[0].device_kind} (fsdp 2 x expert 2); attention: blockwise, experts: blocked, "
-        "exchange: gather, compute: bfloat16, remat: none"
+        f"4 x {jax.devices()[0].device_kind} (fsdp 2 x expert 2); products: xla, attention: blockwise, "
+        "experts: blocked, exchange: gather, compute: bfloat16, remat: none"
     )

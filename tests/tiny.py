@@ -5,16 +5,20 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 from flax import nnx
 from jax.sharding import Mesh
 
 from mixtral_jax.config import Config, MeshConfig
 from mixtral_jax.config_loading import parse_config, replace
+from mixtral_jax.kernels import mkl
 from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.model.moe import MoE, SelectionBias
 from mixtral_jax.runtime import Runtime, make_runtime
 from mixtral_jax.sharding import MESH_AXES, make_mesh
 from mixtral_jax.training.step import Trainable
+
+needs_mkl = pytest.mark.skipif(mkl.library() is None, reason="the package mkl is not there, as on every ARM")
 
 TINY = """
 model: {d_model: 32, d_ff: 48, num_layers: 2, num_heads: 4, num_kv_heads: 2, head_dim: 8, vocab_size: 64,

@@ -1,7 +1,8 @@
 """Causal attention with document masks on a mesh: one function, three backends.
 
-`blockwise` is portable and linear in memory. `cudnn` and `splash` are the platforms' kernels; cuDNN's document mask is
-a matrix of queries and keys.
+`blockwise` is portable and linear in memory. `cudnn` and `splash` are the platforms' kernels. cuDNN takes packed
+documents as they are on GPUs from Hopper on, see `packed`; on older ones, and along the mesh axis `context`, where a
+device has not all queries of a document, it takes a mask, a matrix of queries and keys.
 
 Along the mesh axis `context` every device computes its own queries, against keys and values of whole sequences that it
 gathers. Columns come in the order of `zigzag`.
@@ -16,10 +17,12 @@ from jaxtyping import Array, Float, Int
 
 from mixtral_jax.config import UserError
 from mixtral_jax.kernels.blockwise import blockwise_attention
+from mixtral_jax.kernels.packed import packed_attention
 from mixtral_jax.sharding import spec
 from mixtral_jax.zigzag import chunk_starts, column_order, in_order
 
 AXIS = "context"  # the mesh axis whose devices share a sequence
+PACKS_FROM = 9.0  # compute capability: Hopper
 SPLASH_BLOCKS = (512, 256, 128)  # positions
 MOVES = ("all_gather", "concatenate", "pad", "reshape", "rev", "slice", "squeeze", "transpose")
 BLOCK_NAMES = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")  # of the kernel's options
@@ -45,9 +48,10 @@ def attention(
         backend: see the module.
 
     Raises:
-        UserError: a length that splash does not take.
+        UserError: a length that splash does not take, or more elements than cuDNN does.
     """
     ways, seq_len = mesh.shape[AXIS], q.shape[1]
+    packs = ways == 1 and backend == "cudnn" and float(mesh.devices.flat[0].compute_capability) >= PACKS_FROM
     queries, keys = spec(("batch", "sequence", "heads", None)), spec(("batch", "sequence", "kv_heads", None))
     kernel = _splash_kernel(mesh, seq_len, q.shape[2] // mesh.shape["tensor"]) if backend == "splash" else None
     splits = kernel and kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, AXIS)))
@@ -59,6 +63,8 @@ def attention(
             starts = chunk_starts(seq_len, ways, jax.lax.axis_index(AXIS))
         if backend == "splash":
             return _splash(kernel, q, k, v, q_ids, ids)
+        if packs:
+            return packed_attention(q, k, v, q_ids)
         if backend == "cudnn":
             return _cudnn(q, k, v, q_ids, ids, starts)
         return blockwise_attention(q, k, v, q_ids, ids, starts)

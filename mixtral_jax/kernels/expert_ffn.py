@@ -1,8 +1,9 @@
 """The SwiGLU experts over rows that are sorted by expert: work for the chosen experts only.
 
-Backends: `blocked` loops over each expert's active blocks with a dynamic trip count and runs anywhere XLA runs; `mkl`
-is oneMKL's on one CPU; `ragged_dot` is XLA's grouped product, dense on CPU, and on TPU dense in the gradient of the
-weights; `megablox` is JAX's grouped kernel for TPU, forward and both gradients. `equal` serves buffers of one size.
+Backends: `blocked` loops over each expert's active blocks with a dynamic trip count and runs anywhere XLA runs;
+`ragged_dot` is XLA's grouped product, dense on CPU and CUDA, and on TPU dense in the gradient of the weights;
+`mkl` is oneMKL's on one CPU, `megablox` JAX's grouped kernel for TPU, `triton` ours for GPUs, forward and both
+gradients. `equal` serves buffers of one size.
 """
 
 from typing import Literal
@@ -16,7 +17,7 @@ from mixtral_jax.kernels.blocked import blocked_ffn
 from mixtral_jax.kernels.mkl_layers import mkl_ffn
 from mixtral_jax.kernels.quantized import EightBitProduct, quantized_ffn
 
-ExpertsKernel = Literal["blocked", "mkl", "ragged_dot", "megablox", "equal"]
+ExpertsKernel = Literal["blocked", "mkl", "ragged_dot", "megablox", "triton", "equal"]
 
 # Rows, inner and outer width of a block of megablox, in 2-byte types: with double buffering some 10 MiB, which the
 # vector memory of every TPU holds.
@@ -51,14 +52,16 @@ def expert_ffn(
         One output a row; rows of nobody are finite and otherwise unspecified.
     """
     if eight_bit is not None:
-        assert backend != "mkl"  # its products are of float32
+        assert backend not in ("mkl", "triton")  # see `choose_experts`
         product = EightBitProduct(eight_bit, backend, block_sizes[0] if block_sizes else 0, interpret)
         return quantized_ffn(rows, group_sizes, w_gate, w_up, w_down, product)
     if backend == "blocked":
         return blocked_ffn(rows, group_sizes, w_gate, w_up, w_down, block_sizes)
     if backend == "mkl":
         stacks = (w_gate[None], w_up[None], w_down[None])
-        return mkl_ffn(rows, group_sizes, jax.lax.stop_gradient(stacks), jnp.zeros((), jnp.int32), stacks)[0]
+        return mkl_ffn(
+            rows, group_sizes.astype(jnp.int32), jax.lax.stop_gradient(stacks), jnp.zeros((), jnp.int32), stacks
+        )[0]
     if backend == "equal":
         x = rows.reshape(w_gate.shape[0], -1, rows.shape[1])
         gate, up = jnp.einsum("ecd,edf->ecf", x, w_gate), jnp.einsum("ecd,edf->ecf", x, w_up)
@@ -67,6 +70,10 @@ def expert_ffn(
     if backend == "ragged_dot":
         gate, up = jax.lax.ragged_dot(rows, w_gate, sizes), jax.lax.ragged_dot(rows, w_up, sizes)
         return jax.lax.ragged_dot(jax.nn.silu(gate) * up, w_down, sizes)
+    if backend == "triton":
+        from mixtral_jax.kernels.grouped import grouped_ffn
+
+        return grouped_ffn(rows, sizes, w_gate, w_up, w_down, interpret)
     # Megablox leaves the memory of rows that belong to nobody as it finds it, in outputs and in gradients.
     used = (jnp.arange(rows.shape[0]) < jnp.sum(sizes))[:, None]
     x = jnp.pad(jnp.where(used, rows, 0), ((0, -rows.shape[0] % _tiling(rows, w_gate)[0]), (0, 0)))

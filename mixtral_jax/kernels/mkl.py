@@ -22,6 +22,8 @@ from mixtral_jax.precision import FULL
 
 Products = Literal["xla", "mkl"]  # who multiplies matrices
 
+Layer = Int[Array, ""] | Int[np.ndarray, ""]  # number of a layer; a constant of a program is the latter
+
 ROW_MAJOR, PLAIN, TRANSPOSED = 101, 111, 112  # of CBLAS
 LP64, TBB = 0, 3  # MKL_INTERFACE_LP64, MKL_THREADING_TBB
 SIZE = 4  # bytes of an element
@@ -82,7 +84,7 @@ def add_product(
 def grouped(
     rows: Float[Array, "rows inner"],
     group_sizes: Int[Array, " experts"],
-    layer: Int[Array, ""],
+    layer: Layer,
     stacks: Sequence[Float[Array, "layers experts a b"]],
     transposed: bool = False,
 ) -> list[Float[Array, "rows outer"]]:
@@ -97,7 +99,7 @@ def grouped(
 
 
 def grouped_add(
-    total: Float[Array, "rows outer"], rows: Array, group_sizes: Array, layer: Array, stack: Array
+    total: Float[Array, "rows outer"], rows: Array, group_sizes: Array, layer: Layer, stack: Array
 ) -> Float[Array, "rows outer"]:
     """Adds `grouped` with transposed matrices to a total, in place."""
     call = jax.ffi.ffi_call("mkl_grouped_add_t", _like(total), input_output_aliases={4: 0})
@@ -109,7 +111,7 @@ def add_outer(
     rows: Float[Array, "rows inner"],
     d_rows: Sequence[Float[Array, "rows outer"]],
     group_sizes: Int[Array, " experts"],
-    layer: Int[Array, ""],
+    layer: Layer,
 ) -> list[Float[Array, "layers experts inner outer"]]:
     """Adds rows^T d_rows of every expert to its matrix in one layer of each stack, in place."""
     count = len(stacks)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mixtral_jax.kernels.mkl import add_outer, grouped, grouped_add, multiply
+from mixtral_jax.kernels.mkl import Layer, add_outer, grouped, grouped_add, multiply
 
 Stacks = tuple[
     Array, Array, Array
@@ -40,7 +40,7 @@ def mkl_ffn(
     rows: Float[Array, "rows d_model"],
     group_sizes: Int[Array, " experts"],
     weights: Stacks,
-    layer: Int[Array, ""],
+    layer: Layer,
     carried: Stacks,
 ) -> tuple[Float[Array, "rows d_model"], Stacks]:
     """Computes w_down(silu(w_gate x) * w_up x) with each row's expert of one layer.
@@ -59,7 +59,7 @@ def mkl_ffn(
     return _fwd(rows, group_sizes, weights, layer, carried)[0]
 
 
-def _fwd(rows: Array, group_sizes: Array, weights: Stacks, layer: Array, carried: Stacks) -> tuple[Any, Any]:
+def _fwd(rows: Array, group_sizes: Array, weights: Stacks, layer: Layer, carried: Stacks) -> tuple[Any, Any]:
     gate, up = grouped(rows, group_sizes, layer, weights[:2])
     (out,) = grouped(jax.nn.silu(gate) * up, group_sizes, layer, weights[2:])
     return (out, carried), (rows, group_sizes, weights, layer, gate, up)

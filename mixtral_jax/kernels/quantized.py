@@ -8,7 +8,7 @@ multiplies 8-bit numbers in bfloat16, which holds them all: on a TPU nothing is 
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ class EightBitProduct:
     """Products of 8-bit factors by one backend of `expert_ffn`: numbers without their scales in, float32 sums out."""
 
     dtype: DTypeLike  # of the factors
-    backend: Literal["blocked", "ragged_dot", "megablox", "equal"]
+    backend: str  # blocked, ragged_dot, megablox or equal
     block_size: int  # rows of a block of `blocked`
     interpret: bool
 

@@ -93,7 +93,7 @@ def _waste(plan: Plan) -> str:
     if "ragged_dot" not in plan.description:
         why = "the rest is what XLA adds"
     elif plan.topology.platform == "cuda":
-        why = f"{dense}; kernels.experts=blocked or model.buffer_factor would lessen that"
+        why = f"{dense}; kernels.experts=triton does not"
     else:
         why = f"for the weights' gradient {dense}; kernels.experts=megablox does not"
     return (

@@ -17,7 +17,7 @@ from mixtral_jax.planning.collectives import Collective
 from mixtral_jax.planning.network import Seconds, network_time
 from mixtral_jax.planning.topology import Topology
 from mixtral_jax.precision import FULL, make_precision
-from mixtral_jax.runtime import AUTO_EXPERTS, choose_exchange
+from mixtral_jax.runtime import choose_exchange, choose_experts
 from mixtral_jax.sharding import MESH_AXES
 
 WIDE = jnp.dtype(FULL).itemsize
@@ -144,8 +144,7 @@ def _rows_computed(config: Config, topology: Topology, dense: float) -> float:
             on TPU for the gradient of the weights, a third of the work; the other kernels skip rows of nobody.
     """
     platform = PLATFORMS[topology.platform]
-    kernel = AUTO_EXPERTS[platform] if config.kernels.experts == "auto" else config.kernels.experts
-    if kernel != "ragged_dot":
+    if choose_experts(config.kernels.experts, platform, "xla", make_precision(config.precision)) != "ragged_dot":
         return 1.0
     return dense if platform == "gpu" else (2 + dense) / 3
 

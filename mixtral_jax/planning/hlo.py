@@ -5,6 +5,8 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 
+from mixtral_jax.kernels.packed import UNUSUAL
+
 BITS = {"pred": 8, "c64": 64, "c128": 128, "token": 0, "opaque": 0}
 SHAPE = re.compile(r"\b(pred|token|opaque|[a-z]{1,4}\d+[a-z0-9]*)\[([\d,<=]*)\](\{[^}]*\})?")
 HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
@@ -85,7 +87,7 @@ class Module:
 
     @cached_property
     def runs(self) -> dict[str, int]:
-        """How often each computation runs in one execution: loops multiply, both branches of a condition count."""
+        """How often each computation runs in one execution: loops multiply; of a condition, usual branches count."""
         counts = dict.fromkeys(self.computations, 0)
 
         def visit(name: str, times: int) -> None:
@@ -96,10 +98,14 @@ class Module:
                         instruction.attribute("body").lstrip("%"), times * (self.trip_count(instruction) or self.turns)
                     )
                 for called in instruction.called:
-                    visit(called, times)
+                    if instruction.opcode != "conditional" or not self._is_unusual(called):
+                        visit(called, times)
 
         visit(self.entry, 1)
         return counts
+
+    def _is_unusual(self, name: str) -> bool:
+        return any(UNUSUAL in instruction.source for instruction in self.computations[name].values())
 
     @cached_property
     def fused(self) -> set[str]:
@@ -121,8 +127,8 @@ class Module:
 
     @cached_property
     def data_dependent_loops(self) -> int:
-        """Number of loops, as they stand in the text, whose number of turns is not a constant."""
-        every = (i for computation in self.computations.values() for i in computation.values())
+        """Number of loops that run, as they stand in the text, whose number of turns is not a constant."""
+        every = (i for name, computation in self.computations.items() if self.runs[name] for i in computation.values())
         return sum(i.opcode == "while" and self.trip_count(i) is None for i in every)
 
     def trip_count(self, loop: Instruction) -> int | None:

@@ -12,13 +12,15 @@ FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while
         "partition-id", "replica-id", "opt-barrier", "async-start", "async-update", "async-done", "iota"}  # fmt: skip
 SLICING = {"dynamic-slice", "gather", "slice"}
 
-# Attention kernels by a part of their name: products of all queries with all keys, of which causality leaves half.
+# Attention kernels by a part of their own or their library's name, the first that fits: products of all queries with
+# all keys, of which causality leaves half.
 ATTENTION_PRODUCTS = {
-    "splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4,
-    "dot_product_attention_fwd": 2, "dot_product_attention_bwd": 5,
+    "splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4, "SoftmaxBackward": 5, "__cudnn$fmha": 2,
 }  # fmt: skip
 
 GROUPED = re.compile(r"(t?gmm|ragged-dot-none)\b")  # kernels of grouped products: megablox's two and XLA's for TPU
+# Those of `kernels.grouped`. They leave rows of nobody alone; only the results of `gmm` are filled there.
+ON_GPU = re.compile(r'[{ ]name = "(t?gmm|gmm_unfilled|swiglu)"')
 
 
 @dataclass(frozen=True)
@@ -52,13 +54,19 @@ def count_work(module: Module, *, attention_product: float, expert_rows: float) 
         for instruction in computation.values():
             dense += runs * _product_flops(instruction, computation)
             if instruction.opcode == "custom-call":
-                products = next((n for part, n in ATTENTION_PRODUCTS.items() if part in instruction.name), 0)
+                name_and_target = f"{instruction.name} {instruction.attribute('custom_call_target')}"
+                products = next((n for part, n in ATTENTION_PRODUCTS.items() if part in name_and_target), 0)
                 attention += runs * products * attention_product
-                if GROUPED.match(instruction.name) and len(instruction.shapes) == 1:
+                if _is_grouped(instruction) and len(instruction.shapes) == 1:
                     grouped += runs * _grouped_flops(instruction, computation, expert_rows)
             if name not in module.fused and instruction.opcode not in FREE and not instruction.opcode.endswith("-done"):
-                memory += runs * _traffic(instruction, computation, module)
+                memory += runs * _traffic(instruction, computation, module, expert_rows)
     return Work(dense, attention, grouped, memory)
+
+
+def _is_grouped(instruction: Instruction) -> bool:
+    ours = ON_GPU.search(instruction.attributes)
+    return bool(GROUPED.match(instruction.name)) or (ours is not None and ours[1] != "swiglu")
 
 
 def _operands(instruction: Instruction, computation: Computation) -> list[Instruction]:
@@ -111,12 +119,15 @@ def _convolution_flops(instruction: Instruction, computation: Computation) -> fl
 
 
 def _grouped_flops(instruction: Instruction, computation: Computation, rows: float) -> float:
-    """Rows [m, k] times each expert's [k, n], or for its gradient [k, m] times [m, n]: rows of somebody alone count."""
+    """Rows [m, k] times each expert's [k, n], or for its gradient [k, m] times [m, n]: rows of somebody alone count.
+
+    A kernel that adds up several such products has the rows of each among its operands.
+    """
     *experts, m, n = instruction.shapes[0].dims
     if experts:
         return 2.0 * rows * m * n
     matrices = [o.shapes[0].dims for o in _operands(instruction, computation) if len(o.shapes[0].dims) == 2]
-    depth = next(dims[1] for dims in matrices if dims[0] == m)
+    depth = sum(dims[1] for dims in matrices if dims[0] == m)
     return 2.0 * min(rows, m) * depth * n
 
 
@@ -124,9 +135,12 @@ def _in_memory(shapes: tuple[Shape, ...]) -> float:
     return sum((shape.bytes for shape in shapes if not shape.fast_memory), 0.0)
 
 
-def _traffic(instruction: Instruction, computation: Computation, module: Module) -> float:
+def _traffic(instruction: Instruction, computation: Computation, module: Module, expert_rows: float) -> float:
     """Bytes that an operation reads and writes; slices, gathers and updates in place count what they touch."""
     operands = _operands(instruction, computation)
+    if ours := ON_GPU.search(instruction.attributes):
+        read = sum(_bytes_of_rows(shape, expert_rows) for operand in operands for shape in operand.shapes)
+        return read + sum(s.bytes if ours[1] == "gmm" else _bytes_of_rows(s, expert_rows) for s in instruction.shapes)
     if instruction.opcode in SLICING:
         return 2 * _in_memory(instruction.shapes)
     if instruction.opcode in ("dynamic-update-slice", "scatter"):
@@ -139,6 +153,11 @@ def _traffic(instruction: Instruction, computation: Computation, module: Module)
     if instruction.opcode.endswith("-start") and len(instruction.shapes) > len(operands):
         written -= read  # the result names the operands again
     return read + max(written, 0.0)
+
+
+def _bytes_of_rows(shape: Shape, rows: float) -> float:
+    """Bytes of so many rows of a matrix, of other arrays all."""
+    return shape.bytes * (min(1.0, rows / shape.dims[0]) if len(shape.dims) == 2 else 1.0)
 
 
 def _uses(name: str, inside: Computation) -> list[Instruction]:

@@ -11,10 +11,11 @@ import pytest
 
 from mixtral_jax.kernels.cross_entropy import cross_entropy_sum, token_losses
 from tests import oracles
-from tests.tiny import mesh_of
+from tests.tiny import mesh_of, needs_mkl
 
 BATCH, SEQ, D_MODEL, VOCAB = 4, 12, 8, 40
 MESHES = {"one device": {}, "tensor": {"tensor": 8}, "all": {"data": 2, "expert": 2, "tensor": 2}, "fsdp": {"fsdp": 4}}
+PLACES = [*((mesh, "xla") for mesh in MESHES), pytest.param("one device", "mkl", marks=needs_mkl)]
 
 
 @functools.cache
@@ -29,10 +30,10 @@ def example():
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 48, 1000])
-@pytest.mark.parametrize("mesh", MESHES)
-def test_sum_and_gradients_equal_the_reference(mesh, chunk):
+@pytest.mark.parametrize(("mesh", "products"), PLACES)
+def test_sum_and_gradients_equal_the_reference(mesh, products, chunk):
     x, head, targets, mask = example()
-    total = functools.partial(cross_entropy_sum, mesh=mesh_of(**MESHES[mesh]), chunk=chunk)
+    total = functools.partial(cross_entropy_sum, mesh=mesh_of(**MESHES[mesh]), products=products, chunk=chunk)
     value, grads = jax.jit(jax.value_and_grad(lambda x, head: 3 * total(x, head, targets, mask), (0, 1)))(x, head)
     expected, expected_grads = oracles.value_and_pull(
         lambda x, head: 3 * jnp.sum(oracles.token_losses(x, head, targets) * mask), (x, head), 1.0
@@ -44,12 +45,13 @@ def test_sum_and_gradients_equal_the_reference(mesh, chunk):
 
 
 @pytest.mark.parametrize("chunk", [5, 1000])
-@pytest.mark.parametrize("mesh", MESHES)
-def test_losses_of_tokens_equal_the_reference(mesh, chunk):
+@pytest.mark.parametrize(("mesh", "products"), PLACES)
+def test_losses_of_tokens_equal_the_reference(mesh, products, chunk):
     x, head, targets, _ = example()
     best = jnp.argmax(x @ head, axis=-1)
     targets = targets.at[1].set(best[1])  # a random target is seldom the likeliest
-    scores = jax.jit(functools.partial(token_losses, mesh=mesh_of(**MESHES[mesh]), chunk=chunk))
+    where = {"mesh": mesh_of(**MESHES[mesh]), "products": products}
+    scores = jax.jit(functools.partial(token_losses, **where, chunk=chunk))
     losses, greedy = scores(x, head, targets)
     np.testing.assert_array_equal(greedy, targets == best)
     expected, _ = oracles.value_and_pull(lambda x, head: oracles.token_losses(x, head, targets), (x, head), losses)
@@ -58,7 +60,7 @@ def test_losses_of_tokens_equal_the_reference(mesh, chunk):
 
 def test_nothing_masked_in_is_zero():
     x, head, targets, mask = example()
-    total = functools.partial(cross_entropy_sum, mesh=mesh_of(), chunk=5)
+    total = functools.partial(cross_entropy_sum, mesh=mesh_of(), products="xla", chunk=5)
     value, grad = jax.value_and_grad(lambda x: total(x, head, targets, jnp.zeros_like(mask)))(x)
     assert value == 0
     assert not np.any(grad)
@@ -66,7 +68,7 @@ def test_nothing_masked_in_is_zero():
 
 def test_large_logits_do_not_overflow():
     x, head, targets, mask = example()
-    total = functools.partial(cross_entropy_sum, mesh=mesh_of(), chunk=5)
+    total = functools.partial(cross_entropy_sum, mesh=mesh_of(), products="xla", chunk=5)
     value, grad = jax.value_and_grad(lambda x: total(x, head, targets, mask))(1e4 * x)
     assert np.isfinite(value)
     assert np.isfinite(grad).all()
@@ -75,7 +77,7 @@ def test_large_logits_do_not_overflow():
 @pytest.mark.parametrize("rows", [1, 16])
 def test_the_logits_of_all_tokens_never_exist(rows):
     seq, vocab, chunk = 256, 512, 32
-    total = functools.partial(cross_entropy_sum, mesh=mesh_of(), chunk=chunk)
+    total = functools.partial(cross_entropy_sum, mesh=mesh_of(), products="xla", chunk=chunk)
     shapes = [((rows, seq, 8), jnp.float32), ((8, vocab), jnp.float32), ((rows, seq), jnp.int32), ((rows, seq), bool)]
     arguments = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
     program = jax.jit(jax.value_and_grad(total, (0, 1))).lower(*arguments).compile()

@@ -8,6 +8,7 @@ import pytest
 from mixtral_jax.kernels.blocked import BLOCK_SIZES, choose_block_sizes
 from mixtral_jax.kernels.expert_ffn import expert_ffn
 from tests import oracles
+from tests.tiny import needs_mkl
 
 D_MODEL, D_FF, EXPERTS, ROWS = 6, 10, 4, 47
 GROUPS = {
@@ -23,6 +24,8 @@ BACKENDS = [
     ("blocked", (1,)),
     ("ragged_dot", ()),
     ("megablox", ()),
+    ("triton", ()),
+    pytest.param("mkl", (), marks=needs_mkl),
 ]
 
 

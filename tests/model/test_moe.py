@@ -12,7 +12,7 @@ from mixtral_jax.model.moe import MoE
 from mixtral_jax.model.routing import choose_experts, expert_capacity
 from mixtral_jax.runtime import make_runtime
 from tests import oracles
-from tests.tiny import mesh_of, moe_layer, tiny_config
+from tests.tiny import mesh_of, moe_layer, needs_mkl, tiny_config
 
 BATCH, SEQ, D_MODEL, D_FF, EXPERTS = 3, 11, 8, 12, 4
 ROOMY = ("capacity", "auto", 0, float(EXPERTS))
@@ -22,6 +22,8 @@ KERNELS = [
     ("dropless", "blocked", 0, 1.0),
     ("dropless", "ragged_dot", 0, 1.0),
     ("dropless", "megablox", 0, 1.0),
+    ("dropless", "triton", 0, 1.0),
+    pytest.param(("dropless", "mkl", 0, 1.0), marks=needs_mkl),
     ROOMY,
 ]
 TIGHT = [("capacity", "auto", 0, factor) for factor in (0.3, 1.0)]

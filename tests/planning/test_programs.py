@@ -148,6 +148,35 @@ def test_kernels_count_by_formula():
     assert (work.attention, work.grouped) == (400.0, 3 * 2 * 10 * 32 * 16)
 
 
+def test_kernels_of_gpus_count_by_formula_and_unusual_branches_not_at_all():
+    text = """%flash (a: bf16[64,32]) -> bf16[64,32] {
+  %a = bf16[64,32]{1,0} parameter(0)
+  ROOT %f = bf16[64,32]{1,0} custom-call(%a), custom_call_target="__cudnn$fmhaSoftmax"
+}
+%blocks (b: bf16[64,32]) -> bf16[64,32] {
+  %b = bf16[64,32]{1,0} parameter(0)
+  %g = (bf16[64,32]{1,0}, u8[0]{0}) custom-call(%b), custom_call_target="__cudnn$fmhaSoftmaxBackward"
+  ROOT %d = bf16[64,32]{1,0} negate(%b), metadata={op_name="jit(f)/cond/branch_0_fun/unusual/neg"}
+}
+ENTRY %main (l: bf16[64,32], r: bf16[1,32,16], p: pred[]) -> bf16[64,16] {
+  %l = bf16[64,32]{1,0} parameter(0)
+  %r = bf16[1,32,16]{2,1,0} parameter(1)
+  %p = pred[] parameter(2)
+  %c = bf16[64,32]{1,0} conditional(%p, %l, %l), true_computation=%flash, false_computation=%blocks
+  %g = (bf16[64,32]{1,0}, u8[0]{0}) custom-call(%c), custom_call_target="__cudnn$fmhaScaleBiasSoftmaxBackward"
+  %pallas_call.2 = bf16[1,32,16]{2,1,0} custom-call(%l, %l), custom_call_target="x", backend_config={name = "tgmm"}
+  %swiglu = bf16[64,32]{1,0} custom-call(%l, %l), custom_call_target="x", backend_config={name = "swiglu"}
+  %unfilled = bf16[64,16]{1,0} custom-call(%l, %r, %l, %r), backend_config={name = "gmm_unfilled"}
+  ROOT %pallas_call.1 = bf16[64,16]{1,0} custom-call(%l, %r), custom_call_target="x", backend_config={name = "gmm"}
+}
+"""
+    work = count_work(parse(text), attention_product=100.0, expert_rows=10.0)
+    assert (work.attention, work.grouped) == (700.0, 4 * 2 * 10 * 32 * 16)  # unfilled makes two products
+    # Rows of nobody are neither read nor written, but for the zeros of gmm; the flash call and the next take all.
+    somebody = 2 * 10 * (2 * 32 + 3 * 32 + (2 * 32 + 16) + 32) + 2 * 32 * 16 * (1 + 2 + 1) + 2 * 64 * 16
+    assert work.memory_bytes == somebody + 2 * 2 * 2 * 64 * 32
+
+
 def test_arrays_in_a_core_s_own_memory_are_not_traffic():
     text = """ENTRY %main (x: f32[256]) -> f32[256] {
   %x = f32[256]{0} parameter(0)

@@ -12,10 +12,9 @@ from tests.tiny import mesh_of, tiny_config
 SHAPES = {"d_model": 128, "num_heads": 1, "num_kv_heads": 1, "head_dim": 128}
 
 
-def admit(*overrides, **mesh):
-    config = tiny_config(
-        "data.seq_len=128", "kernels.attention=splash", "kernels.experts=megablox", *overrides, model=SHAPES
-    )
+def admit(*overrides, experts="megablox", **mesh):
+    kernels = ["kernels.attention=splash", f"kernels.experts={experts}"]
+    config = tiny_config("data.seq_len=128", *kernels, *overrides, model=SHAPES)
     return admission.admit_kernels(config, make_runtime(config, mesh_of(**mesh)))
 
 
@@ -33,6 +32,10 @@ def test_products_of_8_bits_are_held_to_what_their_rounding_gives(monkeypatch, e
     monkeypatch.setattr(admission, "expert_ffn", halved)
     with pytest.raises(UserError, match="megablox does not compute what it should"):
         admit(*eight_bit)
+
+
+def test_the_grouped_kernel_for_gpus_is_admitted():
+    assert float(admit("precision.compute=bfloat16", experts="triton").split()[-1]) < 0.02
 
 
 def wrong(real, mend, backend):

@@ -1,0 +1,185 @@
+"""cuDNN's flash attention over packed documents: no mask, memory linear in the number of tokens.
+
+For cuDNN every document is a sequence of its own, found by the offset of its first element. A device's rows have room
+for `room` documents each, on average; where they hold more, portable blocks compute instead: the running program
+chooses.
+
+The custom call is made here, because JAX's function for it asks for a GPU when it is traced, and multiplied the offsets
+of keys by the heads of queries until 2026 (jax-ml/jax pull request 39521). Source of the call's arguments:
+jax/_src/cudnn/fused_attention_stablehlo.py.
+"""
+
+import json
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
+from jaxtyping import Array, Bool, Float, Int
+
+from mixtral_jax.config import UserError
+from mixtral_jax.kernels.blockwise import blockwise_attention
+from mixtral_jax.precision import FULL
+
+LEAST_ROOM, TOKENS_OF_A_DOCUMENT = 16, 512
+UNUSUAL = "unusual"  # names the operations of the portable blocks in the compiled program, for the planner
+STATUS_RETURNING = 2  # version of the custom call's interface
+HEAD_DIM_MULTIPLE, LARGEST_HEAD_DIM = 8, 256
+LARGEST_OFFSET = 2**31 - 1  # offsets are 32-bit integers
+MEMORY = (0, 2, 1, 3)  # cuDNN's results are [rows, heads, seq, head_dim], stored as [rows, seq, heads, head_dim]
+# Contracted axes and batch axes of the products in a layout [rows, seq, heads, head_dim], as XLA wants them named.
+FORWARD = {"bmm1": ((3, 3), (0, 2), (0, 2)), "bmm2": ((3, 1), (0, 1), (0, 2))}
+BACKWARD = {
+    "bmm1_grad_gemm1": ((2, 1), (0, 1), (0, 2)), "bmm1_grad_gemm2": ((3, 1), (0, 1), (0, 2)),
+    "bmm2_grad_gemm1": ((2, 1), (0, 1), (0, 2)), "bmm2_grad_gemm2": ((3, 3), (0, 2), (0, 2)),
+}  # fmt: skip
+
+
+@jax.custom_vjp
+def packed_attention(
+    q: Float[Array, "rows seq heads head_dim"],
+    k: Float[Array, "rows seq kv_heads head_dim"],
+    v: Float[Array, "rows seq kv_heads head_dim"],
+    segment_ids: Int[Array, "rows seq"],
+) -> Float[Array, "rows seq heads head_dim"]:
+    """Computes `kernels.attention` on one device, in types of two bytes.
+
+    Raises:
+        UserError: a head_dim that cuDNN lacks, or more elements than 32-bit offsets reach.
+    """
+    return _fwd(q, k, v, segment_ids)[0]
+
+
+def room(seq_len: int) -> int:
+    """Documents of a row that the kernel is compiled for; its statistics take 4 bytes for each, each head and token."""
+    return max(LEAST_ROOM, seq_len // TOKENS_OF_A_DOCUMENT)
+
+
+def find_documents(
+    segment_ids: Int[Array, "rows seq"], room: int
+) -> tuple[Int[Array, "rows room"], Int[Array, "rows room+1"], Bool[Array, ""]]:
+    """Finds the documents of all rows, one row after the other; padding is one more document.
+
+    Args:
+        segment_ids: a number for each document, equal for neighbours of the same one.
+        room: documents a row, on average.
+
+    Returns:
+        Tokens of each document, 0 where there is none; its first token, counted through the rows, or the number of all
+        tokens; whether there was room for all of them.
+    """
+    rows = segment_ids.shape[0]
+    begins = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True).reshape(-1)
+    number = jnp.cumsum(begins)
+    wanted = jnp.arange(1, rows * (room + 1) + 1)
+    first = jnp.searchsorted(number, wanted, method="compare_all").astype(jnp.int32)
+    lengths = jnp.diff(first[: rows * room + 1])
+    return lengths.reshape(rows, room), first.reshape(rows, room + 1), number[-1] <= rows * room
+
+
+def _fwd(q: Array, k: Array, v: Array, segment_ids: Array) -> tuple[Array, tuple[Array, ...]]:
+    if q.shape[3] % HEAD_DIM_MULTIPLE or q.shape[3] > LARGEST_HEAD_DIM:
+        raise UserError(
+            f"kernels.attention=cudnn takes a model.head_dim of {HEAD_DIM_MULTIPLE} to {LARGEST_HEAD_DIM} in steps of "
+            f"{HEAD_DIM_MULTIPLE}, not {q.shape[3]}: use kernels.attention=blockwise"
+        )
+    if math.prod(q.shape) > LARGEST_OFFSET:
+        raise UserError(
+            f"kernels.attention=cudnn reaches {LARGEST_OFFSET:,} elements, and the queries of a device are "
+            f"{' x '.join(map(str, q.shape))}: raise train.microbatches"
+        )
+    lengths, first, fits = find_documents(segment_ids, room(q.shape[1]))
+
+    def unusual(q: Array, k: Array, v: Array, lengths: Array, first: Array) -> tuple[Array, Array]:
+        return _portable(segment_ids, q, k, v), jnp.zeros(_stats_shape(q, lengths), FULL)
+
+    out, stats = jax.lax.cond(fits, _flash, unusual, q, k, v, lengths, first)
+    return out, (q, k, v, segment_ids, lengths, first, fits, out, stats)
+
+
+def _bwd(residuals: tuple[Array, ...], d_out: Array) -> tuple[Array | None, ...]:
+    q, k, v, segment_ids, lengths, first, fits, out, stats = residuals
+
+    def unusual(q: Array, k: Array, v: Array, d_out: Array, *_: Array) -> tuple[Array, ...]:
+        return tuple(map(_as_cudnn, jax.vjp(partial(_portable, segment_ids), q, k, v)[1](d_out)))
+
+    return *jax.lax.cond(fits, _flash_gradients, unusual, q, k, v, d_out, lengths, first, out, stats), None
+
+
+packed_attention.defvjp(_fwd, _bwd)
+
+
+@jax.named_scope(UNUSUAL)
+def _portable(segment_ids: Array, q: Array, k: Array, v: Array) -> Array:
+    return _as_cudnn(blockwise_attention(q, k, v, segment_ids, segment_ids, jnp.zeros(1, jnp.int32)))
+
+
+def _as_cudnn(x: Array) -> Array:
+    """Asks for the order in memory that cuDNN takes and gives: XLA would choose that of the unusual branch for both."""
+    return with_layout_constraint(x, Layout((0, 1, 2, 3)))
+
+
+def _stats_shape(q: Array, lengths: Array) -> tuple[int, ...]:
+    return lengths.size, q.shape[2], q.shape[1]
+
+
+def _flash(q: Array, k: Array, v: Array, lengths: Array, first: Array) -> tuple[Array, Array]:
+    """Output, and what the backward pass needs to know of each softmax."""
+    shapes = [(_by_head(q), q.dtype), (_stats_shape(q, lengths), FULL)]
+    out, stats = _call("__cudnn$fmhaSoftmax", shapes, q, k, v, *_places(q, k, lengths, first), products=FORWARD)
+    return out.swapaxes(1, 2), stats
+
+
+def _flash_gradients(
+    q: Array, k: Array, v: Array, d_out: Array, lengths: Array, first: Array, out: Array, stats: Array
+) -> tuple[Array, ...]:
+    shapes = [(_by_head(x), x.dtype) for x in (q, k, v)]
+    arrays = (q, k, v, stats, d_out, out, *_places(q, k, lengths, first))
+    gradients = _call("__cudnn$fmhaSoftmaxBackward", shapes, *arrays, products=BACKWARD)
+    return tuple(d.swapaxes(1, 2) for d in gradients)
+
+
+def _by_head(x: Array) -> tuple[int, ...]:
+    return x.shape[0], x.shape[2], x.shape[1], x.shape[3]
+
+
+def _places(q: Array, k: Array, lengths: Array, first: Array) -> tuple[Array, ...]:
+    """Lengths of queries and of keys in tokens, and their offsets in elements of their own arrays."""
+    return lengths, lengths, *(first * x.shape[2] * x.shape[3] for x in (q, k))
+
+
+def _call(target: str, shapes: list[tuple[tuple[int, ...], Any]], *arrays: Array, products: dict) -> list[Array]:
+    """Calls cuDNN through XLA; the results lie in memory as [rows, seq, heads, head_dim]."""
+    q, k, lengths = arrays[0], arrays[1], arrays[-4]
+    rows, seq_len, heads, head_dim = q.shape
+    settings = {
+        "algorithm": {
+            "algo_id": "0", "math_type": "TENSOR_OP_MATH", "tuning_knobs": {"17": "1", "24": "0"},
+            "is_cudnn_frontend": True, "workspace_size": "0",
+        },
+        "fmha_scale": head_dim**-0.5,
+        "intermediate_tensor_shape": {
+            "element_type": "BF16" if q.dtype.name.startswith("b") else "F16",
+            "dimensions": [str(n) for n in (rows, heads, seq_len, k.shape[1])],
+            "layout": {"minor_to_major": ["3", "2", "1", "0"]},
+            "is_dynamic_dimension": [False] * 4,
+        },
+        "is_flash_attention": True, "mask_type": "PADDING_CAUSAL", "dropout_rate": 0.0, "seed": 42,
+        "sliding_window_length": 0, "max_seg_per_batch": lengths.shape[1], "is_paged_attention": False,
+    }  # fmt: skip
+    for name, (contracted, left, right) in products.items():
+        settings[f"{name}_dot_dimension_numbers"] = {
+            "lhs_contracting_dimensions": [str(contracted[0])], "rhs_contracting_dimensions": [str(contracted[1])],
+            "lhs_batch_dimensions": [str(n) for n in left], "rhs_batch_dimensions": [str(n) for n in right],
+        }  # fmt: skip
+    scratch = jax.ShapeDtypeStruct((0,), jnp.uint8)  # XLA gives it the size that cuDNN asks for
+    *results, _ = jax.ffi.ffi_call(
+        target,
+        [*(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes), scratch],
+        output_layouts=[*(MEMORY if len(shape) == 4 else None for shape, _ in shapes), None],
+        custom_call_api_version=STATUS_RETURNING,
+        legacy_backend_config=json.dumps({"operation_queue_id": "0", "cudnn_fmha_backend_config": settings}),
+    )(*arrays)
+    return results

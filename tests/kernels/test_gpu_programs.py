@@ -1,0 +1,148 @@
+"""The fast path of CUDA GPUs, compiled without one: grouped products, flash attention, ragged exchanges."""
+
+import collections
+import functools
+import importlib.util
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mixtral_jax.kernels.attention import attention
+from mixtral_jax.kernels.expert_ffn import expert_ffn
+from mixtral_jax.planning.compile import compile_step
+from mixtral_jax.planning.hlo import Module, parse
+from mixtral_jax.planning.topology import describe_topology
+from mixtral_jax.planning.work import count_work
+from mixtral_jax.sharding import MESH_AXES
+from tests.tiny import tiny_config
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs JAX's CUDA plugin, the compiler of GPUs"
+)
+
+
+@functools.cache
+def one_gpu(name: str) -> NamedSharding:
+    device = describe_topology(f"{name}:1x1").devices[:1]
+    return NamedSharding(Mesh(np.array(device).reshape([1] * len(MESH_AXES)), MESH_AXES), PartitionSpec())
+
+
+def compiled(gpu, function, *shapes):
+    arrays = [jax.ShapeDtypeStruct(shape, dtype, sharding=one_gpu(gpu)) for shape, dtype in shapes]
+    return jax.jit(function).lower(*arrays).compile()
+
+
+def kernels(module: Module) -> collections.Counter:
+    """How often a program calls each kernel, loops counted and unusual branches not."""
+    found = collections.Counter()
+    for name, computation in module.computations.items():
+        for instruction in computation.values():
+            ours = re.search(r'[{ ]name = "(\w+)"', instruction.attributes)
+            kernel = ours[1] if ours else instruction.attribute("custom_call_target").strip('"')
+            if instruction.opcode == "custom-call":
+                found[kernel] += module.runs[name]
+    return found
+
+
+def products_of(called: collections.Counter) -> tuple[int, int]:
+    """Products with rows on the left, of which the gradient of the rows adds up two in one call, and sums over rows."""
+    gradients_of_rows = called["tgmm"] // 3
+    return called["gmm"] + gradients_of_rows + called["gmm_unfilled"], called["tgmm"]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("gpu", ["h100", "b200"])
+def test_expert_products_are_those_of_the_rows(gpu, dtype):
+    """XLA's own grouped product multiplies every row with every expert's matrix."""
+    rows, used, d_model, d_ff, experts = 4096, 1000, 4096, 14336, 8
+
+    @jax.shard_map(mesh=one_gpu(gpu).mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
+    def both(x, sizes, *w):
+        out, pull = jax.vjp(lambda x, *w: expert_ffn(x, sizes, *w, backend="triton"), x, *w)
+        return out, pull(out)
+
+    w_in, w_out = ((experts, d_model, d_ff), dtype), ((experts, d_ff, d_model), dtype)
+    program = compiled(gpu, both, ((rows, d_model), dtype), ((experts,), jnp.int32), w_in, w_in, w_out)
+    module = parse(program.as_text())
+    called = kernels(module)
+    assert products_of(called) == (3 + 3, 3)
+    work = count_work(module, attention_product=0.0, expert_rows=float(used))
+    assert (work.dense, work.grouped) == (0, 9 * 2 * used * d_model * d_ff)
+    inner = 2 * rows * d_ff * dtype.dtype.itemsize
+    assert program.memory_analysis().temp_size_in_bytes < 5 * inner  # no row is there once an expert
+
+
+@pytest.mark.parametrize("seq_len", [4096, 16384])
+def test_attention_of_packed_rows_is_flash_and_linear_in_memory(seq_len):
+    rows, heads, kv_heads, head_dim = 2, 32, 8, 128
+
+    def both(q, k, v, ids, d_out):
+        out, pull = jax.vjp(lambda *a: attention(*a, ids, mesh=one_gpu("h100").mesh, backend="cudnn"), q, k, v)
+        return out, pull(d_out)
+
+    shapes = [((rows, seq_len, n, head_dim), jnp.bfloat16) for n in (heads, kv_heads, kv_heads)]
+    program = compiled("h100", both, *shapes, ((rows, seq_len), jnp.int32), shapes[0])
+    text = program.as_text()
+    called = kernels(parse(text))
+    assert (called["__cudnn$fmhaSoftmax"], called["__cudnn$fmhaSoftmaxBackward"]) == (1, 1)
+    assert not re.search(rf"\[[\d,]*{seq_len},{seq_len}[\d,]*\]", text)
+    assert program.memory_analysis().temp_size_in_bytes < 6 * rows * seq_len * heads * head_dim * 2
+    # What cuDNN takes and gives lies as the model has it: nothing is transposed on the usual way.
+    usual = [name for name, times in parse(text).runs.items() if times]
+    results = [i for name in usual for i in parse(text).computations[name].values() if i.opcode == "conditional"]
+    assert len(results) == 2
+    layouts = [re.search(rf"^ *%{i.name} = (.*?) conditional", text, re.MULTILINE)[1] for i in results]
+    assert all("{3,2,1,0}" in layout and "{3,1,2,0}" not in layout for layout in layouts)
+
+
+@functools.cache
+def step(remat: str):
+    """The whole training step for 8 H100, every size another one."""
+    config = tiny_config(
+        model={"d_model": 256, "d_ff": 640, "num_heads": 2, "num_kv_heads": 1, "head_dim": 128, "num_layers": 3},
+        data={"seq_len": 384},
+        mesh={"fsdp": 4, "expert": 2},
+        precision={"compute": "bfloat16"},
+        train={"remat": remat},
+    )
+    program = compile_step(config, describe_topology("h100:1x8"))
+    runtime = program.runtime
+    assert (runtime.attention, runtime.experts, runtime.exchange) == ("cudnn", "triton", "ragged")
+    return config, program.text, parse(program.text)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_the_step_uses_the_kernels_alone(remat):
+    config, text, module = step(remat)
+    layers, again = config.model.num_layers, remat == "full"
+    called = kernels(module)
+    assert products_of(called) == (layers * (6 + 3 * again), layers * 3)
+    assert called["__cudnn$fmhaSoftmax"] == layers * (1 + again)
+    assert called["__cudnn$fmhaSoftmaxBackward"] == layers
+    assert not re.search(rf"\[[\d,]*{config.data.seq_len},{config.data.seq_len}[\d,]*\]", text)
+    products = [
+        instruction.shapes[0].dims
+        for name, computation in module.computations.items()
+        if module.runs[name]
+        for instruction in computation.values()
+        if instruction.opcode == "dot"
+    ]
+    assert products
+    assert not [dims for dims in products if config.model.d_ff in dims], "a product of experts besides the kernels"
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_rows_move_by_ragged_exchanges_and_gathers(remat):
+    config, _, module = step(remat)
+    runs = collections.Counter()
+    for name, computation in module.computations.items():
+        for instruction in computation.values():
+            runs[instruction.opcode.removesuffix("-start")] += module.runs[name]
+            if instruction.opcode == "scatter" and module.runs[name] and instruction.shapes[0].dtype != "s32":
+                assert config.model.vocab_size in instruction.shapes[0].dims, "rows are summed by scattering"
+    # There and back; forward, backward, and what is computed again.
+    assert runs["ragged-all-to-all"] == config.model.num_layers * (4 + 2 * (remat == "full"))
