@@ -48,10 +48,11 @@ class Runtime:
         eight_bit = self.precision.experts
         experts = f"{self.experts} in {jax.numpy.dtype(eight_bit).name}" if eight_bit else self.experts
         exchange = f"exchange: {self.exchange}, " if self.mesh.shape["expert"] > 1 else ""
+        products = "" if self.products == "xla" else f"products: {self.products}, "
         compute = jax.numpy.dtype(self.precision.compute).name
         return (
-            f"{self.mesh.size} x {device.device_kind} ({axes}); products: {self.products}, "
-            f"attention: {self.attention}, experts: {experts}, {exchange}compute: {compute}, remat: {self.remat}"
+            f"{self.mesh.size} x {device.device_kind} ({axes}); {products}attention: {self.attention}, "
+            f"experts: {experts}, {exchange}compute: {compute}, remat: {self.remat}"
         )
 
 

@@ -158,6 +158,6 @@ def test_an_exchange_that_the_platform_lacks_is_refused():
 def test_the_choice_is_told_in_a_line():
     runtime = make_runtime(tiny_config("precision.compute=bfloat16"), mesh_of(fsdp=2, expert=2))
     assert runtime.describe() == (
-        f"4 x {jax.devices()[0].device_kind} (fsdp 2 x expert 2); products: xla, attention: blockwise, "
-        "experts: blocked, exchange: gather, compute: bfloat16, remat: none"
+        f"4 x {jax.devices()[0].device_kind} (fsdp 2 x expert 2); attention: blockwise, experts: blocked, "
+        "exchange: gather, compute: bfloat16, remat: none"
     )
