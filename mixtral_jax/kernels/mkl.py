@@ -57,8 +57,7 @@ def library() -> Any:
     register("mkl_grouped_n", functools.partial(_grouped, mkl, PLAIN))
     register("mkl_grouped_t", functools.partial(_grouped, mkl, TRANSPOSED))
     register("mkl_grouped_add_t", functools.partial(_grouped_add, mkl))
-    register("mkl_put_outer", functools.partial(_put_outer, mkl))
-    register("mkl_room", lambda *_: None)
+    register("mkl_add_outer", functools.partial(_add_outer, mkl))
     return mkl
 
 
@@ -79,7 +78,7 @@ def add_product(
     total: Float[Array, "inner outer"], a: Float[Array, "rows inner"], b: Float[Array, "rows outer"]
 ) -> Float[Array, "inner outer"]:
     """Computes total + a^T b, in the memory of `total` if nobody else needs it."""
-    return jax.ffi.ffi_call("mkl_add_product", like(total), input_output_aliases={2: 0})(a, b, total)
+    return jax.ffi.ffi_call("mkl_add_product", _like(total), input_output_aliases={2: 0})(a, b, total)
 
 
 def grouped(
@@ -103,31 +102,25 @@ def grouped_add(
     total: Float[Array, "rows outer"], rows: Array, group_sizes: Array, layer: Layer, stack: Array
 ) -> Float[Array, "rows outer"]:
     """Adds `grouped` with transposed matrices to a total, in place."""
-    call = jax.ffi.ffi_call("mkl_grouped_add_t", like(total), input_output_aliases={4: 0})
+    call = jax.ffi.ffi_call("mkl_grouped_add_t", _like(total), input_output_aliases={4: 0})
     return call(rows, group_sizes, layer, stack, total)
 
 
-def put_outer(
+def add_outer(
     stacks: Sequence[Float[Array, "layers experts inner outer"]],
     rows: Float[Array, "rows inner"],
     d_rows: Sequence[Float[Array, "rows outer"]],
     group_sizes: Int[Array, " experts"],
     layer: Layer,
 ) -> list[Float[Array, "layers experts inner outer"]]:
-    """Puts rows^T d_rows of every expert in the place of its matrix in one layer of each stack."""
+    """Adds rows^T d_rows of every expert to its matrix in one layer of each stack, in place."""
     count = len(stacks)
     aliases = {3 + count + i: i for i in range(count)}
-    call = jax.ffi.ffi_call("mkl_put_outer", [like(s) for s in stacks], input_output_aliases=aliases)
+    call = jax.ffi.ffi_call("mkl_add_outer", [_like(s) for s in stacks], input_output_aliases=aliases)
     return list(call(rows, group_sizes, layer, *d_rows, *stacks))
 
 
-def room(arrays: Sequence[jax.ShapeDtypeStruct]) -> list[Array]:
-    """Takes memory for arrays and leaves in it what is there."""
-    return list(jax.ffi.ffi_call("mkl_room", list(arrays))())
-
-
-def like(array: Array) -> jax.ShapeDtypeStruct:
-    """Shape and type of an array."""
+def _like(array: Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype)
 
 
@@ -173,13 +166,13 @@ def _grouped_add(
     _grouped(mkl, TRANSPOSED, rows, group_sizes, layer, stack, out, add=True)
 
 
-def _put_outer(mkl: Any, rows: Buffer, group_sizes: Buffer, layer: Buffer, *rest: Buffer) -> None:
+def _add_outer(mkl: Any, rows: Buffer, group_sizes: Buffer, layer: Buffer, *rest: Buffer) -> None:
     count = len(rest) // 3
     d_rows, outs = rest[:count], rest[2 * count :]
     sizes, starts = _rows_of_experts(group_sizes)
     inner, outer = rows.shape[1], d_rows[0].shape[1]
     _batch(
-        mkl, TRANSPOSED, PLAIN, inner, outer, sizes, 0.0,
+        mkl, TRANSPOSED, PLAIN, inner, outer, sizes, 1.0,
         [rows.address + starts * inner * SIZE] * count, inner,
         [d.address + starts * outer * SIZE for d in d_rows], outer,
         [_of_layer(out, layer) for out in outs], outer,

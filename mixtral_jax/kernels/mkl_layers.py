@@ -1,6 +1,6 @@
 """Dense products and SwiGLU experts by oneMKL, with their derivatives.
 
-The experts' weights come as one stack of all layers, and their gradients are put into one stack in place: cutting a
+The experts' weights come as one stack of all layers, and their gradients are added up in one stack in place: cutting a
 layer's weights out and writing its gradients back would move more bytes than the products do.
 """
 
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mixtral_jax.kernels.mkl import Layer, grouped, grouped_add, like, multiply, put_outer, room
+from mixtral_jax.kernels.mkl import Layer, add_outer, grouped, grouped_add, multiply
 
 Stacks = tuple[
     Array, Array, Array
@@ -51,7 +51,7 @@ def mkl_ffn(
         weights: of all layers; read, and constant for differentiation.
         layer: which one.
         carried: the same arrays, through which gradients flow. Hand the returned ones to the next layer: the gradients
-            of all layers then meet in one stack. No layer may come twice.
+            of all layers then meet in one stack.
 
     Returns:
         One output a row, zero for rows of nobody; `carried`.
@@ -71,23 +71,11 @@ def _bwd(residuals: Any, cotangents: tuple[Array, Stacks]) -> tuple[Any, ...]:
     (d_hidden,) = grouped(d_out, group_sizes, layer, weights[2:], transposed=True)
     hidden, pull = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, gate, up)
     d_gate, d_up = pull(d_hidden)
-    (d_w_down,) = put_outer((d_w_down,), hidden, (d_out,), group_sizes, layer)
-    d_w_gate, d_w_up = put_outer((d_w_gate, d_w_up), rows, (d_gate, d_up), group_sizes, layer)
+    (d_w_down,) = add_outer((d_w_down,), hidden, (d_out,), group_sizes, layer)
+    d_w_gate, d_w_up = add_outer((d_w_gate, d_w_up), rows, (d_gate, d_up), group_sizes, layer)
     (d_rows,) = grouped(d_gate, group_sizes, layer, weights[:1], transposed=True)
     d_rows = grouped_add(d_rows, d_up, group_sizes, layer, weights[1])
     return d_rows, None, jax.tree.map(jnp.zeros_like, weights), None, (d_w_gate, d_w_up, d_w_down)
 
 
 mkl_ffn.defvjp(_fwd, _bwd)
-
-
-def end_of_layers(x: Float[Array, "*shape"], carried: Stacks) -> Float[Array, "*shape"]:
-    """Returns x; where every layer was used once, its gradients then need no stack of zeros to begin with."""
-    shapes = [like(stack) for stack in carried]
-
-    @jax.custom_vjp
-    def end(x: Array, carried: Stacks) -> Array:
-        return x
-
-    end.defvjp(lambda x, carried: (x, None), lambda _, d_x: (d_x, tuple(room(shapes))))
-    return end(x, carried)

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.kernels.mkl_layers import Stacks, end_of_layers
+from mixtral_jax.kernels.mkl_layers import Stacks
 from mixtral_jax.model.attention import Attention
 from mixtral_jax.model.layers import RMSNorm, embed, parameter, rotary_tables
 from mixtral_jax.model.moe import ExpertWeight, InPlace, MoE, RouterOutput, SelectionBias
@@ -111,8 +111,7 @@ class Mixtral(nnx.Module):
         if runtime.remat != "none":
             body = jax.checkpoint(body, policy=REMAT_POLICIES[runtime.remat], prevent_cse=False)
         numbers = jnp.arange(config.num_layers, dtype=jnp.int32)
-        (x, carried), router = jax.lax.scan(body, (x, carried), (numbers, experts, others))
-        x = x if carried is None else end_of_layers(x, carried)
+        (x, _), router = jax.lax.scan(body, (x, carried), (numbers, experts, others))
         return self.final_norm(x), router
 
     def head(self) -> Float[Array, "d_model vocab"]:

@@ -79,18 +79,6 @@ def test_the_gradients_of_all_layers_meet_in_one_stack():
     assert not any(np.any(grad[1]) for grad in d_stacks)
 
 
-def test_an_expert_without_rows_gets_a_gradient_of_zeros_whatever_was_there():
-    rows, d_rows = normal(SIZES.sum(), D_MODEL), normal(SIZES.sum(), D_FF, seed=1)
-    before = jnp.full((2, EXPERTS, D_MODEL, D_FF), jnp.nan)
-    (after,) = jax.jit(lambda *a: mkl.put_outer((a[0],), a[1], (a[2],), jnp.asarray(SIZES), jnp.asarray(1, jnp.int32)))(
-        before, rows, d_rows
-    )
-    of_expert = [np.repeat(np.arange(EXPERTS), SIZES) == expert for expert in range(EXPERTS)]
-    assert np.isnan(after[0]).all()
-    assert oracles.error(after[1], np.stack([rows[of].T.astype(np.float64) @ d_rows[of] for of in of_expert])) < 1e-6
-    assert not np.any(after[1, 1])
-
-
 @pytest.mark.parametrize("train", [{}, {"microbatches": 2}, {"remat": "dots"}, {"remat": "full"}], ids=str)
 def test_a_training_step_equals_that_of_xla(train):
     """The first step's loss and gradient norm, and the parameters after three."""
