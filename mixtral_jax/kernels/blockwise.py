@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, Int
 from mixtral_jax.precision import FULL
 
 MASKED = -1e30  # finite, so that a row without any key gives no NaN
-BLOCK = 128  # positions of queries and of keys that meet at once
+BLOCK = 256  # positions of queries and of keys that meet at once
+SHORT = 512  # up to so many positions half a block, which wastes less beyond the diagonal, is faster
 
 
 def blockwise_attention(
@@ -35,7 +36,7 @@ def blockwise_attention(
     batch, queries, heads, head_dim = q.shape
     kv_heads, chunks = k.shape[2], starts.shape[0]
     length = queries // chunks
-    block = min(BLOCK, length)
+    block = min(BLOCK // 2 if length <= SHORT else BLOCK, length)
     pad, pad_keys = -length % block, -k.shape[1] % block
     q = q.reshape(batch, chunks, length, kv_heads, heads // kv_heads, head_dim).transpose(0, 3, 4, 1, 2, 5)
     q_segment_ids = q_segment_ids.reshape(batch, chunks, length)

@@ -49,7 +49,7 @@ def compare(backend, segment_ids, heads, kv_heads, head_dim, dtype=np.float32):
 @pytest.mark.parametrize("documents", DOCUMENTS)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 3), (4, 1)])
 def test_blockwise_equals_the_reference(monkeypatch, documents, heads, kv_heads):
-    monkeypatch.setattr(blockwise, "BLOCK", 16)  # 50 positions: three blocks and a bit
+    monkeypatch.setattr(blockwise, "BLOCK", 32)  # 50 positions: three blocks and a bit
     segment_ids, _ = packed_ids(DOCUMENTS[documents], 50)
     assert max(compare("blockwise", segment_ids, heads, kv_heads, 8)) < 2e-6
 
@@ -60,13 +60,13 @@ def test_blockwise_at_its_own_block_size():
 
 
 def test_blockwise_in_bfloat16_accumulates_in_float32(monkeypatch):
-    monkeypatch.setattr(blockwise, "BLOCK", 16)
+    monkeypatch.setattr(blockwise, "BLOCK", 32)
     segment_ids, _ = packed_ids(DOCUMENTS["packed"], 50)
     assert max(compare("blockwise", segment_ids, 4, 2, 8, jnp.bfloat16)) < 2e-2
 
 
 def test_large_scores_do_not_overflow(monkeypatch):
-    monkeypatch.setattr(blockwise, "BLOCK", 16)
+    monkeypatch.setattr(blockwise, "BLOCK", 32)
     q = jnp.full((1, 50, 1, 8), 1e4)
     segment_ids = jnp.ones((1, 50), int)
     out, grads = compiled("blockwise", 16)(q, q, jnp.ones_like(q), segment_ids, jnp.ones_like(q))
