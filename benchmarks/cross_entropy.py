@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.measure import Report, interleaved
-from mixtral_jax.config import MeshConfig
-from mixtral_jax.kernels import mkl
+from mixtral_jax.config import MeshConfig, PrecisionConfig
 from mixtral_jax.kernels.cross_entropy import cross_entropy_sum
+from mixtral_jax.precision import make_precision
+from mixtral_jax.runtime import choose_products
 from mixtral_jax.sharding import make_mesh
 
 
@@ -37,8 +38,8 @@ def main() -> None:
     arrays = jnp.asarray(x, options.dtype), jnp.asarray(head, options.dtype)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     mask = jnp.ones(targets.shape, bool)
-    wide = options.dtype == "float32" and jax.devices()[0].platform == "cpu"
-    products = "mkl" if wide and mkl.library() else "xla"
+    precision = make_precision(PrecisionConfig(params=options.dtype, compute=options.dtype))
+    products = choose_products("auto", mesh, precision)
 
     def chunked(chunk):
         settings: dict[str, Any] = {"mesh": mesh, "products": products, "chunk": chunk}

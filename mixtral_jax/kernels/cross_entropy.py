@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mixtral_jax.kernels.mkl import Products, add_product, multiply
 from mixtral_jax.precision import FULL
-from mixtral_jax.sharding import VOCAB_AXIS, gather, spec
+from mixtral_jax.sharding import VOCAB_AXIS, add_up, gather, spec
 
 
 def cross_entropy_sum(
@@ -41,7 +41,7 @@ def cross_entropy_sum(
         head = gather(head, mesh, "d_model", axis=0)
         flat = (a.reshape(-1, *a.shape[2:]) for a in (x, targets, mask))
         total = _local_sum(head, *flat, min(chunk, targets.size), products)
-        return jax.lax.psum(total, ("data", "fsdp", "expert", "context"))
+        return add_up(total, mesh, "data", "fsdp", "expert", "context")
 
     tokens = spec(("batch", "sequence"))
     in_specs = (spec(("batch", "sequence", None)), spec(("d_model", "vocab")), tokens, tokens)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from mixtral_jax.kernels.mkl_layers import matmul
 from mixtral_jax.precision import FULL, Precision
 from mixtral_jax.runtime import Runtime
-from mixtral_jax.sharding import VOCAB_AXIS, Axes, gather, spec
+from mixtral_jax.sharding import VOCAB_AXIS, Axes, add_up, gather, spec
 
 
 def parameter(
@@ -69,7 +69,7 @@ def embed(
         # Rows of other devices are out of range; a negative index would count from the end.
         row = jnp.where(row < 0, table.shape[0], row)
         found = jnp.take(table, row, axis=0, mode="fill", fill_value=0).astype(runtime.precision.compute)
-        return jax.lax.psum(found, VOCAB_AXIS)
+        return add_up(found, runtime.mesh, VOCAB_AXIS)
 
     return jax.shard_map(
         local,
