@@ -7,13 +7,13 @@ import jax
 from jax.sharding import Mesh
 
 from mixtral_jax.config import Config, UserError
-from mixtral_jax.kernels.mkl import Products, library
+from mixtral_jax.kernels.host_products import Engine, Products, available
 from mixtral_jax.precision import Precision, make_precision
 from mixtral_jax.sharding import RULES, axis_size, make_mesh
 from mixtral_jax.zigzag import sequence_multiple
 
 AttentionBackend = Literal["blockwise", "cudnn", "splash"]
-ExpertsBackend = Literal["blocked", "mkl", "ragged_dot", "megablox", "triton"]
+ExpertsBackend = Literal["blocked", "amx", "mkl", "ragged_dot", "megablox", "triton"]
 Exchange = Literal["ragged", "padded", "gather"]
 
 AUTO_ATTENTION: dict[str, AttentionBackend] = {"cpu": "blockwise", "gpu": "cudnn", "tpu": "splash"}
@@ -106,27 +106,29 @@ def choose_attention(
     return name
 
 
-def choose_products(name: Literal["auto", "xla", "mkl"], mesh: Mesh, precision: Precision) -> Products:
-    """Resolves `auto`: oneMKL where it is installed and can be called.
+def choose_products(name: Literal["auto", "xla", "amx", "mkl"], mesh: Mesh, precision: Precision) -> Products:
+    """Resolves `auto`: the fastest that this machine has and that can be called.
 
     Raises:
-        UserError: oneMKL is asked for where it cannot compute.
+        UserError: products are asked for where they cannot be had.
     """
     platform, full = mesh.devices.flat[0].platform, precision.full
     fits = platform == "cpu" and mesh.size == 1 and precision.compute == full and precision.params == full
-    if name == "mkl" and not fits:
-        raise UserError("kernels.products=mkl computes in float32 on one CPU device: use auto or xla")
-    if name == "xla" or not fits:
-        return "xla"
-    if library() is None:
-        if name == "mkl":
-            raise UserError("kernels.products=mkl needs a package: pip install mkl, or use auto or xla")
-        return "xla"
-    return "mkl"
+    if name == "auto":
+        engines: tuple[Engine, ...] = ("amx", "mkl")
+        return next((engine for engine in engines if fits and available(engine)), "xla")
+    if name == "xla":
+        return name
+    if not fits:
+        raise UserError(f"kernels.products={name} computes in float32 on one CPU device: use auto or xla")
+    if not available(name):
+        needs = {"amx": "a processor with AMX, Linux, and pip install numba", "mkl": "a package: pip install mkl"}[name]
+        raise UserError(f"kernels.products={name} needs {needs}; or use auto or xla")
+    return name
 
 
 def choose_experts(
-    name: Literal["auto", "blocked", "mkl", "ragged_dot", "megablox", "triton"],
+    name: Literal["auto", "blocked", "amx", "mkl", "ragged_dot", "megablox", "triton"],
     platform: str,
     products: Products,
     precision: Precision,
@@ -140,13 +142,13 @@ def choose_experts(
     if name == "auto":
         if eight_bit:
             return AUTO_EIGHT_BIT[platform]
-        return "mkl" if products == "mkl" else AUTO_EXPERTS[platform]
+        return AUTO_EXPERTS[platform] if products == "xla" else products
     if (name, platform) in (("megablox", "gpu"), ("triton", "tpu")):
         raise UserError(f"kernels.experts={name} does not run on {platform}: use auto, ragged_dot or blocked")
-    if name in ("mkl", "triton") and eight_bit:
+    if name in ("amx", "mkl", "triton") and eight_bit:
         raise UserError(f"kernels.experts={name} has no products of 8 bits: use auto, or precision.experts=compute")
-    if name == "mkl" and products != "mkl":
-        raise UserError("kernels.experts=mkl needs kernels.products=mkl: set both, or use auto")
+    if name in ("amx", "mkl") and products != name:
+        raise UserError(f"kernels.experts={name} needs kernels.products={name}: set both, or use auto")
     return name
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from mixtral_jax.kernels.mkl import Products, add_product, multiply
+from mixtral_jax.kernels.host_products import Products, add_product, multiply
 from mixtral_jax.precision import FULL
 from mixtral_jax.sharding import VOCAB_AXIS, add_up, gather, spec
 
@@ -96,10 +96,10 @@ def _join(x: Array, tokens: int) -> Array:
 
 def _chunk_logits(x: Array, head: Array, targets: Array, products: Products) -> tuple[Array, Array, Array, Array]:
     """Returns this device's columns of the logits, and over all columns: logsumexp, logit at the target, its column."""
-    if products == "mkl":
-        logits = multiply(x, head)
-    else:
+    if products == "xla":
         logits = jnp.einsum("td,dv->tv", x, head, preferred_element_type=FULL)
+    else:
+        logits = multiply(x, head, products)
     column = targets - jax.lax.axis_index(VOCAB_AXIS) * head.shape[1]
     here = (column >= 0) & (column < head.shape[1])
     peak = jax.lax.pmax(jnp.max(logits, axis=-1), VOCAB_AXIS)
@@ -129,8 +129,8 @@ def _local_fwd(
         total += jnp.sum(jnp.where(mask_c, logsumexp - at_target, 0))
         hit = jnp.arange(head.shape[1]) == column[..., None]
         d_logits = jnp.where(mask_c[..., None], jnp.exp(logits - logsumexp[..., None]) - hit, 0).astype(head.dtype)
-        if products == "mkl":
-            return (total, add_product(d_head, x_c, d_logits)), multiply(d_logits, head, "nt")
+        if products != "xla":
+            return (total, add_product(d_head, x_c, d_logits, products)), multiply(d_logits, head, products, "nt")
         d_head += jnp.einsum("td,tv->dv", x_c, d_logits, preferred_element_type=FULL)
         return (total, d_head), jnp.einsum("tv,dv->td", d_logits, head)
 

@@ -14,10 +14,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from mixtral_jax.kernels.blocked import blocked_ffn
-from mixtral_jax.kernels.mkl_layers import mkl_ffn
+from mixtral_jax.kernels.host_layers import in_place_ffn
 from mixtral_jax.kernels.quantized import EightBitProduct, quantized_ffn
 
-ExpertsKernel = Literal["blocked", "mkl", "ragged_dot", "megablox", "triton", "equal"]
+ExpertsKernel = Literal["blocked", "amx", "mkl", "ragged_dot", "megablox", "triton", "equal"]
 
 # Rows, inner and outer width of a block of megablox, in 2-byte types: with double buffering some 10 MiB, which the
 # vector memory of every TPU holds.
@@ -52,16 +52,15 @@ def expert_ffn(
         One output a row; rows of nobody are finite and otherwise unspecified.
     """
     if eight_bit is not None:
-        assert backend not in ("mkl", "triton")  # see `choose_experts`
+        assert backend not in ("amx", "mkl", "triton")  # see `choose_experts`
         product = EightBitProduct(eight_bit, backend, block_sizes[0] if block_sizes else 0, interpret)
         return quantized_ffn(rows, group_sizes, w_gate, w_up, w_down, product)
     if backend == "blocked":
         return blocked_ffn(rows, group_sizes, w_gate, w_up, w_down, block_sizes)
-    if backend == "mkl":
+    if backend in ("amx", "mkl"):
         stacks = (w_gate[None], w_up[None], w_down[None])
-        return mkl_ffn(
-            rows, group_sizes.astype(jnp.int32), jax.lax.stop_gradient(stacks), jnp.zeros((), jnp.int32), stacks
-        )[0]
+        sizes, layer = group_sizes.astype(jnp.int32), jnp.zeros((), jnp.int32)
+        return in_place_ffn(rows, sizes, jax.lax.stop_gradient(stacks), layer, stacks, backend)[0]
     if backend == "equal":
         x = rows.reshape(w_gate.shape[0], -1, rows.shape[1])
         gate, up = jnp.einsum("ecd,edf->ecf", x, w_gate), jnp.einsum("ecd,edf->ecf", x, w_up)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from mixtral_jax.kernels.mkl_layers import matmul
+from mixtral_jax.kernels.host_layers import matmul
 from mixtral_jax.precision import FULL, Precision
 from mixtral_jax.runtime import Runtime
 from mixtral_jax.sharding import VOCAB_AXIS, Axes, add_up, gather, spec
@@ -33,7 +33,7 @@ def contract(x: Array, w: Array, axes: int, runtime: Runtime) -> Array:
     if runtime.products == "xla":
         return jnp.tensordot(x, w, axes)
     outer = w.shape[axes:]
-    out = matmul(x.reshape(-1, math.prod(w.shape[:axes])), w.reshape(-1, math.prod(outer)))
+    out = matmul(x.reshape(-1, math.prod(w.shape[:axes])), w.reshape(-1, math.prod(outer)), runtime.products)
     return out.reshape(*x.shape[: x.ndim - axes], *outer)
 
 

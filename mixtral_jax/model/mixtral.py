@@ -8,7 +8,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.kernels.mkl_layers import Stacks
+from mixtral_jax.kernels.host_layers import Stacks
+from mixtral_jax.kernels.host_products import is_multiply
 from mixtral_jax.model.attention import Attention
 from mixtral_jax.model.layers import RMSNorm, embed, parameter, rotary_tables
 from mixtral_jax.model.moe import ExpertWeight, InPlace, MoE, RouterOutput, SelectionBias
@@ -19,7 +20,7 @@ from mixtral_jax.sharding import Axes, constrain, named_sharding
 
 def _is_dense_product(primitive: Any, *arguments: Any, **parameters: Any) -> bool:
     if primitive.name == "ffi_call":
-        return parameters["target_name"].startswith("mkl_multiply")
+        return is_multiply(parameters["target_name"])
     return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *arguments, **parameters)
 
 
@@ -95,7 +96,7 @@ class Mixtral(nnx.Module):
         split: Any = nnx.split(self.layers, ExpertWeight, ...)
         graph, experts, others = split
         carried, whole = None, None
-        if runtime.experts == "mkl":  # reads the experts where they lie in the stack, see `mkl_ffn`
+        if runtime.experts in ("amx", "mkl"):  # read the experts where they lie in the stack, see `in_place_ffn`
             moe = self.layers.moe
             carried = (moe.w_gate[...], moe.w_up[...], moe.w_down[...])
             whole, experts = jax.lax.stop_gradient(experts), None

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.kernels.blocked import choose_block_sizes
 from mixtral_jax.kernels.expert_ffn import expert_ffn
-from mixtral_jax.kernels.mkl_layers import Stacks, mkl_ffn
+from mixtral_jax.kernels.host_layers import Stacks, in_place_ffn
 from mixtral_jax.model.expert_parallel import compute_capacity, compute_dropless, drop_beyond_capacity
 from mixtral_jax.model.layers import parameter
 from mixtral_jax.model.routing import choose_experts, device_quota, drop_beyond_quota, expert_capacity
@@ -40,7 +40,7 @@ class ExpertWeight(nnx.Param):
     """A matrix of every expert."""
 
 
-# For `mkl_ffn`: the experts of all layers, carried through them, and the number of the layer.
+# For `in_place_ffn`: the experts of all layers, carried through them, and the number of the layer.
 InPlace = tuple[Stacks, Int[Array, ""]]
 
 
@@ -124,7 +124,7 @@ class MoE(nnx.Module):
             if place:
                 stacks, layer = place
                 weights = (w_gate, w_up, w_down)
-                rows, carried = mkl_ffn(rows, group_sizes, weights, layer, stacks)
+                rows, carried = in_place_ffn(rows, group_sizes, weights, layer, stacks, runtime.experts)
                 return rows
             return expert_ffn(
                 rows,
