@@ -6,7 +6,7 @@ from jax.sharding import PartitionSpec
 
 from mixtral_jax import runtime
 from mixtral_jax.config import MeshConfig, PrecisionConfig, UserError
-from mixtral_jax.kernels import mkl
+from mixtral_jax.kernels.host_products import available
 from mixtral_jax.precision import make_precision
 from mixtral_jax.runtime import choose_attention, choose_exchange, choose_experts, make_runtime
 from mixtral_jax.sharding import MESH_AXES, RULES, axis_size, make_mesh, spec
@@ -103,6 +103,7 @@ def test_a_forced_kernel_is_checked_before_anything_runs():
     [
         ("cpu", "xla", "compute", "blocked"),
         ("cpu", "mkl", "compute", "mkl"),
+        ("cpu", "amx", "compute", "amx"),
         ("gpu", "xla", "compute", "triton"),
         ("tpu", "xla", "compute", "megablox"),
         ("cpu", "mkl", "int8", "blocked"),
@@ -124,25 +125,32 @@ def test_a_grouped_kernel_of_another_platform_is_refused(backend, platform):
     ("backend", "products", "experts", "sentence"),
     [
         ("mkl", "xla", "compute", "kernels.experts=mkl needs kernels.products=mkl: set both, or use auto"),
+        ("amx", "mkl", "compute", "kernels.experts=amx needs kernels.products=amx: set both, or use auto"),
         ("mkl", "mkl", "int8", "kernels.experts=mkl has no products of 8 bits: use auto, or precision.experts=compute"),
     ],
 )
-def test_experts_by_mkl_are_refused_where_it_does_not_multiply(backend, products, experts, sentence):
+def test_experts_by_host_products_are_refused_where_these_do_not_multiply(backend, products, experts, sentence):
     precision = make_precision(PrecisionConfig(experts=experts))
     assert refusal(choose_experts, backend, "cpu", products, precision) == sentence
 
 
-def test_mkl_multiplies_on_one_cpu_device_in_float32_where_it_is_installed(monkeypatch):
-    installed = "mkl" if mkl.library() else "xla"
-    assert make_runtime(tiny_config(), mesh_of()).products == installed
+def test_the_fastest_products_that_are_there_multiply_on_one_cpu_device_in_float32(monkeypatch):
+    fastest = next((engine for engine in ("amx", "mkl") if available(engine)), "xla")
+    assert make_runtime(tiny_config(), mesh_of()).products == fastest
     assert make_runtime(tiny_config(kernels={"products": "xla"}), mesh_of()).products == "xla"
     assert make_runtime(tiny_config(), mesh_of(fsdp=2)).products == "xla"
     assert make_runtime(tiny_config(precision={"compute": "bfloat16"}), mesh_of()).products == "xla"
-    forced = tiny_config(kernels={"products": "mkl"})
+    for there, chosen in (({"amx", "mkl"}, "amx"), ({"mkl"}, "mkl"), (set(), "xla")):
+        monkeypatch.setattr(runtime, "available", there.__contains__)
+        assert make_runtime(tiny_config(), mesh_of()).products == chosen
+
+
+@pytest.mark.parametrize(("engine", "remedy"), [("mkl", "pip install mkl"), ("amx", "a processor with AMX")])
+def test_products_that_cannot_be_had_are_refused(monkeypatch, engine, remedy):
+    forced = tiny_config(kernels={"products": engine})
     assert "one CPU device" in refusal(make_runtime, forced, mesh_of(fsdp=2))
-    monkeypatch.setattr(runtime, "library", lambda: None)
-    assert make_runtime(tiny_config(), mesh_of()).experts == "blocked"
-    assert "pip install mkl" in refusal(make_runtime, forced, mesh_of())
+    monkeypatch.setattr(runtime, "available", lambda _: False)
+    assert remedy in refusal(make_runtime, forced, mesh_of())
 
 
 @pytest.mark.parametrize(("platform", "exchange"), [("cpu", "gather"), ("gpu", "ragged"), ("tpu", "ragged")])

@@ -11,14 +11,24 @@ from jax.sharding import Mesh
 
 from mixtral_jax.config import Config, MeshConfig
 from mixtral_jax.config_loading import parse_config, replace
-from mixtral_jax.kernels import mkl
+from mixtral_jax.kernels.host_products import Engine, available
 from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.model.moe import MoE, SelectionBias
 from mixtral_jax.runtime import Runtime, make_runtime
 from mixtral_jax.sharding import MESH_AXES, make_mesh
 from mixtral_jax.training.step import Trainable
 
-needs_mkl = pytest.mark.skipif(mkl.library() is None, reason="the package mkl is not there, as on every ARM")
+# Largest errors, see `oracles.error`, of products with some tens of terms and of few of them one after the other.
+LIMITS = {"xla": 1e-6, "mkl": 1e-6, "amx": 4e-5}
+
+
+def by_engine(engine: Engine, *values: Any) -> Any:
+    """Parameters of a test, which is skipped where the machine has no such products."""
+    reason = {"amx": "the processor has no AMX", "mkl": "the package mkl is not there, as on every ARM"}[engine]
+    return pytest.param(*values or (engine,), marks=pytest.mark.skipif(not available(engine), reason=reason))
+
+
+ENGINES = [by_engine("amx"), by_engine("mkl")]
 
 TINY = """
 model: {d_model: 32, d_ff: 48, num_layers: 2, num_heads: 4, num_kv_heads: 2, head_dim: 8, vocab_size: 64,

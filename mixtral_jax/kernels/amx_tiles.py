@@ -9,7 +9,7 @@ in which the unit reads them: pairs along the inner dimension lie together.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, no_type_check
 
 import numpy as np
 from llvmlite import ir
@@ -178,6 +178,7 @@ def _split_tile(_: Any, source: Any, stride: Any, target: Any, inner_last: Any, 
 
 
 @njit(nogil=True, cache=True)
+@no_type_check  # tests wrap functions with checks of types, which Numba cannot compile
 def _copy(target: int, target_stride: int, source: int, source_stride: int, rows: int, columns: int) -> None:
     for i in range(rows):
         for j in range(columns):
@@ -185,6 +186,7 @@ def _copy(target: int, target_stride: int, source: int, source_stride: int, rows
 
 
 @njit(nogil=True, cache=True)
+@no_type_check
 def _pack(
     source: int, stride: int, count: int, inner: int, inner_last: bool, transposed: bool, target: int, edge: int
 ) -> None:
@@ -213,6 +215,7 @@ def _pack(
 
 
 @njit(nogil=True, cache=True)
+@no_type_check
 def _multiply_32(a: int, b: int, out: int, stride: int, steps: int, fresh: bool) -> None:
     """Computes 17 to 32 rows by 32 columns of a result; small terms are added first."""
     below = out + 16 * stride
@@ -231,6 +234,7 @@ def _multiply_32(a: int, b: int, out: int, stride: int, steps: int, fresh: bool)
 
 
 @njit(nogil=True, cache=True)
+@no_type_check
 def _multiply_16(a: int, b: int, out: int, stride: int, steps: int, fresh: bool) -> None:
     """Computes up to 16 rows by 32 columns of a result."""
     if fresh:
@@ -246,6 +250,7 @@ def _multiply_16(a: int, b: int, out: int, stride: int, steps: int, fresh: bool)
 
 
 @njit(nogil=True, cache=True)
+@no_type_check
 def multiply_blocks(
     table: np.ndarray,
     turn_a: bool,

@@ -12,7 +12,7 @@ from mixtral_jax.model.moe import MoE
 from mixtral_jax.model.routing import choose_experts, expert_capacity
 from mixtral_jax.runtime import make_runtime
 from tests import oracles
-from tests.tiny import mesh_of, moe_layer, needs_mkl, tiny_config
+from tests.tiny import LIMITS, by_engine, mesh_of, moe_layer, tiny_config
 
 BATCH, SEQ, D_MODEL, D_FF, EXPERTS = 3, 11, 8, 12, 4
 ROOMY = ("capacity", "auto", 0, float(EXPERTS))
@@ -23,7 +23,8 @@ KERNELS = [
     ("dropless", "ragged_dot", 0, 1.0),
     ("dropless", "megablox", 0, 1.0),
     ("dropless", "triton", 0, 1.0),
-    pytest.param(("dropless", "mkl", 0, 1.0), marks=needs_mkl),
+    by_engine("amx", ("dropless", "amx", 0, 1.0)),
+    by_engine("mkl", ("dropless", "mkl", 0, 1.0)),
     ROOMY,
 ]
 TIGHT = [("capacity", "auto", 0, factor) for factor in (0.3, 1.0)]
@@ -36,7 +37,8 @@ def layer(k: int, dispatch: str, experts: str, block_size: int, factor: float):
     config = tiny_config(
         model={"d_model": D_MODEL, "d_ff": D_FF, "num_heads": 2, "num_kv_heads": 1, "head_dim": 4, "num_layers": 1,
                "num_experts": EXPERTS, "num_experts_per_tok": k, "dispatch": dispatch, "capacity_factor": factor},
-        kernels={"experts": experts, "block_size": block_size},
+        kernels={"experts": experts, "block_size": block_size,
+                 "products": experts if experts in ("amx", "mkl") else "xla"},
     )  # fmt: skip
     return moe_layer(config, make_runtime(config, mesh_of()))
 
@@ -63,12 +65,13 @@ def check(variant, k, scenario, capacity=None) -> tuple[float, np.ndarray]:
     arrays, valid, d_y = example(scenario)
     y, dropped, grads = layer(k, *variant)(arrays, valid, d_y)
     expected, expected_dropped, ran = oracles.moe_by_token(*arrays, k, valid, capacity)
-    assert oracles.error(y, expected) < 1e-5
+    limit = max(1e-5, LIMITS.get(variant[1], 0))
+    assert oracles.error(y, expected) < limit
     assert dropped == expected_dropped
     dense, expected_grads = oracles.value_and_pull(lambda *a: oracles.moe_dense(*a, k, ran), arrays, d_y)
     assert oracles.error(dense, expected) < 1e-12, "the two references differ"
     for name, grad, reference in zip(("x", "router", "w_gate", "w_up", "w_down"), grads, expected_grads, strict=True):
-        assert oracles.error(grad, reference) < 1e-5, name
+        assert oracles.error(grad, reference) < limit, name
     return float(dropped), ran.sum(axis=(0, 1))
 
 

@@ -1,4 +1,4 @@
-"""oneMKL inside of XLA's programs: products against numpy, gradients in place, errors, and the same bits every time."""
+"""Products that XLA's programs leave to this process: against numpy, gradients in place, errors, the same bits every time."""
 
 import functools
 
@@ -7,13 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixtral_jax.kernels import mkl
 from mixtral_jax.kernels.foreign import register
-from mixtral_jax.kernels.mkl_layers import matmul, mkl_ffn
+from mixtral_jax.kernels.host_layers import in_place_ffn, matmul
+from mixtral_jax.kernels.host_products import add_product, multiply
 from tests import oracles
-from tests.tiny import needs_mkl, tiny_batch, tiny_config, tiny_trainable
+from tests.tiny import ENGINES, LIMITS, tiny_batch, tiny_config, tiny_trainable
 
-pytestmark = needs_mkl
 LAYERS, EXPERTS, D_MODEL, D_FF = 3, 4, 12, 20
 SIZES = np.array([5, 0, 17, 2], np.int32)
 
@@ -22,32 +21,36 @@ def normal(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("leading", [(), (3,), (2, 3)])
 @pytest.mark.parametrize("transposes", ["nn", "nt", "tn"])
-def test_products_equal_those_of_numpy(transposes, leading):
+def test_products_equal_those_of_numpy(engine, transposes, leading):
     a, b = normal(*leading, 7, 5), normal(*leading, 5, 11, seed=1)
     turned = [x.swapaxes(-1, -2) if flag == "t" else x for x, flag in zip((a, b), transposes, strict=True)]
-    out = jax.jit(functools.partial(mkl.multiply, transposes=transposes))(*turned)
-    assert oracles.error(out, a.astype(np.float64) @ b) < 1e-6
+    out = jax.jit(functools.partial(multiply, engine=engine, transposes=transposes))(*turned)
+    assert oracles.error(out, a.astype(np.float64) @ b) < LIMITS[engine]
 
 
-def test_the_gradients_of_a_product():
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_gradients_of_a_product(engine):
     x, w, d_out = normal(9, 5), normal(5, 7, seed=1), normal(9, 7, seed=2)
-    out, pull = jax.vjp(jax.jit(matmul), x, w)
+    out, pull = jax.vjp(jax.jit(functools.partial(matmul, engine=engine)), x, w)
     expected, pulled = oracles.value_and_pull(lambda x, w: x @ w, (x, w), d_out)
-    assert oracles.error(out, expected) < 1e-6
-    assert max(oracles.error(a, b) for a, b in zip(pull(d_out), pulled, strict=True)) < 1e-6
+    assert oracles.error(out, expected) < LIMITS[engine]
+    assert max(oracles.error(a, b) for a, b in zip(pull(d_out), pulled, strict=True)) < LIMITS[engine]
 
 
-def test_a_product_is_added_in_place():
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_product_is_added_in_place(engine):
     total, a, b = normal(5, 7), normal(9, 5, seed=1), normal(9, 7, seed=2)
-    program = jax.jit(mkl.add_product, donate_argnums=0).lower(total, a, b).compile()
+    program = jax.jit(functools.partial(add_product, engine=engine), donate_argnums=0).lower(total, a, b).compile()
     assert program.memory_analysis().alias_size_in_bytes == total.nbytes
     assert "copy(" not in program.as_text()
-    assert oracles.error(program(jnp.asarray(total), a, b), total + a.T.astype(np.float64) @ b) < 1e-6
+    assert oracles.error(program(jnp.asarray(total), a, b), total + a.T.astype(np.float64) @ b) < LIMITS[engine]
 
 
-def test_the_gradients_of_all_layers_meet_in_one_stack():
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_gradients_of_all_layers_meet_in_one_stack(engine):
     """Layers that carry the stack on give what separate matrices give, and leave the other layers' gradients alone."""
     stacks = (normal(LAYERS, EXPERTS, D_MODEL, D_FF), normal(LAYERS, EXPERTS, D_MODEL, D_FF, seed=1),
               normal(LAYERS, EXPERTS, D_FF, D_MODEL, seed=2))  # fmt: skip
@@ -58,7 +61,7 @@ def test_the_gradients_of_all_layers_meet_in_one_stack():
         whole = jax.lax.stop_gradient(stacks)
 
         def body(carry, layer):
-            out, carried = mkl_ffn(carry[0], jnp.asarray(SIZES), whole, layer, carry[1])
+            out, carried = in_place_ffn(carry[0], jnp.asarray(SIZES), whole, layer, carry[1], engine)
             return (out / 10, carried), None
 
         return jax.lax.scan(body, (rows, stacks), jnp.asarray(order, jnp.int32))[0][0]
@@ -73,20 +76,21 @@ def test_the_gradients_of_all_layers_meet_in_one_stack():
     out, pull = jax.vjp(jax.jit(ours), rows, stacks)
     d_rows, d_stacks = pull(d_out)
     expected, pulled = oracles.value_and_pull(reference, (rows, *stacks), d_out)
-    assert oracles.error(out, expected) < 2e-6
+    assert oracles.error(out, expected) < 2 * LIMITS[engine]
     for grad, wanted in zip((d_rows, *d_stacks), pulled, strict=True):
-        assert oracles.error(grad, wanted) < 2e-6
+        assert oracles.error(grad, wanted) < 2 * LIMITS[engine]
     assert not any(np.any(grad[1]) for grad in d_stacks)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("train", [{}, {"microbatches": 2}, {"remat": "dots"}, {"remat": "full"}], ids=str)
-def test_a_training_step_equals_that_of_xla(train):
+def test_a_training_step_equals_that_of_xla(engine, train):
     """The first step's loss and gradient norm, and the parameters after three."""
     runs = []
-    for products in ("mkl", "xla"):
+    for products in (engine, "xla"):
         config = tiny_config(kernels={"products": products}, train=train, model={"num_layers": 3})
         trainable = tiny_trainable(config)
-        assert trainable.architecture.runtime.experts == ("mkl" if products == "mkl" else "blocked")
+        assert trainable.architecture.runtime.experts == ("blocked" if products == "xla" else engine)
         state = trainable.start(trainable.architecture.init(0))
         for step in range(3):
             state, metrics = trainable.step(state, trainable.put(tiny_batch(config, step)))
@@ -94,10 +98,11 @@ def test_a_training_step_equals_that_of_xla(train):
         runs.append(jax.tree.map(np.asarray, state["opt_state"][1].mu))
     ours, theirs = runs[:4], runs[4:]
     np.testing.assert_allclose(ours[:3], theirs[:3], rtol=1e-5)
-    assert max(jax.tree.leaves(jax.tree.map(oracles.error, ours[3], theirs[3]))) < 1e-4
+    assert max(jax.tree.leaves(jax.tree.map(oracles.error, ours[3], theirs[3]))) < 100 * LIMITS[engine]
 
 
-def test_the_same_bits_every_time():
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_same_bits_every_time(engine):
     """Resuming a run bit for bit rests on it: whatever lies where, and whatever else the threads do."""
     rng = np.random.default_rng(0)
     rows, stacks = normal(1000, 96), (normal(1, 8, 96, 200), normal(1, 8, 96, 200), normal(1, 8, 200, 96))
@@ -106,10 +111,10 @@ def test_the_same_bits_every_time():
     @jax.jit
     def work(rows, stacks):
         def layer(rows, stacks):
-            return mkl_ffn(rows, sizes, jax.lax.stop_gradient(stacks), jnp.zeros((), jnp.int32), stacks)[0]
+            return in_place_ffn(rows, sizes, jax.lax.stop_gradient(stacks), jnp.zeros((), jnp.int32), stacks, engine)[0]
 
         out, pull = jax.vjp(layer, rows, stacks)
-        return out, pull(out), mkl.multiply(rows, rows, "tn"), mkl.multiply(rows, rows, "nt")
+        return out, pull(out), multiply(rows, rows, engine, "tn"), multiply(rows, rows, engine, "nt")
 
     first = jax.tree.map(np.array, work(rows, stacks))
     for _ in range(20):
