@@ -18,22 +18,23 @@ import numpy as np
 
 from benchmarks.measure import Report, interleaved, median_ratio
 from mixtral_jax.config import PrecisionConfig
-from mixtral_jax.kernels import mkl
 from mixtral_jax.kernels.blocked import choose_block_sizes
 from mixtral_jax.kernels.expert_ffn import expert_ffn
+from mixtral_jax.kernels.host_products import available
 from mixtral_jax.kernels.permutation import combine_rows, dispatch_rows
 from mixtral_jax.model.routing import dropless_plan
 from mixtral_jax.precision import make_precision
 from mixtral_jax.runtime import AUTO_EXPERTS
 
-BACKENDS = ("blocked", "mkl", "ragged_dot", "megablox", "triton")
+BACKENDS = ("blocked", "amx", "mkl", "ragged_dot", "megablox", "triton")
 SMALL = {"tokens": 2048, "d_model": 512, "layers": ["8x1792", "32x448", "128x112"], "dtype": "float32"}
 MIXTRAL = {"tokens": 16384, "d_model": 4096, "layers": ["8x14336"], "dtype": "bfloat16"}
 
 
 def main(arguments: list[str] | None = None) -> None:
     platform = jax.devices()[0].platform
-    backends = ["mkl", "blocked"] if platform == "cpu" and mkl.library() else [AUTO_EXPERTS[platform]]
+    on_host = [engine for engine in ("amx", "mkl") if platform == "cpu" and available(engine)]
+    backends = [*on_host, AUTO_EXPERTS[platform]]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--d-model", type=int)

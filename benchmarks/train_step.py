@@ -10,6 +10,7 @@ contender does forward, backward, clipping by the global norm and AdamW on 4 x 5
 import argparse
 import importlib.util
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +81,13 @@ def ours(config: Config) -> None:
     import numpy as np
 
     from mixtral_jax.hardware import measured_matmul_peak
+    from mixtral_jax.model.layers import contract
     from mixtral_jax.model.mixtral import Architecture
     from mixtral_jax.runtime import make_runtime
     from mixtral_jax.training.step import Trainable
 
-    trainable = Trainable(Architecture(config.model, make_runtime(config)), config)
+    runtime = make_runtime(config)
+    trainable = Trainable(Architecture(config.model, runtime), config)
     state = trainable.start(trainable.architecture.init(0))
     shape = (config.train.batch_size, config.data.seq_len)
     text = np.random.default_rng(0).integers(config.model.vocab_size, size=(shape[0], shape[1] + 1)).astype(np.int32)
@@ -103,7 +106,8 @@ def ours(config: Config) -> None:
         state, metrics = trainable.step(state, batch)
         jax.block_until_ready((state, metrics))
 
-    serve(step, lambda: {"product": measured_matmul_peak(config.precision.compute)})
+    multiply = partial(contract, axes=1, runtime=runtime)
+    serve(step, lambda: {"product": measured_matmul_peak(config.precision.compute, multiply)})
 
 
 def transformers(config: Config, who: str) -> None:

@@ -181,8 +181,8 @@ class KernelsConfig:
     # Dense matrix products: XLA's own, or for float32 on one CPU oneMKL's, or those of x86's matrix units (amx), which
     # take a number as a sum of two of bfloat16: errors of 4e-6. auto: `amx`, `mkl` or `xla`, the first that is there.
     products: Literal["auto", "xla", "amx", "mkl"] = "auto"
-    # Products over rows sorted by expert: blocks with a dynamic count, those of amx or mkl, XLA's ragged_dot, or a grouped
-    # kernel: megablox for TPU, triton for GPUs from compute capability 8.0, in float32 with TF32, as XLA's products.
+    # Products over rows sorted by expert: blocks with a dynamic count, those of amx or mkl, XLA's ragged_dot, or a
+    # grouped kernel: megablox for TPU, triton for GPUs from compute capability 8.0, in float32 with TF32, as XLA's.
     experts: Literal["auto", "blocked", "amx", "mkl", "ragged_dot", "megablox", "triton"] = "auto"
     # How rows reach the experts of other devices, the same numbers from each: just those rows (`ragged`, not on CPU),
     # blocks of one size (`padded`), or all tokens to all and sums back (`gather`). auto: gather on CPU, else ragged.

@@ -3,6 +3,7 @@
 import resource
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
+from jaxtyping import Array
 
 GIB = 2**30
 
@@ -76,13 +78,14 @@ class PeakFlops:
     source: str  # a phrase for people: "989.5 TFLOP/s a device: bfloat16 peak of NVIDIA H100 by its data sheet"
 
 
-def peak_flops(compute: DTypeLike) -> PeakFlops:
+def peak_flops(compute: DTypeLike, multiply: Callable[[Array, Array], Array] = jnp.matmul) -> PeakFlops:
     """Finds the peak of one of this process's devices: by the table, or else by timing a matrix product.
 
     The devices of a simulated CPU mesh share the processor, so each gets its part of what was measured.
 
     Args:
-        compute: float type of the model's products; used only when the peak must be measured.
+        compute: float type of the model's products; used only when the peak must be measured, as is
+        multiply: what multiplies two matrices in the model.
 
     Returns:
         The peak of one device and, in words, what was assumed.
@@ -92,7 +95,7 @@ def peak_flops(compute: DTypeLike) -> PeakFlops:
     if chip is not None:
         words = f"{chip.flops / 1e12:,.1f} TFLOP/s a device: bfloat16 peak of {chip.kind} by its maker's data"
         return PeakFlops(chip.flops, words)
-    measured = measured_matmul_peak(compute)
+    measured = measured_matmul_peak(compute, multiply)
     words = f"{measured / 1e9:,.0f} GFLOP/s: fastest {jnp.dtype(compute).name} matrix product timed at start"
     if device.platform != "cpu":
         return PeakFlops(measured, f"{words} on one {device.device_kind}, which the table of peaks does not hold")
@@ -100,9 +103,9 @@ def peak_flops(compute: DTypeLike) -> PeakFlops:
     return PeakFlops(measured / count, f"{words} on this processor{shared}")
 
 
-def measured_matmul_peak(compute: DTypeLike) -> float:
+def measured_matmul_peak(compute: DTypeLike, multiply: Callable[[Array, Array], Array] = jnp.matmul) -> float:
     """Times square matrix products of growing size, in under a second, and returns the fastest rate in FLOP/s."""
-    product = jax.jit(jnp.matmul)
+    product = jax.jit(multiply)
     best, size = 0.0, 256
     while size <= 8192:
         # Random numbers: on GPUs a product of zeros or ones draws less power and runs faster than real ones.

@@ -48,10 +48,10 @@ class Runtime:
         eight_bit = self.precision.experts
         experts = f"{self.experts} in {jax.numpy.dtype(eight_bit).name}" if eight_bit else self.experts
         exchange = f"exchange: {self.exchange}, " if self.mesh.shape["expert"] > 1 else ""
-        products = "" if self.products == "xla" else f"products: {self.products}, "
+        in_words = {"xla": "", "mkl": "products: mkl, ", "amx": "products: amx (a float32 as two bfloat16), "}
         compute = jax.numpy.dtype(self.precision.compute).name
         return (
-            f"{self.mesh.size} x {device.device_kind} ({axes}); {products}attention: {self.attention}, "
+            f"{self.mesh.size} x {device.device_kind} ({axes}); {in_words[self.products]}attention: {self.attention}, "
             f"experts: {experts}, {exchange}compute: {compute}, remat: {self.remat}"
         )
 

@@ -44,7 +44,7 @@ def pretend(monkeypatch, kind, platform, count=1):
     device = SimpleNamespace(device_kind=kind, platform=platform)
     monkeypatch.setattr(jax, "local_devices", lambda: [device] * count)
     monkeypatch.setattr(jax, "local_device_count", lambda: count)
-    monkeypatch.setattr(hardware, "measured_matmul_peak", lambda compute: 8e10)
+    monkeypatch.setattr(hardware, "measured_matmul_peak", lambda compute, multiply: 8e10)
 
 
 @pytest.mark.parametrize(

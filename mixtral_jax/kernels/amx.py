@@ -6,11 +6,16 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import ModuleType
 
 import numpy as np
 
-ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA = 158, 0x1023, 18  # Source: Linux, Documentation/arch/x86/xstate.rst
+ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA = (
+    158,
+    0x1023,
+    18,
+)  # Source: Linux, Documentation/arch/x86/xstate.rst
 TALLEST, LEAST = 1024, 128  # rows of a block
 
 
@@ -55,11 +60,12 @@ class Units:
         while height > LEAST and np.sum(-(-table[:, 6] // height) * columns) < 2 * threads:
             height //= 2
         counter = np.zeros(1, np.int64)
-        arguments = (table, turn_a, turn_b, add, height, counter.ctypes.data, self._configurations.ctypes.data)
+        places = counter.ctypes.data, self._configurations.ctypes.data
+        work = partial(self._tiles.multiply_blocks, table, turn_a, turn_b, add, height, *places)
         first, *rest = (space.ctypes.data for space in self._workspaces)
         with self._lock:
-            others = [self._others.submit(self._tiles.multiply_blocks, *arguments, space) for space in rest]
-            self._tiles.multiply_blocks(*arguments, first)
+            others = [self._others.submit(work, space) for space in rest]
+            work(first)
             for other in others:
                 other.result()
 

@@ -4,8 +4,8 @@ A float32 number is nearly the sum of two bfloat16 numbers, `high` and `low`, so
 high high + high low + low high, each exact in the unit and summed in float32. The error is about 4e-6 of the factors'
 norms: ten times float32's own, a hundredth of TF32's. Source: arXiv 1904.06376.
 
-A tile is 16 rows of 64 bytes. Factors are cut into tiles of 16 rows or columns by 32 of the inner dimension, in the order
-in which the unit reads them: pairs along the inner dimension lie together.
+A tile is 16 rows of 64 bytes. Factors are cut into tiles of 16 rows or columns by 32 of the inner dimension, in the
+order in which the unit reads them: pairs along the inner dimension lie together.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ Code = tuple[Any, Callable[..., Any]]  # a signature, and what writes LLVM's ins
 
 
 def make_configurations() -> np.ndarray:
-    """Describes the unit's eight tiles for every number of rows up to 32, of which the second sixteen are in tiles 2, 3, 5.
+    """Describes the unit's tiles for every number of rows up to 32; those behind the 16th are in tiles 2, 3 and 5.
 
     Returns:
         uint8 [33, 64]. Source: Intel 64 and IA-32 Architectures Software Developer's Manual, LDTILECFG.
@@ -155,7 +155,7 @@ def _transpose(b: Builder, rows: list[Any]) -> list[Any]:
 
 @intrinsic(prefer_literal=True)
 def _split_tile(_: Any, source: Any, stride: Any, target: Any, inner_last: Any, transposed: Any) -> Code:
-    """Turns floats, [16, 32] with the inner dimension last or [32, 16], into a high tile and, two tiles on, a low one."""
+    """Turns floats, [16, 32] with the inner dimension last or [32, 16], into a high tile and, two on, a low one."""
     last, turn = bool(inner_last.literal_value), bool(transposed.literal_value)
     odd = list(range(1, 64, 2))
 

@@ -41,16 +41,24 @@ def _load(package: str, name: str) -> Any:
 
 def _multiply_all(mkl: Any, table: np.ndarray, turn_a: bool, turn_b: bool, add: bool) -> None:
     flags = [TRANSPOSED if turn else PLAIN for turn in (turn_a, turn_b)]
-    if len(table) == 1:
-        a, b, out, of_a, of_b, of_out, rows, columns, inner = (int(x) for x in table[0])
-        mkl.cblas_sgemm(ROW_MAJOR, *flags, rows, columns, inner, 1.0, a, of_a, b, of_b, float(add), out, of_out)
-        return
     count = len(table)
-    a, b, out = (np.ascontiguousarray(column).astype(np.uint64) for column in table.T[:3])
-    of_a, of_b, of_out, rows, columns, inner = (column.astype(np.int32) for column in table.T[3:])
-    arrays = [
-        *(np.full(count, flag, np.int32) for flag in flags), rows, columns, inner, np.ones(count, np.float32),
-        a, of_a, b, of_b, np.full(count, add, np.float32), out, of_out,
-    ]  # fmt: skip
-    of_each = np.ones(count, np.int32)
-    mkl.cblas_sgemm_batch(ROW_MAJOR, *(array.ctypes.data for array in arrays), count, of_each.ctypes.data)
+    if not count:
+        return
+    if count == 1:
+        (a, b, out, of_a, of_b, of_out, *shape) = table[0].tolist()
+        mkl.cblas_sgemm(ROW_MAJOR, *flags, *shape, 1.0, a, of_a, b, of_b, float(add), out, of_out)
+        return
+    addresses = table.T[:3].copy()
+    strides, shapes = (part.astype(np.int32, order="C") for part in (table.T[3:6], table.T[6:]))
+    a, b, out = zip(_rows(addresses), _rows(strides), strict=True)
+    turns = np.array([[flag] * count for flag in flags], np.int32)
+    one, of_each, beta = np.ones(count, np.float32), np.ones(count, np.int32), np.full(count, add, np.float32)
+    mkl.cblas_sgemm_batch(
+        ROW_MAJOR, *_rows(turns), *_rows(shapes), one.ctypes.data, *a, *b, beta.ctypes.data, *out,
+        count, of_each.ctypes.data,
+    )  # fmt: skip
+
+
+def _rows(array: np.ndarray) -> list[int]:
+    """Addresses of an array's rows."""
+    return [row.ctypes.data for row in array]

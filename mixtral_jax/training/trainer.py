@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from mixtral_jax.evaluation.perplexity import measure
 from mixtral_jax.evaluation.scoring import make_scorer
 from mixtral_jax.hardware import memory_in_use, peak_flops
 from mixtral_jax.metrics import flops_per_token, speed
+from mixtral_jax.model.layers import contract
 from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.runtime import make_runtime
 from mixtral_jax.training.admission import admit_kernels
@@ -124,7 +126,7 @@ class Trainer:
     def _train(self, path: Path, state: TrainState, step: int) -> tuple[TrainState, int]:
         """Opens the log and loops; the log closes before anything else is said."""
         config = self.config
-        self.peak = peak_flops(self.runtime.precision.compute)
+        self.peak = peak_flops(self.runtime.precision.compute, partial(contract, axes=1, runtime=self.runtime))
         self.flops = flops_per_token(config.model, config.data.seq_len)
         work = f"{self.flops / 1e6:,.1f} MFLOP a token"
         mfu = f"model FLOP/s / (devices * peak FLOP/s of one); {work}; peak {self.peak.source}"

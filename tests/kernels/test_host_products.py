@@ -1,4 +1,4 @@
-"""Products that XLA's programs leave to this process: against numpy, gradients in place, errors, the same bits every time."""
+"""Products that XLA leaves to this process: against numpy, gradients in place, errors, the same bits every time."""
 
 import functools
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mixtral_jax.config import FloatName, ModelConfig
+from mixtral_jax.kernels.host_products import Products
 from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.runtime import Runtime, make_runtime
 from tests.tiny import mesh_of, tiny_config
@@ -18,7 +19,13 @@ def small(**changes: Any) -> ModelConfig:
 
 
 def runtime(
-    model: ModelConfig, *, params: FloatName = "float32", seq_len: int = 16, batch: int = 8, **mesh: int
+    model: ModelConfig,
+    *,
+    params: FloatName = "float32",
+    seq_len: int = 16,
+    batch: int = 8,
+    products: Products = "xla",
+    **mesh: int,
 ) -> Runtime:
     """A runtime on as many of the simulated devices as the mesh has; without sizes, on one."""
     config = tiny_config(
@@ -26,6 +33,7 @@ def runtime(
         data={"seq_len": seq_len},
         train={"batch_size": batch},
         precision={"params": params},
+        kernels={"products": products},
     )
     return make_runtime(config, mesh_of(**mesh))
 
