@@ -57,7 +57,7 @@ class Units:
         threads = len(self._workspaces)
         columns = -(-table[:, 7] // self._tiles.WIDTH)
         height = TALLEST
-        while height > LEAST and np.sum(-(-table[:, 6] // height) * columns) < 2 * threads:
+        while height > LEAST and np.sum(-(-table[:, 6] // height) * columns) < threads:
             height //= 2
         counter = np.zeros(1, np.int64)
         places = counter.ctypes.data, self._configurations.ctypes.data

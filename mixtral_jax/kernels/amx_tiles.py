@@ -17,9 +17,10 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-DEPTH, WIDTH = 512, 512  # inner dimension and columns of the second factor's part that stays in the L2 cache
+DEPTH, WIDTH = 256, 512  # inner dimension and columns of the second factor's part that stays in the L2 cache
 TILE, STEP = 1024, 4096  # bytes of a tile, and of the high and low tiles of 32 rows or columns
-FIRST, SECOND, EDGE = 0, 32 * DEPTH * 4, 32 * DEPTH * 4 + WIDTH * DEPTH * 4  # places in a thread's workspace
+PACKED = 128  # rows of the first factor that are split at once
+FIRST, SECOND, EDGE = 0, PACKED * DEPTH * 4, (PACKED + WIDTH) * DEPTH * 4  # places in a thread's workspace
 WORKSPACE = EDGE + STEP  # bytes
 
 I8, I32, I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
@@ -129,10 +130,8 @@ def _shuffle(b: Builder, x: Any, y: Any, lanes: list[int]) -> Any:
 
 
 def _round(b: Builder, x: Any) -> Any:
-    """Rounds floats to bfloat16, half to even; in the upper halves of integers."""
-    bits = b.bitcast(x, INTS)
-    odd = b.and_(b.lshr(bits, _all(INTS, 16)), _all(INTS, 1))
-    return b.and_(b.add(bits, b.add(odd, _all(INTS, 0x7FFF))), _all(INTS, 0xFFFF0000))
+    """Rounds floats to bfloat16, half away from zero, in the upper halves of integers."""
+    return b.and_(b.add(b.bitcast(x, INTS), _all(INTS, 0x8000)), _all(INTS, 0xFFFF0000))
 
 
 def _split(b: Builder, address: Any) -> tuple[Any, Any]:
@@ -190,9 +189,11 @@ def _copy(target: int, target_stride: int, source: int, source_stride: int, rows
 def _pack(
     source: int, stride: int, count: int, inner: int, inner_last: bool, transposed: bool, target: int, edge: int
 ) -> None:
-    """Splits up to 32 rows [count, inner] (`inner_last`) or columns [inner, count] into tiles, filled up with zeros."""
-    for step in range((inner + 31) // 32):
-        for half in range((count + 15) // 16):
+    """Splits rows [count, inner] (`inner_last`) or columns [inner, count] into panels of 32, filled up with zeros."""
+    steps, panels = (inner + 31) // 32, (count + 31) // 32
+    for number in range(steps * panels):  # as the source lies in memory
+        panel, step = (number // steps, number % steps) if inner_last else (number % panels, number // panels)
+        for half in range(2 * panel, min(2 * panel + 2, (count + 15) // 16)):
             across, along = min(16, count - 16 * half), min(32, inner - 32 * step)
             start = source + (16 * half * stride + 128 * step if inner_last else 64 * half + 32 * step * stride)
             start_stride = stride
@@ -202,7 +203,7 @@ def _pack(
                 edge_stride, rows, columns = (128, across, along) if inner_last else (64, along, across)
                 _copy(edge, edge_stride, start, stride, rows, columns)
                 start, start_stride = edge, edge_stride
-            tile = target + step * STEP + half * TILE
+            tile = target + (panel * steps + step) * STEP + half % 2 * TILE
             if inner_last:
                 if transposed:
                     _split_tile(start, start_stride, tile, 1, 1)
@@ -297,14 +298,14 @@ def multiply_blocks(
             along = min(depth, inner - k)
             steps = (along + 31) // 32
             fresh = k == 0 and not add
-            for j in range(left, right, 32):
-                start = b + (j * of_b + 4 * k if turn_b else k * of_b + 4 * j)
-                target = second + (j - left) // 32 * steps * STEP
-                _pack(start, of_b, min(32, right - j), along, turn_b, turn_b, target, edge)
+            start = b + (left * of_b + 4 * k if turn_b else k * of_b + 4 * left)
+            _pack(start, of_b, right - left, along, turn_b, turn_b, second, edge)
             for i in range(top, bottom, 32):
-                start = a + (k * of_a + 4 * i if turn_a else i * of_a + 4 * k)
+                if (i - top) % PACKED == 0:
+                    start = a + (k * of_a + 4 * i if turn_a else i * of_a + 4 * k)
+                    _pack(start, of_a, min(PACKED, bottom - i), along, not turn_a, turn_a, first, edge)
+                rows_of_a = first + (i - top) % PACKED // 32 * steps * STEP
                 height_here = min(32, bottom - i)
-                _pack(start, of_a, height_here, along, not turn_a, turn_a, first, edge)
                 if height_here < 32:
                     _configure(configurations + height_here * 64)
                 for j in range(left, right, 32):
@@ -315,9 +316,9 @@ def multiply_blocks(
                         _copy(edge, 128, out + i * of_out + 4 * j, of_out, height_here, right - j)
                     tiles = second + (j - left) // 32 * steps * STEP
                     if height_here > 16:
-                        _multiply_32(first, tiles, place, stride, steps, fresh)
+                        _multiply_32(rows_of_a, tiles, place, stride, steps, fresh)
                     else:
-                        _multiply_16(first, tiles, place, stride, steps, fresh)
+                        _multiply_16(rows_of_a, tiles, place, stride, steps, fresh)
                     if partial:
                         _copy(out + i * of_out + 4 * j, of_out, edge, 128, height_here, right - j)
                 if height_here < 32:
