@@ -67,12 +67,14 @@ def _fwd(
 ) -> tuple[Any, Any]:
     gate, up = grouped(rows, group_sizes, layer, weights[:2], engine)
     (out,) = grouped(jax.nn.silu(gate) * up, group_sizes, layer, weights[2:], engine)
-    return (out, carried), (rows, group_sizes, weights, layer, gate, up)
+    return (out, carried), (rows, group_sizes, weights, layer)
 
 
 def _bwd(engine: Engine, residuals: Any, cotangents: tuple[Array, Stacks]) -> tuple[Any, ...]:
-    rows, group_sizes, weights, layer, gate, up = residuals
+    """Computes gate and up again: kept for every layer, they are the largest of what a step keeps."""
+    rows, group_sizes, weights, layer = residuals
     d_out, (d_w_gate, d_w_up, d_w_down) = cotangents
+    gate, up = grouped(rows, group_sizes, layer, weights[:2], engine)
     (d_hidden,) = grouped(d_out, group_sizes, layer, weights[2:], engine, transposed=True)
     hidden, pull = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, gate, up)
     d_gate, d_up = pull(d_hidden)
