@@ -6,29 +6,26 @@ Queries, keys, values and their gradients lie as the model has them; nothing is 
 import ctypes
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from mixtral_jax.kernels.amx import Units, units
+from mixtral_jax.kernels.amx import units
 from mixtral_jax.kernels.foreign import Buffer, register
 from mixtral_jax.precision import FULL
 
 BLOCK = 32  # positions, and elements of the head dimension
+LARGEST_HEAD = 256  # what is made of some blocks of it fits the L2 cache
 ALIGNMENT = 16  # elements; of the blocks in memory of XLA's
 
 
 @functools.cache
-def available() -> bool:
-    """Registers attention; says whether this machine has it."""
-    found = units()
-    if found is None:
-        return False
-    register("amx_attention", functools.partial(_forward, found))
-    register("amx_attention_gradients", functools.partial(_backward, found))
-    return True
+def _register() -> None:
+    register("amx_attention", _forward)
+    register("amx_attention_gradients", _backward)
 
 
 @jax.custom_vjp
@@ -43,7 +40,8 @@ def amx_attention(
 
 
 def _fwd(q: Array, k: Array, v: Array, segment_ids: Array) -> tuple[Array, tuple[Array, ...]]:
-    batch, seq, heads, head_dim = q.shape
+    _register()
+    batch, seq, heads, _ = q.shape
     blocks = -(-seq // BLOCK)
     results = [
         jax.ShapeDtypeStruct(q.shape, FULL),
@@ -72,20 +70,19 @@ def _elements_of_blocks(x: Array) -> int:
 
 
 def _forward(
-    units: Units, q: Buffer, k: Buffer, v: Buffer, segment_ids: Buffer, out: Buffer, log_totals: Buffer, packed: Buffer
+    q: Buffer, k: Buffer, v: Buffer, segment_ids: Buffer, out: Buffer, log_totals: Buffer, packed: Buffer
 ) -> None:
     from mixtral_jax.kernels.amx_attend import attend
 
     shape, factors = _shape(q, k), _factors(q.shape[3])
     counters = np.zeros(3, np.int64)
-    units.run(
+    _run(
         attend, q.address, k.address, v.address, _spans(segment_ids), out.address, log_totals.address,
         _aligned(packed), shape, factors.ctypes.data, counters.ctypes.data,
     )  # fmt: skip
 
 
 def _backward(
-    units: Units,
     q: Buffer,
     k: Buffer,
     v: Buffer,
@@ -102,11 +99,17 @@ def _backward(
 
     shape, factors = _shape(q, k), _factors(q.shape[3])
     counter, progress = np.zeros(1, np.int64), np.zeros((shape[0] * shape[3], -(-shape[1] // BLOCK)), np.int64)
-    units.run(
+    _run(
         differentiate_attention, q.address, k.address, v.address, _spans(segment_ids), out.address, log_totals.address,
         d_out.address, d_q.address, d_k.address, d_v.address, _aligned(sums), shape, factors.ctypes.data, progress,
         counter.ctypes.data,
     )  # fmt: skip
+
+
+def _run(*arguments: Any) -> None:
+    found = units()
+    assert found is not None  # see `runtime.choose_attention`
+    found.run(*arguments)
 
 
 def _shape(q: Buffer, k: Buffer) -> tuple[int, int, int, int, int]:
