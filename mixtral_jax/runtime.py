@@ -108,7 +108,8 @@ def choose_attention(
         raise UserError("kernels.attention=amx needs kernels.products=amx: set both, or use auto or blockwise")
     if name == "amx" and head_dim > LARGEST_HEAD:
         raise UserError(
-            f"kernels.attention=amx takes a model.head_dim of up to {LARGEST_HEAD}, not {head_dim}: use auto or blockwise"
+            f"kernels.attention=amx takes a model.head_dim of up to {LARGEST_HEAD}, not {head_dim}: "
+            "use auto or blockwise"
         )
     if (name == "cudnn" and platform != "gpu") or (name == "splash" and platform == "gpu"):
         raise UserError(f"kernels.attention={name} does not run on {platform}: use auto or blockwise")

@@ -1,4 +1,4 @@
-"""The matrix units (AMX) of x86 processors: one caller at a time, by all threads. See `amx_units` for the arithmetic."""
+"""The matrix units (AMX) of x86 processors, by all threads for one caller at a time: see `amx_units` for the rest."""
 
 import ctypes
 import functools
@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA = 158, 0x1023, 18  # Source: Linux, Documentation/arch/x86/xstate.rst
+# Source: Linux, Documentation/arch/x86/xstate.rst
+ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA = 158, 0x1023, 18
 TALLEST, LEAST = 1024, 128  # rows of a block of a product
 
 
@@ -57,7 +58,7 @@ def units() -> Units | None:
 
 
 def load() -> Callable[[np.ndarray, bool, bool, bool], None] | None:
-    """Finds what computes a table of products, see `host_products.Multiply`; the same bits with any number of threads."""
+    """Finds what computes a table of products, see `host_products.Multiply`; the bits do not depend on the threads."""
     found = units()
     return None if found is None else functools.partial(_multiply_all, found)
 

@@ -1,15 +1,15 @@
 """Attention forward and backward on matrix units, for Numba: which blocks meet, in which order, on which thread.
 
-The blocks, the online softmax and the recomputing backward pass are those of FlashAttention-2 (arXiv 2307.08691). All is
-in blocks of 32 positions, see `amx_softmax`, and scores have keys in rows and queries in columns. Threads take tasks off
-a counter. The bits of the results do not depend on how many they are: every sum is in one order.
+The online softmax and the recomputing backward pass are those of FlashAttention-2 (arXiv 2307.08691). All is in blocks
+of 32 positions, see `amx_softmax`; scores have keys in rows and queries in columns. Threads take tasks off a counter.
+The bits of the results do not depend on how many they are: every sum is in one order.
 """
 
 from typing import no_type_check
 
 import numpy as np
-from numba import njit
 
+from mixtral_jax.kernels.amx_blocks import multiply_block, pack_along_head, pack_along_rows, wait, write_block
 from mixtral_jax.kernels.amx_softmax import (
     ALL,
     begin_peak,
@@ -18,118 +18,29 @@ from mixtral_jax.kernels.amx_softmax import (
     dot_row,
     exponentiate,
     finish_total,
-    give_way,
     hide,
-    pause,
     raise_counter,
     raise_peak,
-    read_counter,
     shrink_block,
-    write_tile,
 )
-from mixtral_jax.kernels.amx_units import (
-    STEP,
-    TILE,
-    clear,
-    configure,
-    copy,
-    dot,
-    load,
-    pack,
-    release,
-    store,
-    take_next,
-)
+from mixtral_jax.kernels.amx_units import STEP, compiled, configure, release, take_next
 
 GROUP = 4  # blocks of keys whose scores exist at once in the forward pass
 HEADS, QUERIES = 4, 4  # heads of one of keys and values, and blocks of queries, that a task of the forward pass has
 PACKED = 16  # blocks of keys and values that a task turns into factors
 SQUARE = 2  # blocks of queries, and of keys, that meet at once in the backward pass
-SPINS = 1024  # looks at a counter before the processor is left to others
 LARGEST = 8  # blocks of the largest head dimension
-WORKSPACE = (2 * HEADS * QUERIES * LARGEST + 32) * STEP  # bytes; the backward pass takes less
+WORKSPACE = (2 * HEADS * QUERIES * LARGEST + 32) * STEP  # bytes of a thread; the backward pass takes less
 
 
-@njit(nogil=True, cache=True)
+@compiled
 @no_type_check
 def keys_of_task(parts: int) -> int:
-    """Blocks of keys that a task of the backward pass has, for a head dimension of so many blocks: they fit the L2 cache."""
+    """Blocks of keys that a task of the backward pass has, for a head of so many blocks: they fit the L2 cache."""
     return min(16, 32 // parts // SQUARE * SQUARE)
 
 
-@njit(nogil=True, cache=True)
-@no_type_check
-def _wait(counter: int, value: int) -> None:
-    spins = 0
-    while read_counter(counter) < value:
-        spins += 1
-        if spins % SPINS:
-            pause()
-        else:
-            give_way()
-
-
-@njit(nogil=True, cache=True)
-@no_type_check
-def _multiply(a: int, a_step: int, b: int, b_step: int, out: int, steps: int, fresh: bool) -> None:
-    """Computes a block as a sum of products of factors that lie some bytes apart; small terms are added first."""
-    if fresh:
-        clear(0), clear(1), clear(2), clear(3)
-    else:
-        load(0, out, 64), load(1, out + TILE, 64), load(2, out + 2 * TILE, 64), load(3, out + 3 * TILE, 64)
-    for _ in range(steps):
-        load(4, a + 2 * TILE, 64), load(6, b, 64), dot(0, 4, 6), load(7, b + TILE, 64), dot(1, 4, 7)
-        load(5, a + 3 * TILE, 64), dot(2, 5, 6), dot(3, 5, 7)
-        load(4, a, 64), dot(0, 4, 6), dot(1, 4, 7), load(5, a + TILE, 64), dot(2, 5, 6), dot(3, 5, 7)
-        load(6, b + 2 * TILE, 64), dot(0, 4, 6), dot(2, 5, 6)
-        load(7, b + 3 * TILE, 64), dot(1, 4, 7), dot(3, 5, 7)
-        a, b = a + a_step, b + b_step
-    store(0, out, 64), store(1, out + TILE, 64), store(2, out + 2 * TILE, 64), store(3, out + 3 * TILE, 64)
-
-
-@njit(nogil=True, cache=True)
-@no_type_check
-def _pack_along_head(source: int, stride: int, rows: int, head_dim: int, second: bool, target: int, edge: int) -> None:
-    """Makes up to 32 positions a factor whose inner dimension is the head's, the first or the second."""
-    if rows < 32:
-        clear_memory(target, (head_dim + 31) // 32 * STEP)
-    pack(source, stride, rows, head_dim, True, second, target, edge)
-
-
-@njit(nogil=True, cache=True)
-@no_type_check
-def _pack_along_rows(source: int, stride: int, rows: int, head_dim: int, second: bool, target: int, edge: int) -> None:
-    """Makes up to 32 positions a factor whose inner dimension is theirs, the first or the second."""
-    for part in range((head_dim + 31) // 32):
-        columns = min(32, head_dim - 32 * part)
-        if columns < 32:
-            clear_memory(target + part * STEP, STEP)
-        pack(source + 128 * part, stride, columns, rows, False, not second, target + part * STEP, edge)
-
-
-@njit(nogil=True, cache=True)
-@no_type_check
-def _write(
-    block: int, factor: int, target: int, stride: int, rows: int, columns: int, turned: bool, edge: int
-) -> None:
-    """Writes the part of a block that is within the result, times factors of its columns."""
-    for tile in range(4):
-        i, j = tile // 2, tile % 2
-        top, left = (16 * j, 16 * i) if turned else (16 * i, 16 * j)
-        height, width = min(16, rows - top), min(16, columns - left)
-        if height > 0 and width > 0:
-            source, place = block + tile * TILE, target + top * stride + 4 * left
-            whole = height == 16 and width == 16
-            to, step = (place, stride) if whole else (edge, 64)
-            if turned:
-                write_tile(source, factor + 64 * j, to, step, 1)
-            else:
-                write_tile(source, factor + 64 * j, to, step, 0)
-            if not whole:
-                copy(place, stride, edge, 64, height, width)
-
-
-@njit(nogil=True, cache=True)
+@compiled
 @no_type_check
 def attend(
     q: int,
@@ -176,10 +87,10 @@ def attend(
         for block in range(run * PACKED, min(blocks, (run + 1) * PACKED)):
             start = ((pair // kv_heads * seq + 32 * block) * kv_heads + pair % kv_heads) * 4 * head_dim
             place, rows = (pair * blocks + block) * size, min(32, seq - 32 * block)
-            _pack_along_head(k + start, kv_stride, rows, head_dim, False, packed + place, edge)
-            _pack_along_rows(v + start, kv_stride, rows, head_dim, False, packed_values + place, edge)
+            pack_along_head(k + start, kv_stride, rows, head_dim, False, packed + place, edge)
+            pack_along_rows(v + start, kv_stride, rows, head_dim, False, packed_values + place, edge)
         raise_counter(counters + 8)
-    _wait(counters + 8, batch * kv_heads * runs)
+    wait(counters + 8, batch * kv_heads * runs)
 
     shares = (group + HEADS - 1) // HEADS  # of the heads that have the same keys
     rows_of_queries = (blocks + QUERIES - 1) // QUERIES
@@ -194,7 +105,7 @@ def attend(
         for i in range(tall * wide):
             query, state = first + i // wide, states + i * state_size
             start = ((row * seq + 32 * query) * heads + head + i % wide) * 4 * head_dim
-            _pack_along_head(q + start, q_stride, min(32, seq - 32 * query), head_dim, True, state, edge)
+            pack_along_head(q + start, q_stride, min(32, seq - 32 * query), head_dim, True, state, edge)
             begin_peak(state + 2 * size, state + 2 * size + ALL)
         lowest = (32 * first + 1 - spans[row, 32 * first]) // 32
         for keys in range(lowest, first + tall, GROUP):
@@ -209,7 +120,7 @@ def attend(
                 all_seen = last + 1 - spans[row, last]  # from here on every query of the block sees keys
                 for block in range(low, high):
                     place = scores + (block - low) * STEP
-                    _multiply(packed + (pair * blocks + block) * size, STEP, state, STEP, place, parts, True)
+                    multiply_block(packed + (pair * blocks + block) * size, STEP, state, STEP, place, parts, True)
                     if block == query or 32 * block < all_seen:
                         hide(place, 32 * (query - block), spans.ctypes.data + (row * blocks + query) * ALL)
                 factor = total + ALL
@@ -222,7 +133,7 @@ def attend(
                     place = product + part * STEP
                     if shrinks and not fresh:
                         shrink_block(place, factor)
-                    _multiply(values + part * STEP, size, scores, STEP, place, high - low, fresh)
+                    multiply_block(values + part * STEP, size, scores, STEP, place, high - low, fresh)
         for i in range(tall * wide):
             query, state = first + i // wide, states + i * state_size
             total, peak, product = state + 2 * size + ALL, state + 2 * size, state + size
@@ -230,14 +141,14 @@ def attend(
             finish_total(peak, total, log_totals + place)
             start = ((row * seq + 32 * query) * heads + head + i % wide) * 4 * head_dim
             for part in range(parts):
-                _write(
+                write_block(
                     product + part * STEP, total, out + start + 128 * part, q_stride,
                     min(32, seq - 32 * query), head_dim - 32 * part, True, edge,
                 )  # fmt: skip
     release()
 
 
-@njit(nogil=True, cache=True)
+@compiled
 @no_type_check
 def _differentiate_square(
     q: int,
@@ -277,10 +188,10 @@ def _differentiate_square(
     for i in range(tall):
         start = ((row * seq + 32 * (first + i)) * heads + head) * 4 * head_dim
         rows, place = min(32, seq - 32 * (first + i)), i * size
-        _pack_along_head(q + start, stride, rows, head_dim, True, queries + place, edge)
-        _pack_along_rows(q + start, stride, rows, head_dim, True, turned_queries + place, edge)
-        _pack_along_head(d_out + start, stride, rows, head_dim, True, d_outs + place, edge)
-        _pack_along_rows(d_out + start, stride, rows, head_dim, True, turned_d_outs + place, edge)
+        pack_along_head(q + start, stride, rows, head_dim, True, queries + place, edge)
+        pack_along_rows(q + start, stride, rows, head_dim, True, turned_queries + place, edge)
+        pack_along_head(d_out + start, stride, rows, head_dim, True, d_outs + place, edge)
+        pack_along_rows(d_out + start, stride, rows, head_dim, True, turned_d_outs + place, edge)
         for j in range(rows):
             here = start + j * stride
             dot_row(deltas + i * ALL + 4 * j, d_out + here, out + here, head_dim)
@@ -295,8 +206,8 @@ def _differentiate_square(
                     break
                 top, bottom = min(top, i), i + 1
                 here = (b * SQUARE + i) * STEP
-                _multiply(keys + place, STEP, queries + i * size, STEP, scores + here, parts, True)
-                _multiply(values + place, STEP, d_outs + i * size, STEP, d_scores + here, parts, True)
+                multiply_block(keys + place, STEP, queries + i * size, STEP, scores + here, parts, True)
+                multiply_block(values + place, STEP, d_outs + i * size, STEP, d_scores + here, parts, True)
                 if block == query or 32 * block < last + 1 - spans[row, last]:
                     hide(scores + here, 32 * (query - block), spans.ctypes.data + (row * blocks + query) * ALL)
                 there = (i * SQUARE + b) * STEP
@@ -308,8 +219,8 @@ def _differentiate_square(
                 for part in range(parts):
                     there, factor = place + part * STEP, top * size + part * STEP
                     steps = bottom - top
-                    _multiply(scores + here, STEP, turned_d_outs + factor, size, d_values + there, steps, False)
-                    _multiply(d_scores + here, STEP, turned_queries + factor, size, d_keys + there, steps, False)
+                    multiply_block(scores + here, STEP, turned_d_outs + factor, size, d_values + there, steps, False)
+                    multiply_block(d_scores + here, STEP, turned_queries + factor, size, d_keys + there, steps, False)
         for i in range(tall):
             query = first + i
             left = max(key, (32 * query + 1 - spans[row, 32 * query]) // 32)
@@ -319,12 +230,12 @@ def _differentiate_square(
                 for part in range(parts):
                     there = i * size + part * STEP
                     factor = (left - low) * size + part * STEP
-                    _multiply(
+                    multiply_block(
                         turned_keys + factor, size, turned_scores + here, STEP, d_queries + there, right - left, False
                     )
 
 
-@njit(nogil=True, cache=True)
+@compiled
 @no_type_check
 def differentiate_attention(
     q: int,
@@ -376,9 +287,9 @@ def differentiate_attention(
         start = ((row * seq + 32 * low) * kv_heads + pair % kv_heads) * 4 * head_dim
         for block in range(high - low):
             place, source, rows = block * size, start + 32 * block * kv_stride, min(32, seq - 32 * (low + block))
-            _pack_along_head(k + source, kv_stride, rows, head_dim, False, keys + place, edge)
-            _pack_along_head(v + source, kv_stride, rows, head_dim, False, values + place, edge)
-            _pack_along_rows(k + source, kv_stride, rows, head_dim, False, turned_keys + place, edge)
+            pack_along_head(k + source, kv_stride, rows, head_dim, False, keys + place, edge)
+            pack_along_head(v + source, kv_stride, rows, head_dim, False, values + place, edge)
+            pack_along_rows(k + source, kv_stride, rows, head_dim, False, turned_keys + place, edge)
         clear_memory(d_keys, 2 * most * size)
         for square in range(low // SQUARE, squares):
             first = square * SQUARE
@@ -386,7 +297,7 @@ def differentiate_attention(
             if begin >= high:
                 break
             turn, others = progress.ctypes.data + (pair * squares + square) * 8, run - begin // most
-            _wait(turn, others)
+            wait(turn, others)
             for i in range(group):
                 head = pair % kv_heads * group + i
                 d_queries = sums + ((row * heads + head) * blocks + first) * size
@@ -400,7 +311,7 @@ def differentiate_attention(
                     for query in range(first, min(first + SQUARE, blocks)):
                         place = ((row * seq + 32 * query) * heads + head) * 4 * head_dim
                         for part in range(parts):
-                            _write(
+                            write_block(
                                 d_queries + (query - first) * size + part * STEP, factors + ALL,
                                 d_q + place + 128 * part, q_stride, min(32, seq - 32 * query),
                                 head_dim - 32 * part, True, edge,
@@ -410,6 +321,6 @@ def differentiate_attention(
             place, target, rows = block * size, start + 32 * block * kv_stride, min(32, seq - 32 * (low + block))
             for part in range(parts):
                 here, there, columns = place + part * STEP, target + 128 * part, head_dim - 32 * part
-                _write(d_keys + here, factors + ALL, d_k + there, kv_stride, rows, columns, False, edge)
-                _write(d_values + here, factors + 2 * ALL, d_v + there, kv_stride, rows, columns, False, edge)
+                write_block(d_keys + here, factors + ALL, d_k + there, kv_stride, rows, columns, False, edge)
+                write_block(d_values + here, factors + 2 * ALL, d_v + there, kv_stride, rows, columns, False, edge)
     release()

@@ -1,8 +1,8 @@
 """Vector code of attention on matrix units, for Numba: exponentials, maxima and masks of scores in the units' tiles.
 
 A block is 32 x 32 numbers in four tiles, or factors of 32 x 32: the high tiles of its first and second 16 rows or
-columns and then the low ones. Scores are blocks of 32 keys (rows) by 32 queries (lanes), so that whatever belongs to a
-query, `lanes` of 32 numbers, is added, multiplied and compared without moving anything across lanes. Addresses are in bytes.
+columns and then the low ones. Scores are blocks of 32 keys (rows) by 32 queries (columns), so that whatever belongs to
+queries, 32 numbers of them, is added, multiplied and compared without moving anything across a vector.
 """
 
 from collections.abc import Iterator
@@ -45,6 +45,7 @@ ADDRESS = types.int64
 
 
 def call(b: Builder, name: str, *vectors: Any) -> Any:
+    """Calls a function of LLVM's on floats."""
     kind = ir.FunctionType(FLOATS, [FLOATS] * len(vectors))
     return b.call(cgutils.get_or_insert_function(b.module, kind, f"llvm.{name}.v16f32"), vectors)
 
@@ -62,6 +63,7 @@ def exp2(b: Builder, x: Any) -> Any:
 
 
 def larger(b: Builder, x: Any, y: Any) -> Any:
+    """Computes the maximum; that with NaN is y."""
     return b.select(b.fcmp_ordered(">", x, y), x, y)
 
 
@@ -73,6 +75,7 @@ def rows_of(b: Builder, address: Any) -> Iterator[Any]:
 
 
 def variable(b: Builder, value: Any) -> Any:
+    """Makes a place for a value that changes in a loop; LLVM keeps it in a register."""
     place = cgutils.alloca_once(b, value.type)
     b.store(value, place)
     return place
@@ -105,6 +108,8 @@ def hide(_: Any, scores: Any, ahead: Any, spans: Any) -> Code:
 
 @intrinsic
 def begin_peak(_: Any, peak: Any, total: Any) -> Code:
+    """Sets what 32 queries know before they see any key."""
+
     def write(b: Builder, peak: Any, total: Any) -> None:
         for half in (0, 64):
             store_vector(b, splat(FLOATS, LEAST), peak, half)
@@ -193,21 +198,19 @@ def finish_total(_: Any, peak: Any, total: Any, log_total: Any) -> Code:
 
 
 @intrinsic
-def differentiate(_: Any, scores: Any, d_probabilities: Any, turned: Any, scale: Any, log_total: Any, delta: Any) -> Code:
-    """Turns blocks of scores and gradients of probabilities into probabilities and gradients of scores, less the scale.
+def differentiate(_: Any, scores: Any, d_scores: Any, turned: Any, scale: Any, log_total: Any, delta: Any) -> Code:
+    """Turns a block of scores into probabilities and one of gradients of these into those of scores, less the scale.
 
-    Both become first factors in place, whose inner dimension is that of queries; the gradients of scores become a second
-    factor too, in `turned`, whose inner dimension is that of keys.
+    Both become first factors in place, whose inner dimension is that of queries; the gradients of scores become a
+    second factor too, in `turned`, whose inner dimension is that of keys.
     """
 
-    def write(
-        b: Builder, scores: Any, d_probabilities: Any, turned: Any, scale: Any, log_total: Any, delta: Any
-    ) -> None:
+    def write(b: Builder, scores: Any, d_scores: Any, turned: Any, scale: Any, log_total: Any, delta: Any) -> None:
         scales, deltas = ([load_vector(b, lanes, half) for half in (0, 64)] for lanes in (scale, delta))
         logs = [b.fneg(load_vector(b, log_total, half)) for half in (0, 64)]
         with cgutils.for_range(b, I64(16)) as loop:
             offset = b.mul(loop.index, I64(64))
-            row, d_row, turned_row = (b.add(address, offset) for address in (scores, d_probabilities, turned))
+            row, d_row, turned_row = (b.add(address, offset) for address in (scores, d_scores, turned))
             ps, ds = [], []
             for tile in range(4):
                 half = tile % 2
@@ -244,9 +247,7 @@ def dot_row(_: Any, target: Any, x: Any, y: Any, count: Any) -> Code:
             lefts = b.shuffle_vector(lefts, lefts, splat(INTS, 0))
             there = b.icmp_signed("<", ir.Constant(INTS, list(range(16))), lefts)
             offset = b.mul(loop.index, I64(64))
-            numbers = [
-                b.call(read, [pointer(b, b.add(a, offset), FLOATS), there, splat(FLOATS, 0.0)]) for a in (x, y)
-            ]
+            numbers = [b.call(read, [pointer(b, b.add(a, offset), FLOATS), there, splat(FLOATS, 0.0)]) for a in (x, y)]
             b.store(call(b, "fma", *numbers, b.load(total)), total)
         values = b.load(total)
         for size in (8, 4, 2, 1):
@@ -304,6 +305,7 @@ def raise_counter(_: Any, counter: Any) -> Code:
 
 @intrinsic
 def pause(_: Any) -> Code:
+    """Tells the processor that this thread waits."""
     return returns_nothing(lambda b: emit(b, "sse2.pause"))
 
 

@@ -3,17 +3,16 @@
 from typing import no_type_check
 
 import numpy as np
-from numba import njit
 
 from mixtral_jax.kernels.amx_units import (
     STEP,
     TILE,
     clear,
+    compiled,
     configure,
     copy,
     dot,
     load,
-    make_configurations,
     pack,
     release,
     store,
@@ -25,7 +24,7 @@ FIRST, SECOND, EDGE = 0, 32 * DEPTH * 4, 32 * DEPTH * 4 + WIDTH * DEPTH * 4  # p
 WORKSPACE = EDGE + STEP  # bytes
 
 
-@njit(nogil=True, cache=True)
+@compiled
 @no_type_check
 def _multiply_32(a: int, b: int, out: int, stride: int, steps: int, fresh: bool) -> None:
     """Computes 17 to 32 rows by 32 columns of a result; small terms are added first."""
@@ -44,7 +43,7 @@ def _multiply_32(a: int, b: int, out: int, stride: int, steps: int, fresh: bool)
     store(0, out, stride), store(1, out + 64, stride), store(2, below, stride), store(3, below + 64, stride)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 @no_type_check
 def _multiply_16(a: int, b: int, out: int, stride: int, steps: int, fresh: bool) -> None:
     """Computes up to 16 rows by 32 columns of a result."""
@@ -60,7 +59,7 @@ def _multiply_16(a: int, b: int, out: int, stride: int, steps: int, fresh: bool)
     store(0, out, stride), store(1, out + 64, stride)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 @no_type_check
 def multiply_blocks(
     table: np.ndarray,

@@ -4,16 +4,20 @@ A float32 number is nearly the sum of two bfloat16 numbers, `high` and `low`, so
 high high + high low + low high, each exact in the unit and summed in float32. The error is about 4e-6 of the factors'
 norms: ten times float32's own, a hundredth of TF32's. Source: arXiv 1904.06376.
 
-A tile is 16 rows of 64 bytes. Factors are cut into tiles of 16 rows or columns by 32 of the inner dimension, in the order
-in which the unit reads them: pairs along the inner dimension lie together, and a pair is elements i and i + 16 of 32.
+A tile is 16 rows of 64 bytes. Factors are cut into tiles of 16 rows or columns by 32 of the inner dimension, in the
+order in which the unit reads them: pairs along the inner dimension lie together. A pair is elements i and i + 16 of 32,
+which both factors agree on and which takes no shuffles.
 """
 
+import functools
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, no_type_check
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import config, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -26,8 +30,26 @@ Builder = Any
 Code = tuple[Any, Callable[..., Any]]  # a signature, and what writes LLVM's instructions
 
 
+@functools.cache
+def _cache() -> str:
+    """A directory for compiled functions that no other version of these sources has; Numba looks at one file alone."""
+    folder = Path(__file__).parent
+    sources = b"".join(path.read_bytes() for path in sorted(folder.glob("amx*.py")))
+    return str(Path(config.CACHE_DIR or folder / "__pycache__") / f"amx-{hashlib.sha256(sources).hexdigest()[:16]}")
+
+
+def compiled(function: Callable[..., None]) -> Any:
+    """Compiles a function when it is first called, and keeps it on disk; it runs without Python's lock."""
+    before, folder = config.CACHE_DIR, _cache()
+    config.CACHE_DIR = folder
+    try:
+        return njit(nogil=True, cache=True)(function)
+    finally:
+        config.CACHE_DIR = before
+
+
 def make_configurations() -> np.ndarray:
-    """Describes the unit's eight tiles for every number of rows up to 32, of which the second sixteen are in tiles 2, 3, 5.
+    """Describes the unit's eight tiles for every number of rows up to 32, the second sixteen of them in tiles 2, 3, 5.
 
     Returns:
         uint8 [33, 64]. Source: Intel 64 and IA-32 Architectures Software Developer's Manual, LDTILECFG.
@@ -42,15 +64,19 @@ def make_configurations() -> np.ndarray:
 
 
 def emit(builder: Builder, name: str, *arguments: Any) -> None:
+    """Calls an instruction of x86."""
     kind = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
     builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.x86.{name}"), arguments)
 
 
 def pointer(builder: Builder, address: Any, kind: Any = I8) -> Any:
+    """Makes an address a pointer."""
     return builder.inttoptr(address, kind.as_pointer())
 
 
 def returns_nothing(write: Callable[..., None], *arguments: Any) -> Code:
+    """Makes an intrinsic of a function that writes code for its arguments."""
+
     def generate(context: Any, builder: Builder, _: Any, values: Any) -> Any:
         write(builder, *values)
         return context.get_dummy_value()
@@ -60,21 +86,26 @@ def returns_nothing(write: Callable[..., None], *arguments: Any) -> Code:
 
 @intrinsic
 def configure(_: Any, address: Any) -> Code:
+    """Sets the shapes of all tiles."""
     return returns_nothing(lambda b, a: emit(b, "ldtilecfg", pointer(b, a)), types.int64)
 
 
 @intrinsic
 def release(_: Any) -> Code:
+    """Gives the tiles back."""
     return returns_nothing(lambda b: emit(b, "tilerelease"))
 
 
 @intrinsic(prefer_literal=True)
 def clear(_: Any, tile: Any) -> Code:
+    """Makes a tile zero."""
     return returns_nothing(lambda b, _: emit(b, "tilezero", I8(tile.literal_value)), tile)
 
 
 @intrinsic(prefer_literal=True)
 def load(_: Any, tile: Any, address: Any, stride: Any) -> Code:
+    """Reads a tile whose rows lie `stride` bytes apart."""
+
     def write(b: Builder, _: Any, a: Any, s: Any) -> None:
         emit(b, "tileloadd64", I8(tile.literal_value), pointer(b, a), s)
 
@@ -83,6 +114,8 @@ def load(_: Any, tile: Any, address: Any, stride: Any) -> Code:
 
 @intrinsic(prefer_literal=True)
 def store(_: Any, tile: Any, address: Any, stride: Any) -> Code:
+    """Writes a tile."""
+
     def write(b: Builder, _: Any, a: Any, s: Any) -> None:
         emit(b, "tilestored64", I8(tile.literal_value), pointer(b, a), s)
 
@@ -91,6 +124,7 @@ def store(_: Any, tile: Any, address: Any, stride: Any) -> Code:
 
 @intrinsic(prefer_literal=True)
 def dot(_: Any, total: Any, a: Any, b: Any) -> Code:
+    """Adds the product of two tiles to a third."""
     numbers = [I8(tile.literal_value) for tile in (total, a, b)]
     return returns_nothing(lambda builder, *_: emit(builder, "tdpbf16ps", *numbers), total, a, b)
 
@@ -107,6 +141,8 @@ def take_next(_: Any, counter: Any) -> Code:
 
 @intrinsic
 def copy_element(_: Any, target: Any, source: Any) -> Code:
+    """Copies four bytes."""
+
     def write(b: Builder, target: Any, source: Any) -> None:
         b.store(b.load(pointer(b, source, I32)), pointer(b, target, I32))
 
@@ -115,22 +151,27 @@ def copy_element(_: Any, target: Any, source: Any) -> Code:
 
 @intrinsic
 def clear_element(_: Any, target: Any) -> Code:
+    """Makes four bytes zero."""
     return returns_nothing(lambda b, target: b.store(I32(0), pointer(b, target, I32)), types.int64)
 
 
-def splat(kind: Any, value: int) -> Any:
+def splat(kind: Any, value: int | float) -> Any:
+    """Makes a vector of one value."""
     return ir.Constant(kind, [value] * kind.count)
 
 
 def shuffle(b: Builder, x: Any, y: Any, lanes: list[int]) -> Any:
+    """Takes lanes of two vectors, those of the second counted on."""
     return b.shuffle_vector(x, y, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
 
 
 def load_vector(b: Builder, address: Any, offset: int = 0, kind: Any = FLOATS) -> Any:
+    """Reads 64 bytes."""
     return b.load(pointer(b, b.add(address, I64(offset)), kind), align=4)
 
 
 def store_vector(b: Builder, value: Any, address: Any, offset: int = 0) -> None:
+    """Writes 64 bytes."""
     b.store(value, pointer(b, b.add(address, I64(offset)), value.type), align=4)
 
 
@@ -162,7 +203,7 @@ def transpose(b: Builder, rows: list[Any]) -> list[Any]:
 
 @intrinsic(prefer_literal=True)
 def split_tile(_: Any, source: Any, stride: Any, target: Any, inner_last: Any, transposed: Any) -> Code:
-    """Turns floats, [16, 32] with the inner dimension last or [32, 16], into a high tile and, two tiles on, a low one."""
+    """Turns floats, [16, 32] with the inner dimension last or [32, 16], into a high and, two tiles on, a low tile."""
     last, turn = bool(inner_last.literal_value), bool(transposed.literal_value)
 
     def write(b: Builder, source: Any, stride: Any, target: Any, *_: Any) -> None:
@@ -180,15 +221,16 @@ def split_tile(_: Any, source: Any, stride: Any, target: Any, inner_last: Any, t
     return returns_nothing(write, types.int64, types.int64, types.int64, inner_last, transposed)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 @no_type_check  # tests wrap functions with checks of types, which Numba cannot compile
 def copy(target: int, target_stride: int, source: int, source_stride: int, rows: int, columns: int) -> None:
+    """Copies rows of four-byte elements."""
     for i in range(rows):
         for j in range(columns):
             copy_element(target + i * target_stride + 4 * j, source + i * source_stride + 4 * j)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 @no_type_check
 def pack(
     source: int, stride: int, count: int, inner: int, inner_last: bool, transposed: bool, target: int, edge: int

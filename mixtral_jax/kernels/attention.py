@@ -1,8 +1,9 @@
 """Causal attention with document masks on a mesh: one function, four backends.
 
-`blockwise` is portable and linear in memory. `amx` is for float32 on one CPU, see `amx_attention`. `cudnn` and `splash` are the platforms' kernels. cuDNN takes packed
-documents as they are on GPUs from Hopper on, see `packed`; on older ones, and along the mesh axis `context`, where a
-device has not all queries of a document, it takes a mask, a matrix of queries and keys.
+`blockwise` is portable and linear in memory. `amx` is for float32 on one CPU, see `amx_attention`. `cudnn` and
+`splash` are the platforms' kernels. cuDNN takes packed documents as they are on GPUs from Hopper on, see `packed`; on
+older ones, and along the mesh axis `context`, where a device has not all queries of a document, it takes a mask, a
+matrix of queries and keys.
 
 Along the mesh axis `context` every device computes its own queries, against keys and values of whole sequences that it
 gathers. Columns come in the order of `zigzag`.
