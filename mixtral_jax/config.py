@@ -176,8 +176,8 @@ class PrecisionConfig:
 class KernelsConfig:
     """Backends; `auto` chooses by platform, and what was chosen is printed at start."""
 
-    # Portable blocks, cuDNN on CUDA, splash on TPU.
-    attention: Literal["auto", "blockwise", "cudnn", "splash"] = "auto"
+    # Portable blocks, cuDNN on CUDA, splash on TPU; with products by amx, an own kernel by the same arithmetic.
+    attention: Literal["auto", "blockwise", "amx", "cudnn", "splash"] = "auto"
     # Dense matrix products: XLA's own, or for float32 on one CPU oneMKL's, or those of x86's matrix units (amx), which
     # take a number as a sum of two of bfloat16: errors of 4e-6. auto: `amx`, `mkl` or `xla`, the first that is there.
     products: Literal["auto", "xla", "amx", "mkl"] = "auto"

@@ -7,12 +7,13 @@ import jax
 from jax.sharding import Mesh
 
 from mixtral_jax.config import Config, UserError
+from mixtral_jax.kernels.amx_attention import LARGEST_HEAD
 from mixtral_jax.kernels.host_products import Engine, Products, available
 from mixtral_jax.precision import Precision, make_precision
 from mixtral_jax.sharding import RULES, axis_size, make_mesh
 from mixtral_jax.zigzag import sequence_multiple
 
-AttentionBackend = Literal["blockwise", "cudnn", "splash"]
+AttentionBackend = Literal["blockwise", "amx", "cudnn", "splash"]
 ExpertsBackend = Literal["blocked", "amx", "mkl", "ragged_dot", "megablox", "triton"]
 Exchange = Literal["ragged", "padded", "gather"]
 
@@ -77,7 +78,7 @@ def make_runtime(config: Config, mesh: Mesh | None = None) -> Runtime:
         mesh=mesh,
         precision=precision,
         products=products,
-        attention=choose_attention(config.kernels.attention, platform, precision),
+        attention=choose_attention(config.kernels.attention, platform, products, precision, model.head_dim),
         experts=choose_experts(config.kernels.experts, platform, products, precision),
         exchange=choose_exchange(config.kernels.exchange, platform),
         block_sizes=(config.kernels.block_size,) if config.kernels.block_size else (),
@@ -87,16 +88,29 @@ def make_runtime(config: Config, mesh: Mesh | None = None) -> Runtime:
 
 
 def choose_attention(
-    name: Literal["auto", "blockwise", "cudnn", "splash"], platform: str, precision: Precision
+    name: Literal["auto", "blockwise", "amx", "cudnn", "splash"],
+    platform: str,
+    products: Products,
+    precision: Precision,
+    head_dim: int,
 ) -> AttentionBackend:
-    """Resolves `auto` by platform and type.
+    """Resolves `auto` by platform and type, and by who multiplies.
 
     Raises:
-        UserError: a kernel that the platform lacks or that lacks the type.
+        UserError: a kernel that the platform lacks or that lacks the type or the size.
     """
     wide = precision.compute == precision.full
     if name == "auto":
+        if products == "amx" and head_dim <= LARGEST_HEAD:
+            return "amx"
         return "blockwise" if platform == "gpu" and wide else AUTO_ATTENTION[platform]
+    if name == "amx" and products != "amx":
+        raise UserError("kernels.attention=amx needs kernels.products=amx: set both, or use auto or blockwise")
+    if name == "amx" and head_dim > LARGEST_HEAD:
+        raise UserError(
+            f"kernels.attention=amx takes a model.head_dim of up to {LARGEST_HEAD}, not {head_dim}: "
+            "use auto or blockwise"
+        )
     if (name == "cudnn" and platform != "gpu") or (name == "splash" and platform == "gpu"):
         raise UserError(f"kernels.attention={name} does not run on {platform}: use auto or blockwise")
     if name == "cudnn" and wide:

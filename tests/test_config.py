@@ -107,7 +107,7 @@ def test_the_last_override_counts():
         ("train.steps=", "train.steps: Value '' of type 'str' could not be converted to Integer"),
         ("model.d_ff=null", "model.d_ff: Incompatible value 'None' for field of type 'int'"),
         ("kernels.attention=flash",
-         "kernels.attention: Invalid value 'flash', expected one of ['auto', 'blockwise', 'cudnn', 'splash']"),
+         "kernels.attention: Invalid value 'flash', expected one of ['auto', 'blockwise', 'amx', 'cudnn', 'splash']"),
         ("optimizer=3", "optimizer: optimizer is a section: give it keys with values"),
         ("data.sources.0.weight=2",
          "data.sources.0.weight: a list is given as a whole, such as data.sources=[{name: mine, path: mine.txt}]"),

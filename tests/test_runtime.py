@@ -69,29 +69,37 @@ def test_shapes_that_the_mesh_does_not_divide_are_refused(changes, sizes, senten
 
 
 @pytest.mark.parametrize(
-    ("platform", "compute", "backend"),
+    ("platform", "products", "compute", "head_dim", "backend"),
     [
-        ("cpu", "float32", "blockwise"),
-        ("gpu", "bfloat16", "cudnn"),
-        ("gpu", "float32", "blockwise"),  # cuDNN's attention has no float32
-        ("tpu", "bfloat16", "splash"),
+        ("cpu", "xla", "float32", 64, "blockwise"),
+        ("cpu", "mkl", "float32", 64, "blockwise"),
+        ("cpu", "amx", "float32", 256, "amx"),
+        ("cpu", "amx", "float32", 258, "blockwise"),
+        ("gpu", "xla", "bfloat16", 64, "cudnn"),
+        ("gpu", "xla", "float32", 64, "blockwise"),  # cuDNN's attention has no float32
+        ("tpu", "xla", "bfloat16", 64, "splash"),
     ],
 )
-def test_auto_chooses_by_platform_and_type(platform, compute, backend):
-    assert choose_attention("auto", platform, make_precision(PrecisionConfig(compute=compute))) == backend
+def test_auto_chooses_by_platform_type_and_products(platform, products, compute, head_dim, backend):
+    precision = make_precision(PrecisionConfig(compute=compute))
+    assert choose_attention("auto", platform, products, precision, head_dim) == backend
 
 
 @pytest.mark.parametrize(
-    ("backend", "platform", "sentence"),
+    ("backend", "platform", "products", "sentence"),
     [
-        ("cudnn", "cpu", "kernels.attention=cudnn does not run on cpu: use auto or blockwise"),
-        ("splash", "gpu", "kernels.attention=splash does not run on gpu: use auto or blockwise"),
-        ("cudnn", "gpu",
+        ("amx", "cpu", "mkl",
+         "kernels.attention=amx needs kernels.products=amx: set both, or use auto or blockwise"),
+        ("amx", "cpu", "amx",
+         "kernels.attention=amx takes a model.head_dim of up to 256, not 300: use auto or blockwise"),
+        ("cudnn", "cpu", "xla", "kernels.attention=cudnn does not run on cpu: use auto or blockwise"),
+        ("splash", "gpu", "xla", "kernels.attention=splash does not run on gpu: use auto or blockwise"),
+        ("cudnn", "gpu", "xla",
          "kernels.attention=cudnn does not compute in float32: set precision.compute=bfloat16, or use auto"),
     ],
 )  # fmt: skip
-def test_a_kernel_that_cannot_run_is_refused(backend, platform, sentence):
-    assert refusal(choose_attention, backend, platform, make_precision(PrecisionConfig())) == sentence
+def test_a_kernel_that_cannot_run_is_refused(backend, platform, products, sentence):
+    assert refusal(choose_attention, backend, platform, products, make_precision(PrecisionConfig()), 300) == sentence
 
 
 def test_a_forced_kernel_is_checked_before_anything_runs():

@@ -1,37 +1,51 @@
-"""Products on the matrix units (AMX) of x86 processors, by all threads: see `amx_tiles` for how and how exact."""
+"""The matrix units (AMX) of x86 processors, by all threads for one caller at a time: see `amx_units` for the rest."""
 
 import ctypes
+import functools
 import os
 import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from types import ModuleType
+from typing import Any
 
 import numpy as np
 
-ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA = (
-    158,
-    0x1023,
-    18,
-)  # Source: Linux, Documentation/arch/x86/xstate.rst
-TALLEST, LEAST = 1024, 128  # rows of a block
+# Source: Linux, Documentation/arch/x86/xstate.rst
+ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA = 158, 0x1023, 18
+TALLEST, LEAST = 1024, 128  # rows of a block of a product
 
 
-def load() -> Callable[[np.ndarray, bool, bool, bool], None] | None:
-    """Compiles the products and asks Linux for the units.
+class Units:
+    """The matrix units of this machine."""
 
-    Returns:
-        What computes a table of products, see `host_products.Multiply`; None where the processor has no such units or
-        Numba is not installed.
-    """
+    def __init__(self, threads: int, workspace: int, configurations: np.ndarray):
+        self.threads = threads
+        self._workspaces = [_aligned(workspace) for _ in range(threads)]
+        self._configurations = configurations
+        self._others = ThreadPoolExecutor(threads, "amx")  # beside the calling thread, which computes too
+        self._lock = threading.Lock()
+
+    def run(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Calls a compiled function by all threads, with addresses of configurations and of a workspace at the end."""
+        configurations = self._configurations.ctypes.data
+        first, *rest = (space.ctypes.data for space in self._workspaces)
+        with self._lock:
+            others = [self._others.submit(function, *arguments, configurations, space) for space in rest]
+            function(*arguments, configurations, first)
+            for other in others:
+                other.result()
+
+
+@functools.cache
+def units() -> Units | None:
+    """Asks Linux for the units; None where the processor has no such units or Numba is not installed."""
     if not sys.platform.startswith("linux"):
         return None
     try:
         from llvmlite import binding
 
-        from mixtral_jax.kernels import amx_tiles
+        from mixtral_jax.kernels import amx_attend, amx_tiles, amx_units
     except ImportError:
         return None
     features = binding.get_host_cpu_features()
@@ -39,35 +53,25 @@ def load() -> Callable[[np.ndarray, bool, bool, bool], None] | None:
         return None
     if ctypes.CDLL(None).syscall(ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA):
         return None
-    return Units(amx_tiles, len(os.sched_getaffinity(0))).multiply_all
+    workspace = max(amx_tiles.WORKSPACE, amx_attend.WORKSPACE)
+    return Units(len(os.sched_getaffinity(0)), workspace, amx_units.make_configurations())
 
 
-class Units:
-    """The matrix units of this machine, which compute one table of products at a time."""
+def load() -> Callable[[np.ndarray, bool, bool, bool], None] | None:
+    """Finds what computes a table of products, see `host_products.Multiply`; the bits do not depend on the threads."""
+    found = units()
+    return None if found is None else functools.partial(_multiply_all, found)
 
-    def __init__(self, tiles: ModuleType, threads: int):
-        self._tiles = tiles
-        self._workspaces = [_aligned(tiles.WORKSPACE) for _ in range(threads)]
-        self._configurations = tiles.make_configurations()
-        self._others = ThreadPoolExecutor(threads, "amx")  # beside the calling thread, which computes too
-        self._lock = threading.Lock()
 
-    def multiply_all(self, table: np.ndarray, turn_a: bool, turn_b: bool, add: bool) -> None:
-        """Computes a table of products, see `host_products.Multiply`; the same bits with any number of threads."""
-        threads = len(self._workspaces)
-        columns = -(-table[:, 7] // self._tiles.WIDTH)
-        height = TALLEST
-        while height > LEAST and np.sum(-(-table[:, 6] // height) * columns) < threads:
-            height //= 2
-        counter = np.zeros(1, np.int64)
-        places = counter.ctypes.data, self._configurations.ctypes.data
-        work = partial(self._tiles.multiply_blocks, table, turn_a, turn_b, add, height, *places)
-        first, *rest = (space.ctypes.data for space in self._workspaces)
-        with self._lock:
-            others = [self._others.submit(work, space) for space in rest]
-            work(first)
-            for other in others:
-                other.result()
+def _multiply_all(units: Units, table: np.ndarray, turn_a: bool, turn_b: bool, add: bool) -> None:
+    from mixtral_jax.kernels.amx_tiles import WIDTH, multiply_blocks
+
+    columns = -(-table[:, 7] // WIDTH)
+    height = TALLEST
+    while height > LEAST and np.sum(-(-table[:, 6] // height) * columns) < units.threads:
+        height //= 2
+    counter = np.zeros(1, np.int64)
+    units.run(multiply_blocks, table, turn_a, turn_b, add, height, counter.ctypes.data)
 
 
 def _aligned(size: int) -> np.ndarray:

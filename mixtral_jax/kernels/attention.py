@@ -1,8 +1,9 @@
-"""Causal attention with document masks on a mesh: one function, three backends.
+"""Causal attention with document masks on a mesh: one function, four backends.
 
-`blockwise` is portable and linear in memory. `cudnn` and `splash` are the platforms' kernels. cuDNN takes packed
-documents as they are on GPUs from Hopper on, see `packed`; on older ones, and along the mesh axis `context`, where a
-device has not all queries of a document, it takes a mask, a matrix of queries and keys.
+`blockwise` is portable and linear in memory. `amx` is for float32 on one CPU, see `amx_attention`. `cudnn` and
+`splash` are the platforms' kernels. cuDNN takes packed documents as they are on GPUs from Hopper on, see `packed`; on
+older ones, and along the mesh axis `context`, where a device has not all queries of a document, it takes a mask, a
+matrix of queries and keys.
 
 Along the mesh axis `context` every device computes its own queries, against keys and values of whole sequences that it
 gathers. Columns come in the order of `zigzag`.
@@ -16,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from mixtral_jax.config import UserError
+from mixtral_jax.kernels.amx_attention import amx_attention
 from mixtral_jax.kernels.blockwise import blockwise_attention
 from mixtral_jax.kernels.packed import packed_attention
 from mixtral_jax.sharding import spec
@@ -35,7 +37,7 @@ def attention(
     segment_ids: Int[Array, "batch seq"],
     *,
     mesh: Mesh,
-    backend: Literal["blockwise", "cudnn", "splash"],
+    backend: Literal["blockwise", "amx", "cudnn", "splash"],
 ) -> Float[Array, "batch seq heads head_dim"]:
     """Computes softmax(q k / sqrt(head_dim)) v over the earlier positions of the same segment.
 
@@ -63,6 +65,8 @@ def attention(
             starts = chunk_starts(seq_len, ways, jax.lax.axis_index(AXIS))
         if backend == "splash":
             return _splash(kernel, q, k, v, q_ids, ids)
+        if backend == "amx":
+            return amx_attention(q, k, v, q_ids)
         if packs:
             return packed_attention(q, k, v, q_ids)
         if backend == "cudnn":

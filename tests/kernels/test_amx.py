@@ -16,13 +16,17 @@ def factors(rows, columns, inner, turn_a, turn_b):
     return [rng.standard_normal(shape).astype(np.float32) for shape in (*shapes, (rows, columns))]
 
 
-def multiply(a, b, out, turn_a, turn_b, add, threads=2):
-    from mixtral_jax.kernels import amx, amx_tiles
+def run(threads, *table):
+    from mixtral_jax.kernels import amx, amx_tiles, amx_units
 
+    amx._multiply_all(amx.Units(threads, amx_tiles.WORKSPACE, amx_units.make_configurations()), *table)
+
+
+def multiply(a, b, out, turn_a, turn_b, add, threads=2):
     out = out.copy()
     inner = a.shape[0] if turn_a else a.shape[1]
     places = [(np.array([x.ctypes.data]), x.shape[1]) for x in (a, b, out)]
-    amx.Units(amx_tiles, threads).multiply_all(_table(*places, *out.shape, inner), turn_a, turn_b, add)
+    run(threads, _table(*places, *out.shape, inner), turn_a, turn_b, add)
     return out
 
 
@@ -70,10 +74,8 @@ def test_nothing_beyond_the_result_is_written():
     a, b, _ = factors(19, 37, 21, False, False)
     wide = np.zeros((21, 64), np.float32)
     view = wide[1:20, 16:53]
-    from mixtral_jax.kernels import amx, amx_tiles
-
     places = [(np.array([x.ctypes.data]), x.strides[0] // 4) for x in (a, b, view)]
-    amx.Units(amx_tiles, 2).multiply_all(_table(*places, 19, 37, 21), False, False, False)
+    run(2, _table(*places, 19, 37, 21), False, False, False)
     assert np.all(view != 0)
     view[:] = 0
     assert not wide.any()

@@ -1,0 +1,81 @@
+"""What attention on matrix units does with blocks of 32 x 32, see `amx_softmax`: makes, multiplies and writes them."""
+
+from typing import no_type_check
+
+from mixtral_jax.kernels.amx_softmax import clear_memory, give_way, pause, read_counter, write_tile
+from mixtral_jax.kernels.amx_units import STEP, TILE, clear, compiled, copy, dot, load, pack, store
+
+SPINS = 1024  # looks at a counter before the processor is left to others
+
+
+@compiled
+@no_type_check
+def wait(counter: int, value: int) -> None:
+    """Waits until other threads have raised a counter to a value."""
+    spins = 0
+    while read_counter(counter) < value:
+        spins += 1
+        if spins % SPINS:
+            pause()
+        else:
+            give_way()
+
+
+@compiled
+@no_type_check
+def multiply_block(a: int, a_step: int, b: int, b_step: int, out: int, steps: int, fresh: bool) -> None:
+    """Computes a block as a sum of products of factors that lie some bytes apart; small terms are added first."""
+    if fresh:
+        clear(0), clear(1), clear(2), clear(3)
+    else:
+        load(0, out, 64), load(1, out + TILE, 64), load(2, out + 2 * TILE, 64), load(3, out + 3 * TILE, 64)
+    for _ in range(steps):
+        load(4, a + 2 * TILE, 64), load(6, b, 64), dot(0, 4, 6), load(7, b + TILE, 64), dot(1, 4, 7)
+        load(5, a + 3 * TILE, 64), dot(2, 5, 6), dot(3, 5, 7)
+        load(4, a, 64), dot(0, 4, 6), dot(1, 4, 7), load(5, a + TILE, 64), dot(2, 5, 6), dot(3, 5, 7)
+        load(6, b + 2 * TILE, 64), dot(0, 4, 6), dot(2, 5, 6)
+        load(7, b + 3 * TILE, 64), dot(1, 4, 7), dot(3, 5, 7)
+        a, b = a + a_step, b + b_step
+    store(0, out, 64), store(1, out + TILE, 64), store(2, out + 2 * TILE, 64), store(3, out + 3 * TILE, 64)
+
+
+@compiled
+@no_type_check
+def pack_along_head(source: int, stride: int, rows: int, head_dim: int, second: bool, target: int, edge: int) -> None:
+    """Makes up to 32 positions a factor whose inner dimension is the head's, the first or the second."""
+    if rows < 32:
+        clear_memory(target, (head_dim + 31) // 32 * STEP)
+    pack(source, stride, rows, head_dim, True, second, target, edge)
+
+
+@compiled
+@no_type_check
+def pack_along_rows(source: int, stride: int, rows: int, head_dim: int, second: bool, target: int, edge: int) -> None:
+    """Makes up to 32 positions a factor whose inner dimension is theirs, the first or the second."""
+    for part in range((head_dim + 31) // 32):
+        columns = min(32, head_dim - 32 * part)
+        if columns < 32:
+            clear_memory(target + part * STEP, STEP)
+        pack(source + 128 * part, stride, columns, rows, False, not second, target + part * STEP, edge)
+
+
+@compiled
+@no_type_check
+def write_block(
+    block: int, factor: int, target: int, stride: int, rows: int, columns: int, turned: bool, edge: int
+) -> None:
+    """Writes the part of a block that is within the result, times factors of its columns."""
+    for tile in range(4):
+        i, j = tile // 2, tile % 2
+        top, left = (16 * j, 16 * i) if turned else (16 * i, 16 * j)
+        height, width = min(16, rows - top), min(16, columns - left)
+        if height > 0 and width > 0:
+            source, place = block + tile * TILE, target + top * stride + 4 * left
+            whole = height == 16 and width == 16
+            to, step = (place, stride) if whole else (edge, 64)
+            if turned:
+                write_tile(source, factor + 64 * j, to, step, 1)
+            else:
+                write_tile(source, factor + 64 * j, to, step, 0)
+            if not whole:
+                copy(place, stride, edge, 64, height, width)

@@ -1,0 +1,261 @@
+"""What the bfloat16 matrix units (AMX) of x86 processors take and give, as functions for Numba: tiles and their making.
+
+A float32 number is nearly the sum of two bfloat16 numbers, `high` and `low`, so a product of two is nearly
+high high + high low + low high, each exact in the unit and summed in float32. The error is about 4e-6 of the factors'
+norms: ten times float32's own, a hundredth of TF32's. Source: arXiv 1904.06376.
+
+A tile is 16 rows of 64 bytes. Factors are cut into tiles of 16 rows or columns by 32 of the inner dimension, in the
+order in which the unit reads them: pairs along the inner dimension lie together. A pair is elements i and i + 16 of 32,
+which both factors agree on and which takes no shuffles.
+"""
+
+import functools
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, no_type_check
+
+import numpy as np
+from llvmlite import ir
+from numba import config, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+TILE, STEP = 1024, 4096  # bytes of a tile, and of the high and low tiles of 32 rows or columns
+
+I8, I32, I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
+INTS, FLOATS = ir.VectorType(I32, 16), ir.VectorType(ir.FloatType(), 16)
+UPPER = 0xFFFF0000
+Builder = Any
+Code = tuple[Any, Callable[..., Any]]  # a signature, and what writes LLVM's instructions
+
+
+@functools.cache
+def _cache() -> str:
+    """A directory for compiled functions that no other version of these sources has; Numba looks at one file alone."""
+    folder = Path(__file__).parent
+    sources = b"".join(path.read_bytes() for path in sorted(folder.glob("amx*.py")))
+    return str(Path(config.CACHE_DIR or folder / "__pycache__") / f"amx-{hashlib.sha256(sources).hexdigest()[:16]}")
+
+
+def compiled(function: Callable[..., None]) -> Any:
+    """Compiles a function when it is first called, and keeps it on disk; it runs without Python's lock."""
+    before, folder = config.CACHE_DIR, _cache()
+    config.CACHE_DIR = folder
+    try:
+        return njit(nogil=True, cache=True)(function)
+    finally:
+        config.CACHE_DIR = before
+
+
+def make_configurations() -> np.ndarray:
+    """Describes the unit's eight tiles for every number of rows up to 32, the second sixteen of them in tiles 2, 3, 5.
+
+    Returns:
+        uint8 [33, 64]. Source: Intel 64 and IA-32 Architectures Software Developer's Manual, LDTILECFG.
+    """
+    table = np.zeros((33, 64), np.uint8)
+    for rows in range(1, 33):
+        first, second = min(rows, 16), max(rows - 16, 1)
+        table[rows, 0] = 1  # palette
+        table[rows, 16:32].view(np.uint16)[:] = 64  # bytes of a row
+        table[rows, 48:56] = [first, first, second, second, first, second, 16, 16]
+    return table
+
+
+def emit(builder: Builder, name: str, *arguments: Any) -> None:
+    """Calls an instruction of x86."""
+    kind = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
+    builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.x86.{name}"), arguments)
+
+
+def pointer(builder: Builder, address: Any, kind: Any = I8) -> Any:
+    """Makes an address a pointer."""
+    return builder.inttoptr(address, kind.as_pointer())
+
+
+def returns_nothing(write: Callable[..., None], *arguments: Any) -> Code:
+    """Makes an intrinsic of a function that writes code for its arguments."""
+
+    def generate(context: Any, builder: Builder, _: Any, values: Any) -> Any:
+        write(builder, *values)
+        return context.get_dummy_value()
+
+    return types.void(*arguments), generate
+
+
+@intrinsic
+def configure(_: Any, address: Any) -> Code:
+    """Sets the shapes of all tiles."""
+    return returns_nothing(lambda b, a: emit(b, "ldtilecfg", pointer(b, a)), types.int64)
+
+
+@intrinsic
+def release(_: Any) -> Code:
+    """Gives the tiles back."""
+    return returns_nothing(lambda b: emit(b, "tilerelease"))
+
+
+@intrinsic(prefer_literal=True)
+def clear(_: Any, tile: Any) -> Code:
+    """Makes a tile zero."""
+    return returns_nothing(lambda b, _: emit(b, "tilezero", I8(tile.literal_value)), tile)
+
+
+@intrinsic(prefer_literal=True)
+def load(_: Any, tile: Any, address: Any, stride: Any) -> Code:
+    """Reads a tile whose rows lie `stride` bytes apart."""
+
+    def write(b: Builder, _: Any, a: Any, s: Any) -> None:
+        emit(b, "tileloadd64", I8(tile.literal_value), pointer(b, a), s)
+
+    return returns_nothing(write, tile, types.int64, types.int64)
+
+
+@intrinsic(prefer_literal=True)
+def store(_: Any, tile: Any, address: Any, stride: Any) -> Code:
+    """Writes a tile."""
+
+    def write(b: Builder, _: Any, a: Any, s: Any) -> None:
+        emit(b, "tilestored64", I8(tile.literal_value), pointer(b, a), s)
+
+    return returns_nothing(write, tile, types.int64, types.int64)
+
+
+@intrinsic(prefer_literal=True)
+def dot(_: Any, total: Any, a: Any, b: Any) -> Code:
+    """Adds the product of two tiles to a third."""
+    numbers = [I8(tile.literal_value) for tile in (total, a, b)]
+    return returns_nothing(lambda builder, *_: emit(builder, "tdpbf16ps", *numbers), total, a, b)
+
+
+@intrinsic
+def take_next(_: Any, counter: Any) -> Code:
+    """Reads a counter that threads share, and raises it by one."""
+
+    def generate(_: Any, builder: Builder, __: Any, values: Any) -> Any:
+        return builder.atomic_rmw("add", pointer(builder, values[0], I64), I64(1), "monotonic")
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def copy_element(_: Any, target: Any, source: Any) -> Code:
+    """Copies four bytes."""
+
+    def write(b: Builder, target: Any, source: Any) -> None:
+        b.store(b.load(pointer(b, source, I32)), pointer(b, target, I32))
+
+    return returns_nothing(write, types.int64, types.int64)
+
+
+@intrinsic
+def clear_element(_: Any, target: Any) -> Code:
+    """Makes four bytes zero."""
+    return returns_nothing(lambda b, target: b.store(I32(0), pointer(b, target, I32)), types.int64)
+
+
+def splat(kind: Any, value: int | float) -> Any:
+    """Makes a vector of one value."""
+    return ir.Constant(kind, [value] * kind.count)
+
+
+def shuffle(b: Builder, x: Any, y: Any, lanes: list[int]) -> Any:
+    """Takes lanes of two vectors, those of the second counted on."""
+    return b.shuffle_vector(x, y, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
+
+
+def load_vector(b: Builder, address: Any, offset: int = 0, kind: Any = FLOATS) -> Any:
+    """Reads 64 bytes."""
+    return b.load(pointer(b, b.add(address, I64(offset)), kind), align=4)
+
+
+def store_vector(b: Builder, value: Any, address: Any, offset: int = 0) -> None:
+    """Writes 64 bytes."""
+    b.store(value, pointer(b, b.add(address, I64(offset)), value.type), align=4)
+
+
+def split(b: Builder, x: Any) -> tuple[Any, Any]:
+    """Finds the high and the low part of floats, each in the upper halves of integers; below them lies anything."""
+
+    def high_of(x: Any) -> Any:  # what is half way goes away from zero
+        return b.add(b.bitcast(x, INTS), splat(INTS, 0x8000))
+
+    high = b.and_(high_of(x), splat(INTS, UPPER))
+    return high, high_of(b.fsub(x, b.bitcast(high, FLOATS)))
+
+
+def pair(b: Builder, x: Any, y: Any) -> Any:
+    """Puts the upper halves of x and of y together, those of x below."""
+    return b.or_(b.and_(y, splat(INTS, UPPER)), b.lshr(x, splat(INTS, 16)))
+
+
+def transpose(b: Builder, rows: list[Any]) -> list[Any]:
+    """Exchanges rows and columns of 16 x 16 integers: of ever smaller squares, those off the diagonal change places."""
+    rows = list(rows)
+    for size in (8, 4, 2, 1):
+        for i in (i for i in range(16) if not i & size):
+            x, y = rows[i], rows[i + size]
+            rows[i] = shuffle(b, x, y, [16 + j - size if j & size else j for j in range(16)])
+            rows[i + size] = shuffle(b, x, y, [16 + j if j & size else j + size for j in range(16)])
+    return rows
+
+
+@intrinsic(prefer_literal=True)
+def split_tile(_: Any, source: Any, stride: Any, target: Any, inner_last: Any, transposed: Any) -> Code:
+    """Turns floats, [16, 32] with the inner dimension last or [32, 16], into a high and, two tiles on, a low tile."""
+    last, turn = bool(inner_last.literal_value), bool(transposed.literal_value)
+
+    def write(b: Builder, source: Any, stride: Any, target: Any, *_: Any) -> None:
+        behind = b.add(source, I64(64) if last else b.mul(stride, I64(16)))
+        parts: tuple[list[Any], list[Any]] = ([], [])
+        for row in range(16):
+            offset = b.mul(stride, I64(row))
+            x, y = (split(b, load_vector(b, b.add(start, offset))) for start in (source, behind))
+            for part, of_x, of_y in zip(parts, x, y, strict=True):
+                part.append(pair(b, of_x, of_y))
+        for part, offset in zip(parts, (0, 2 * TILE), strict=True):
+            for row, pairs in enumerate(transpose(b, part) if turn else part):
+                store_vector(b, pairs, target, offset + 64 * row)
+
+    return returns_nothing(write, types.int64, types.int64, types.int64, inner_last, transposed)
+
+
+@compiled
+@no_type_check  # tests wrap functions with checks of types, which Numba cannot compile
+def copy(target: int, target_stride: int, source: int, source_stride: int, rows: int, columns: int) -> None:
+    """Copies rows of four-byte elements."""
+    for i in range(rows):
+        for j in range(columns):
+            copy_element(target + i * target_stride + 4 * j, source + i * source_stride + 4 * j)
+
+
+@compiled
+@no_type_check
+def pack(
+    source: int, stride: int, count: int, inner: int, inner_last: bool, transposed: bool, target: int, edge: int
+) -> None:
+    """Splits rows [count, inner] (`inner_last`) or columns [inner, count] into panels of 32, filled up with zeros."""
+    steps, panels = (inner + 31) // 32, (count + 31) // 32
+    for number in range(steps * panels):  # as the source lies in memory
+        panel, step = (number // steps, number % steps) if inner_last else (number % panels, number // panels)
+        for half in range(2 * panel, min(2 * panel + 2, (count + 15) // 16)):
+            across, along = min(16, count - 16 * half), min(32, inner - 32 * step)
+            start = source + (16 * half * stride + 128 * step if inner_last else 64 * half + 32 * step * stride)
+            start_stride = stride
+            if across < 16 or along < 32:
+                for i in range(512):
+                    clear_element(edge + 4 * i)
+                edge_stride, rows, columns = (128, across, along) if inner_last else (64, along, across)
+                copy(edge, edge_stride, start, stride, rows, columns)
+                start, start_stride = edge, edge_stride
+            tile = target + (panel * steps + step) * STEP + half % 2 * TILE
+            if inner_last:
+                if transposed:
+                    split_tile(start, start_stride, tile, 1, 1)
+                else:
+                    split_tile(start, start_stride, tile, 1, 0)
+            elif transposed:
+                split_tile(start, start_stride, tile, 0, 1)
+            else:
+                split_tile(start, start_stride, tile, 0, 0)
