@@ -80,6 +80,7 @@ def ours(config: Config) -> None:
     import jax
     import numpy as np
 
+    from mixtral_jax.compiled import return_memory
     from mixtral_jax.hardware import measured_matmul_peak
     from mixtral_jax.model.layers import contract
     from mixtral_jax.model.mixtral import Architecture
@@ -87,6 +88,7 @@ def ours(config: Config) -> None:
     from mixtral_jax.training.step import Trainable
 
     runtime = make_runtime(config)
+    return_memory()
     trainable = Trainable(Architecture(config.model, runtime), config)
     state = trainable.start(trainable.architecture.init(0))
     shape = (config.train.batch_size, config.data.seq_len)

@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import pytest
 
 from mixtral_jax import compiled
-from mixtral_jax.compiled import keep_compiled, trim
+from mixtral_jax.compiled import keep_compiled, return_memory, trim
 from tests.small_run import run, write_config
 
 MISS = "PERSISTENT COMPILATION CACHE MISS"
@@ -65,6 +66,18 @@ def test_gpus_of_several_processes_tune_together_and_keep_nothing(
     monkeypatch.setattr(compiled, "is_alone", lambda: alone)
     keep_compiled(str(tmp_path))
     assert (jax.config.jax_compilation_cache_dir is not None) == kept
+
+
+def test_memory_goes_back_after_a_compilation_that_takes_long(monkeypatch):
+    calls = []
+    monkeypatch.setattr(compiled.ctypes, "CDLL", lambda _: SimpleNamespace(malloc_trim=calls.append))
+    return_memory.__wrapped__()  # as if nobody had called it in this process
+    for limit, expected in ((1e9, []), (0, [0])):
+        monkeypatch.setattr(compiled, "LONG", limit)
+        program = jax.jit(lambda x, limit=limit: x + limit).lower(1.0)
+        calls.clear()
+        program.compile()
+        assert calls == expected
 
 
 def test_the_limit_takes_what_was_not_used_for_longest(tmp_path):

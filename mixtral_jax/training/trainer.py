@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from mixtral_jax import distributed
-from mixtral_jax.compiled import keep_compiled
+from mixtral_jax.compiled import keep_compiled, return_memory
 from mixtral_jax.config import Config, DistributedConfig, UserError
 from mixtral_jax.config_loading import to_yaml
 from mixtral_jax.data.pipeline import TrainingData, open_documents
@@ -66,6 +66,7 @@ class Trainer:
         self.say = say
         self.runtime = make_runtime(config)
         keep_compiled(config.data.cache_dir)
+        return_memory()
         self.trainable = Trainable(Architecture(config.model, self.runtime), config)
         self.score = make_scorer(self.trainable.architecture)
 
