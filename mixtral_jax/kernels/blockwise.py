@@ -84,7 +84,6 @@ def _blockwise(q: Array, k: Array, v: Array, seg_q: Array, seg_k: Array, starts:
 def _blockwise_fwd(
     q: Array, k: Array, v: Array, seg_q: Array, seg_k: Array, starts: Array, block: int
 ) -> tuple[Array, tuple[Array, ...]]:
-    q, k, v = keep((q, k, v))
     first, last = _visible(seg_k, starts, block)
 
     def query_block(_: None, i: Array) -> tuple[None, tuple[Array, Array]]:
