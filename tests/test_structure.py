@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     "config": 0, "config_loading": 0, "console": 0, "cli": 0, "hardware": 0, "distributed": 0, "watchdog": 0,
     "supervisor": 0,
-    "precision": 1, "sharding": 1, "runtime": 1, "kernels": 1, "zigzag": 1,
+    "precision": 1, "sharding": 1, "runtime": 1, "kernels": 1, "zigzag": 1, "remat": 1,
     "model": 2, "data": 2, "metrics": 2, "compiled": 2,
     "model.mixtral": 3, "training.losses": 3, "training.optimizer": 3, "data.pipeline": 3,
     "training": 4, "weights": 4,

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from mixtral_jax.kernels.amx import units
 from mixtral_jax.kernels.foreign import Buffer, register
 from mixtral_jax.precision import FULL
+from mixtral_jax.remat import keep
 
 BLOCK = 32  # positions, and elements of the head dimension
 LARGEST_HEAD = 256  # what is made of some blocks of it fits the L2 cache
@@ -49,6 +50,7 @@ def _fwd(q: Array, k: Array, v: Array, segment_ids: Array) -> tuple[Array, tuple
         jax.ShapeDtypeStruct((2 * _elements_of_blocks(k),), FULL),
     ]
     out, log_totals, _ = jax.ffi.ffi_call("amx_attention", results)(q, k, v, segment_ids.astype(jnp.int32))
+    out, log_totals = keep((out, log_totals))
     return out, (q, k, v, segment_ids, out, log_totals)
 
 

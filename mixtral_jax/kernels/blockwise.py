@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mixtral_jax.precision import FULL
+from mixtral_jax.remat import keep
 
 MASKED = -1e30  # finite, so that a row without any key gives no NaN
 BLOCK = 256  # positions of queries and of keys that meet at once
@@ -105,6 +106,7 @@ def _blockwise_fwd(
     _, (out, logsumexp) = jax.lax.scan(query_block, None, jnp.arange(starts.size))
     out = jnp.moveaxis(out, 0, -3).reshape(q.shape)
     logsumexp = jnp.moveaxis(logsumexp, 0, -2).reshape(q.shape[:-1])
+    out, logsumexp = keep((out, logsumexp))
     return out, (q, k, v, seg_q, seg_k, starts, out, logsumexp)
 
 

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.kernels.attention import attention
 from mixtral_jax.model.layers import contract, parameter, rotate
+from mixtral_jax.remat import keep
 from mixtral_jax.runtime import Runtime
 from mixtral_jax.sharding import constrain
 
@@ -40,5 +41,6 @@ class Attention(nnx.Module):
         q = rotate(project(self.wq, HEADS), *rotary)
         k = rotate(project(self.wk, KV_HEADS), *rotary)
         v = project(self.wv, KV_HEADS)
+        q, k, v = keep((q, k, v))
         out = attention(q, k, v, segment_ids, mesh=mesh, backend=self.runtime.attention)
         return contract(out, self.wo[...].astype(compute), 2, self.runtime)

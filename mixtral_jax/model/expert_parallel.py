@@ -14,6 +14,7 @@ from mixtral_jax.kernels.exchange import AXIS, block_exchange, expert_slices, ra
 from mixtral_jax.kernels.permutation import combine_rows, dispatch_rows
 from mixtral_jax.model.routing import RowPlan, capacity_plan, dropless_plan
 from mixtral_jax.precision import FULL
+from mixtral_jax.remat import keep
 from mixtral_jax.runtime import Exchange
 from mixtral_jax.zigzag import chunk_starts, in_order
 
@@ -136,6 +137,7 @@ def own_experts(experts: Int[Array, "*tokens k"], local: int) -> Int[Array, "*to
 
 
 def _through(plan: RowPlan, x: Array, weights: Array, run: RunExperts) -> Array:
+    plan = keep(plan)
     results = run(dispatch_rows(x, plan.source, plan.row_of), plan.group_sizes)
     return combine_rows(results, weights, plan.source, plan.row_of)
 

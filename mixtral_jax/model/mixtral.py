@@ -9,25 +9,14 @@ from jaxtyping import Array, Float, Int
 
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.kernels.host_layers import Stacks
-from mixtral_jax.kernels.host_products import is_multiply
 from mixtral_jax.model.attention import Attention
 from mixtral_jax.model.layers import RMSNorm, embed, parameter, rotary_tables
 from mixtral_jax.model.moe import ExpertWeight, InPlace, MoE, RouterOutput, SelectionBias
 from mixtral_jax.precision import FULL
+from mixtral_jax.remat import REMAT_POLICIES, keep
 from mixtral_jax.runtime import Runtime
 from mixtral_jax.sharding import Axes, constrain, named_sharding
 
-
-def _is_dense_product(primitive: Any, *arguments: Any, **parameters: Any) -> bool:
-    if primitive.name == "ffi_call":
-        return is_multiply(parameters["target_name"])
-    return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *arguments, **parameters)
-
-
-REMAT_POLICIES = {
-    "dots": _is_dense_product,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
 RESIDUAL = ("batch", "sequence", None)
 
 
@@ -50,7 +39,7 @@ class DecoderLayer(nnx.Module):
         place: InPlace | None = None,
     ) -> tuple[Array, RouterOutput, Stacks | None]:
         """Runs the layer; `attention_ids` say who may see whom, `segment_ids` 0 marks padding; `place`: see `MoE`."""
-        x = x + constrain(self.attention(self.attention_norm(x), attention_ids, rotary), self.mesh, RESIDUAL)
+        x = keep(x + constrain(self.attention(self.attention_norm(x), attention_ids, rotary), self.mesh, RESIDUAL))
         y, router, carried = self.moe(self.moe_norm(x), segment_ids > 0, place)
         return constrain(x + y, self.mesh, RESIDUAL), router, carried
 
@@ -109,7 +98,8 @@ class Mixtral(nnx.Module):
             x, router, carried = layer(x, segment_ids, attention_ids, rotary, place)
             return (x, carried), router
 
-        if runtime.remat != "none":
+        # XLA for CPU writes every array that is kept into a stack over layers, even one array three times.
+        if runtime.remat != "none" or carried is not None:
             body = jax.checkpoint(body, policy=REMAT_POLICIES[runtime.remat], prevent_cse=False)
         numbers = jnp.arange(config.num_layers, dtype=jnp.int32)
         (x, _), router = jax.lax.scan(body, (x, carried), (numbers, experts, others))

@@ -17,6 +17,7 @@ from mixtral_jax.model.expert_parallel import compute_capacity, compute_dropless
 from mixtral_jax.model.layers import parameter
 from mixtral_jax.model.routing import choose_experts, device_quota, drop_beyond_quota, expert_capacity
 from mixtral_jax.precision import EXACT_PRODUCT, FULL
+from mixtral_jax.remat import keep
 from mixtral_jax.runtime import Runtime
 from mixtral_jax.sharding import MESH_AXES, RULES, add_up, axis_size, gather, spec
 
@@ -106,7 +107,7 @@ class MoE(nnx.Module):
     ) -> tuple[Array, Array, Array, Stacks | None]:
         """Computes one device's part: its tokens with the experts of its group, whoever holds them."""
         config, runtime = self.config, self.runtime
-        indices, weights = choose_experts(logits, bias, config.num_experts_per_tok)
+        indices, weights = keep(choose_experts(keep(logits), bias, config.num_experts_per_tok))
         experts = jnp.where(valid[..., None], indices, config.num_experts)
         weights = jnp.where(valid[..., None], weights, 0)
         w_gate, w_up, w_down = (
@@ -125,7 +126,7 @@ class MoE(nnx.Module):
                 stacks, layer = place
                 weights = (w_gate, w_up, w_down)
                 rows, carried = in_place_ffn(rows, group_sizes, weights, layer, stacks, runtime.experts)
-                return rows
+                return keep(rows)
             return expert_ffn(
                 rows,
                 group_sizes,
