@@ -17,7 +17,8 @@ from typing import Any, no_type_check
 
 import numpy as np
 from llvmlite import ir
-from numba import config, njit, types
+from numba import config as numba_config
+from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -26,6 +27,7 @@ TILE, STEP = 1024, 4096  # bytes of a tile, and of the high and low tiles of 32 
 I8, I32, I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 INTS, FLOATS = ir.VectorType(I32, 16), ir.VectorType(ir.FloatType(), 16)
 UPPER = 0xFFFF0000
+settings: Any = numba_config  # Numba makes its attributes when it is imported
 Builder = Any
 Code = tuple[Any, Callable[..., Any]]  # a signature, and what writes LLVM's instructions
 
@@ -35,21 +37,21 @@ def _cache() -> str:
     """A directory for compiled functions that no other version of these sources has; Numba looks at one file alone."""
     folder = Path(__file__).parent
     sources = b"".join(path.read_bytes() for path in sorted(folder.glob("amx*.py")))
-    return str(Path(config.CACHE_DIR or folder / "__pycache__") / f"amx-{hashlib.sha256(sources).hexdigest()[:16]}")
+    return str(Path(settings.CACHE_DIR or folder / "__pycache__") / f"amx-{hashlib.sha256(sources).hexdigest()[:16]}")
 
 
 def compiled(function: Callable[..., None]) -> Any:
     """Compiles a function when it is first called, and keeps it on disk; it runs without Python's lock."""
-    before, folder = config.CACHE_DIR, _cache()
-    config.CACHE_DIR = folder
+    before, folder = settings.CACHE_DIR, _cache()
+    settings.CACHE_DIR = folder
     try:
         return njit(nogil=True, cache=True)(function)
     finally:
-        config.CACHE_DIR = before
+        settings.CACHE_DIR = before
 
 
 def make_configurations() -> np.ndarray:
-    """Describes the unit's eight tiles for every number of rows up to 32, the second sixteen of them in tiles 2, 3, 5.
+    """Describes the unit's tiles for every number of rows up to 32; those behind the 16th are in tiles 2, 3 and 5.
 
     Returns:
         uint8 [33, 64]. Source: Intel 64 and IA-32 Architectures Software Developer's Manual, LDTILECFG.
