@@ -60,8 +60,8 @@ def return_memory() -> None:
     """Lets the C library give back to Linux what compilers have freed, and it would keep: 0.3 GiB of a peak."""
     trim_heap = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
 
-    def after(event: str, seconds: float, **_: Any) -> None:
-        if event == COMPILED and seconds > LONG and trim_heap:
+    def after(event: str, duration_secs: float, **_: str | int) -> None:
+        if event == COMPILED and duration_secs > LONG and trim_heap:
             trim_heap(0)
 
     jax.monitoring.register_event_duration_secs_listener(after)
