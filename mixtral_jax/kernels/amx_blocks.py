@@ -3,7 +3,7 @@
 from typing import no_type_check
 
 from mixtral_jax.kernels.amx_softmax import clear_memory, give_way, pause, read_counter, write_tile
-from mixtral_jax.kernels.amx_units import STEP, TILE, clear, compiled, copy, dot, load, pack, store
+from mixtral_jax.kernels.amx_units import STEP, TILE, compiled, copy, multiply_square, pack
 
 SPINS = 1024  # looks at a counter before the processor is left to others
 
@@ -24,19 +24,8 @@ def wait(counter: int, value: int) -> None:
 @compiled
 @no_type_check
 def multiply_block(a: int, a_step: int, b: int, b_step: int, out: int, steps: int, fresh: bool) -> None:
-    """Computes a block as a sum of products of factors that lie some bytes apart; small terms are added first."""
-    if fresh:
-        clear(0), clear(1), clear(2), clear(3)
-    else:
-        load(0, out, 64), load(1, out + TILE, 64), load(2, out + 2 * TILE, 64), load(3, out + 3 * TILE, 64)
-    for _ in range(steps):
-        load(4, a + 2 * TILE, 64), load(6, b, 64), dot(0, 4, 6), load(7, b + TILE, 64), dot(1, 4, 7)
-        load(5, a + 3 * TILE, 64), dot(2, 5, 6), dot(3, 5, 7)
-        load(4, a, 64), dot(0, 4, 6), dot(1, 4, 7), load(5, a + TILE, 64), dot(2, 5, 6), dot(3, 5, 7)
-        load(6, b + 2 * TILE, 64), dot(0, 4, 6), dot(2, 5, 6)
-        load(7, b + 3 * TILE, 64), dot(1, 4, 7), dot(3, 5, 7)
-        a, b = a + a_step, b + b_step
-    store(0, out, 64), store(1, out + TILE, 64), store(2, out + 2 * TILE, 64), store(3, out + 3 * TILE, 64)
+    """Computes a block as a sum of products of factors that lie some bytes apart."""
+    multiply_square(a, a_step, b, b_step, out, TILE, 2 * TILE, 64, steps, fresh)
 
 
 @compiled

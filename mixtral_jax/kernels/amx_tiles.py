@@ -13,6 +13,7 @@ from mixtral_jax.kernels.amx_units import (
     copy,
     dot,
     load,
+    multiply_square,
     pack,
     release,
     store,
@@ -23,25 +24,6 @@ DEPTH, WIDTH = 256, 512  # inner dimension and columns of the second factor's pa
 PACKED = 128  # rows of the first factor that are split at once
 FIRST, SECOND, EDGE = 0, PACKED * DEPTH * 4, (PACKED + WIDTH) * DEPTH * 4  # places in a thread's workspace
 WORKSPACE = EDGE + STEP  # bytes
-
-
-@compiled
-@no_type_check
-def _multiply_32(a: int, b: int, out: int, stride: int, steps: int, fresh: bool) -> None:
-    """Computes 17 to 32 rows by 32 columns of a result; small terms are added first."""
-    below = out + 16 * stride
-    if fresh:
-        clear(0), clear(1), clear(2), clear(3)
-    else:
-        load(0, out, stride), load(1, out + 64, stride), load(2, below, stride), load(3, below + 64, stride)
-    for _ in range(steps):
-        load(4, a + 2 * TILE, 64), load(6, b, 64), dot(0, 4, 6), load(7, b + TILE, 64), dot(1, 4, 7)
-        load(5, a + 3 * TILE, 64), dot(2, 5, 6), dot(3, 5, 7)
-        load(4, a, 64), dot(0, 4, 6), dot(1, 4, 7), load(5, a + TILE, 64), dot(2, 5, 6), dot(3, 5, 7)
-        load(6, b + 2 * TILE, 64), dot(0, 4, 6), dot(2, 5, 6)
-        load(7, b + 3 * TILE, 64), dot(1, 4, 7), dot(3, 5, 7)
-        a, b = a + STEP, b + STEP
-    store(0, out, stride), store(1, out + 64, stride), store(2, below, stride), store(3, below + 64, stride)
 
 
 @compiled
@@ -126,7 +108,7 @@ def multiply_blocks(
                         copy(edge, 128, out + i * of_out + 4 * j, of_out, height_here, right - j)
                     tiles = second + (j - left) // 32 * steps * STEP
                     if height_here > 16:
-                        _multiply_32(rows_of_a, tiles, place, stride, steps, fresh)
+                        multiply_square(rows_of_a, STEP, tiles, STEP, place, 64, 16 * stride, stride, steps, fresh)
                     else:
                         _multiply_16(rows_of_a, tiles, place, stride, steps, fresh)
                     if partial:

@@ -261,3 +261,33 @@ def pack(
                 split_tile(start, start_stride, tile, 0, 1)
             else:
                 split_tile(start, start_stride, tile, 0, 0)
+
+
+@compiled
+@no_type_check
+def multiply_square(
+    a: int, a_step: int, b: int, b_step: int, out: int, right: int, below: int, stride: int, steps: int, fresh: bool
+) -> None:
+    """Computes up to 32 x 32 of a result, or adds to them; small terms are added first.
+
+    Args:
+        a, b: addresses of factors, see `pack`; their steps lie `a_step` and `b_step` bytes apart.
+        out: address of the first tile of the result; the others lie `right` and `below` bytes from there.
+        stride: bytes from a row of the result to the next.
+        steps: of the inner dimension.
+        fresh: nothing is there that is added to.
+    """
+    if fresh:
+        clear(0), clear(1), clear(2), clear(3)
+    else:
+        load(0, out, stride), load(1, out + right, stride)
+        load(2, out + below, stride), load(3, out + below + right, stride)
+    for _ in range(steps):
+        load(4, a + 2 * TILE, 64), load(6, b, 64), dot(0, 4, 6), load(7, b + TILE, 64), dot(1, 4, 7)
+        load(5, a + 3 * TILE, 64), dot(2, 5, 6), dot(3, 5, 7)
+        load(4, a, 64), dot(0, 4, 6), dot(1, 4, 7), load(5, a + TILE, 64), dot(2, 5, 6), dot(3, 5, 7)
+        load(6, b + 2 * TILE, 64), dot(0, 4, 6), dot(2, 5, 6)
+        load(7, b + 3 * TILE, 64), dot(1, 4, 7), dot(3, 5, 7)
+        a, b = a + a_step, b + b_step
+    store(0, out, stride), store(1, out + right, stride)
+    store(2, out + below, stride), store(3, out + below + right, stride)

@@ -7,8 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array
 
 from mixtral_jax.config import OptimizerConfig, UserError
+from mixtral_jax.kernels.host_adam import Numbers, update_in_place
 from mixtral_jax.precision import Precision
 from mixtral_jax.sharding import Axes
 
@@ -83,6 +85,48 @@ def _clip(updates: Any, _: Any, limit: float) -> Any:
     """
     factor = jnp.minimum(1, limit / jnp.maximum(optax.global_norm(updates), 1e-30))
     return jax.tree.map(lambda x: x * factor, updates)
+
+
+def update_by_host(
+    config: OptimizerConfig,
+    axes: Any,
+    grads: Any,
+    grad_norm: Array,
+    rate: Array,
+    wanted: Array,
+    params: Any,
+    state: Any,
+) -> tuple[Any, Any]:
+    """Computes what `make_optimizer` and the learning rate give, in place and in one pass; for float32 on one CPU.
+
+    Args:
+        config: as of `make_optimizer`, whose state `state` is.
+        axes: tree of logical axes of the parameters.
+        grads: gradients.
+        grad_norm: their global norm.
+        rate: learning rate.
+        wanted: False leaves everything as it is.
+        params: parameters.
+        state: of the optimizer.
+
+    Returns:
+        Parameters and state.
+    """
+    place, adam = next((i, part) for i, part in enumerate(state) if hasattr(part, "mu"))
+    count = adam.count + wanted
+    clip = jnp.minimum(1, config.clip_norm / jnp.maximum(grad_norm, 1e-30)) if config.clip_norm else 1.0
+    beta1, beta2 = config.beta1, config.beta2
+    of_mean, of_square = (1 / (1 - beta**count) for beta in (beta1, beta2))
+    numbers = Numbers(
+        rate, clip, of_mean, of_square, beta1, beta2, 1 - beta1, 1 - beta2, config.eps, config.weight_decay
+    )
+
+    def update(p: Array, g: Array, mean: Array, square: Array, decays: bool) -> tuple[Array, ...]:
+        return update_in_place(p, g, mean, square, numbers if decays else numbers._replace(decay=0.0), wanted)
+
+    results = jax.tree.map(update, params, grads, adam.mu, adam.nu, decay_mask(axes))
+    params, mean, square = jax.tree.transpose(jax.tree.structure(params), jax.tree.structure((0, 0, 0)), results)
+    return params, (*state[:place], adam._replace(count=count, mu=mean, nu=square), *state[place + 1 :])
 
 
 def optimizer_shardings(optimizer: optax.GradientTransformation, params: Any, replicated: Any) -> Any:

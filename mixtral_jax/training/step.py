@@ -23,7 +23,13 @@ from mixtral_jax.training.losses import (
     expert_load,
     router_sums,
 )
-from mixtral_jax.training.optimizer import make_optimizer, make_schedule, optimizer_shardings, widen
+from mixtral_jax.training.optimizer import (
+    make_optimizer,
+    make_schedule,
+    optimizer_shardings,
+    update_by_host,
+    widen,
+)
 from mixtral_jax.zigzag import column_order
 
 TrainState = dict[str, Any]
@@ -123,18 +129,14 @@ class Trainable:
         finite = jnp.isfinite(losses.total) & jnp.isfinite(grad_norm)
         learning_rate = jnp.asarray(self.schedule(state["step"]), FULL)
 
-        updates, opt_state = self.optimizer.update(grads, state["opt_state"], state["params"])
-        params = jax.tree.map(lambda p, u: (p - learning_rate * u).astype(p.dtype), state["params"], updates)
+        params, opt_state = self._update(grads, grad_norm, learning_rate, finite, state)
         load = expert_load(sums.assignments)
-        new = {
-            "params": params,
-            "opt_state": opt_state,
-            "selection_bias": self._move_bias(state["selection_bias"], load),
-        }
-        kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, {key: state[key] for key in new})
+        bias = _choose(finite, self._move_bias(state["selection_bias"], load), state["selection_bias"])
         skip = 1 - finite.astype(jnp.int32)
         state = {
-            **kept,
+            "params": params,
+            "opt_state": opt_state,
+            "selection_bias": bias,
             "step": state["step"] + 1,
             "skipped": state["skipped"] + skip,
             "skipped_in_a_row": (state["skipped_in_a_row"] + 1) * skip,
@@ -151,6 +153,21 @@ class Trainable:
             **router_metrics(sums, counts, load),
         }
         return state, metrics
+
+    def _update(
+        self, grads: Any, grad_norm: Array, learning_rate: Array, finite: Array, state: TrainState
+    ) -> tuple[Any, Any]:
+        """Computes parameters and the optimizer's state after the step, or leaves both where it is not finite."""
+        params, opt_state = state["params"], state["opt_state"]
+        runtime = self.architecture.runtime
+        if runtime.products == "amx" and runtime.precision.optimizer == runtime.precision.full:
+            axes = self.architecture.axes()["params"]
+            return update_by_host(
+                self.config.optimizer, axes, grads, grad_norm, learning_rate, finite, params, opt_state
+            )
+        updates, new_state = self.optimizer.update(grads, opt_state, params)
+        new = jax.tree.map(lambda p, u: (p - learning_rate * u).astype(p.dtype), params, updates)
+        return _choose(finite, (new, new_state), (params, opt_state))
 
     def _gradients(self, state: TrainState, batch: Batch) -> tuple[Any, Losses, RouterSums, Counts]:
         """Sums losses and gradients over the microbatches."""
@@ -212,6 +229,10 @@ class Trainable:
         if not rate:
             return bias
         return jax.tree.map(lambda b: b + rate * jnp.sign(1 / load.shape[-1] - load), bias)
+
+
+def _choose(condition: Array, tree: Any, otherwise: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), tree, otherwise)
 
 
 def router_metrics(sums: RouterSums, counts: Counts, load: Array) -> Metrics:

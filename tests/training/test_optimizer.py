@@ -1,16 +1,18 @@
 """AdamW against its equations, what decays, and the schedules at their key steps."""
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from mixtral_jax.config import OptimizerConfig, UserError
 from mixtral_jax.precision import make_precision
-from mixtral_jax.training.optimizer import decay_mask, make_optimizer, make_schedule
-from tests.tiny import mesh_of, tiny_architecture, tiny_config
+from mixtral_jax.training.optimizer import decay_mask, make_optimizer, make_schedule, update_by_host
+from tests.tiny import by_engine, mesh_of, tiny_architecture, tiny_config
 
 
 def rates(steps, **changes):
@@ -112,6 +114,31 @@ def test_three_steps_equal_the_equations(clip_norm):
     expected = adamw(config, params, grads, 0.1)
     for name in expected:
         np.testing.assert_allclose(actual[name], expected[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("engine", [by_engine("amx")])
+@pytest.mark.parametrize("clip_norm", [0.0, 0.5, 1e6])
+def test_the_update_in_one_pass_is_that_of_optax(engine, clip_norm):
+    """Three steps, the second of which is not wanted, over arrays of less and of more than a block."""
+    config = OptimizerConfig(clip_norm=clip_norm, weight_decay=0.3)
+    rng = np.random.default_rng(0)
+    axes = {"matrix": (None, None), "scale": (None,)}
+    params = {"matrix": rng.standard_normal((300, 701)), "scale": rng.standard_normal(7)}
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    optimizer = make_optimizer(config, make_precision(tiny_config().precision), axes)
+    ours = theirs = (params, optimizer.init(params))
+    update = jax.jit(functools.partial(update_by_host, config, axes))
+    for t, wanted in enumerate((True, False, True)):
+        grads = jax.tree.map(lambda x, t=t: jnp.asarray(rng.standard_normal(x.shape) * 3**t, jnp.float32), params)
+        if wanted:
+            updates, state = optimizer.update(grads, theirs[1], theirs[0])
+            theirs = (jax.tree.map(lambda p, u: p - 0.1 * u, theirs[0], updates), state)
+        else:
+            grads["scale"] = grads["scale"].at[3].set(jnp.nan)
+        ours = update(grads, optax.global_norm(grads), jnp.float32(0.1), jnp.asarray(wanted), *ours)
+        assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+            np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("params", ["float32", "bfloat16"])
