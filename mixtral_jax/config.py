@@ -74,7 +74,7 @@ class TrainConfig:
     steps: int = MISSING  # optimizer steps of the whole run; the schedule ends here
     batch_size: int = MISSING  # sequences of a step, over all devices
     microbatches: int = 1  # parts of the batch whose gradients are accumulated before one update
-    remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes: nothing, all but products, all
+    remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes: little, all but products, all
     log_every: int = 10  # steps between lines of metrics.jsonl
     eval_every: int = 0  # steps; 0: only at the end
     eval_batches: int = 8  # held-out batches per source and evaluation during training; the last one takes all
