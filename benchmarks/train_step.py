@@ -53,7 +53,7 @@ def main() -> None:
     report = Report(
         f"training step, 4 x 512 tokens, {options.dtype}",
         "GFLOP/s = tokens/s * (6 * active matmul parameters + causal attention) per token; MFU = that / the rate of a "
-        "product in the same process, our fastest square one or theirs of 2048 x 512 x 1792; vs ours = our seconds / its "
+        "product in the same process, our fastest square one, theirs of 2048 x 512 x 1792; vs ours = our seconds / its "
         "seconds, median over rounds",
     )
     for shape in options.shapes:
