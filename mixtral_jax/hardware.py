@@ -85,8 +85,8 @@ def peak_flops(compute: DTypeLike, multiply: Callable[[Array, Array], Array] = j
     The devices of a simulated CPU mesh share the processor, so each gets its part of what was measured.
 
     Args:
-        compute: float type of the model's products; used only when the peak must be measured, as is
-        multiply: what multiplies two matrices in the model.
+        compute: float type of the model's products; used only when the peak must be measured.
+        multiply: what multiplies two matrices in the model; used only then, too.
 
     Returns:
         The peak of one device and, in words, what was assumed.

@@ -3,7 +3,6 @@
 Queries, keys, values and their gradients lie as the model has them; nothing is transposed or padded in memory.
 """
 
-import ctypes
 import functools
 import math
 from typing import Any
@@ -129,8 +128,7 @@ def _aligned(buffer: Buffer) -> int:
 
 def _spans(segment_ids: Buffer) -> np.ndarray:
     """Counts the positions that each sees; those that fill the last block up see themselves."""
-    batch, seq = segment_ids.shape
-    ids = np.ctypeslib.as_array((ctypes.c_int32 * (batch * seq)).from_address(segment_ids.address)).reshape(batch, seq)
+    (batch, seq), ids = segment_ids.shape, segment_ids.array(np.int32)
     begins = np.ones(ids.shape, bool)
     np.not_equal(ids[:, 1:], ids[:, :-1], out=begins[:, 1:])
     index = np.arange(seq, dtype=np.int32)

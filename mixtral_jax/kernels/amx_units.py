@@ -45,7 +45,7 @@ def compiled(function: Callable[..., None]) -> Any:
     before, folder = settings.CACHE_DIR, _cache()
     settings.CACHE_DIR = folder
     try:
-        return njit(nogil=True, cache=True)(function)
+        return njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})(function)
     finally:
         settings.CACHE_DIR = before
 

@@ -4,14 +4,13 @@ import math
 from typing import no_type_check
 
 import numpy as np
-from numba import njit
 
-from mixtral_jax.kernels.amx_units import take_next
+from mixtral_jax.kernels.amx_units import compiled, take_next
 
 BLOCK = 1 << 16  # elements that a thread takes at a time
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
+@compiled
 @no_type_check
 def update_blocks(
     params: np.ndarray,

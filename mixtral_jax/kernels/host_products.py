@@ -181,14 +181,13 @@ def _add_outer(multiply_all: Multiply, rows: Buffer, group_sizes: Buffer, layer:
 
 
 def _rows_of_experts(group_sizes: Buffer) -> tuple[np.ndarray, np.ndarray]:
-    values = (ctypes.c_int32 * group_sizes.shape[0]).from_address(group_sizes.address)
-    sizes = np.array(values, np.int64)
+    sizes = group_sizes.array(np.int32).astype(np.int64)
     return sizes, np.cumsum(sizes) - sizes
 
 
 def _of_layer(stack: Buffer, layer: Buffer) -> np.ndarray:
     """Addresses of the matrices of one layer."""
-    number = ctypes.c_int32.from_address(layer.address).value
+    number = int(layer.array(np.int32))
     _, experts, rows, columns = stack.shape
     return stack.address + (number * experts + np.arange(experts)) * rows * columns * SIZE
 

@@ -83,8 +83,12 @@ def _clip(updates: Any, _: Any, limit: float) -> Any:
 
     What optax's own function computes, a quotient, XLA for CPU writes to memory first: a gradient more.
     """
-    factor = jnp.minimum(1, limit / jnp.maximum(optax.global_norm(updates), 1e-30))
+    factor = _clip_factor(optax.global_norm(updates), limit)
     return jax.tree.map(lambda x: x * factor, updates)
+
+
+def _clip_factor(norm: Array, limit: float) -> Array:
+    return jnp.minimum(1, limit / jnp.maximum(norm, 1e-30))
 
 
 def update_by_host(
@@ -114,7 +118,7 @@ def update_by_host(
     """
     place, adam = next((i, part) for i, part in enumerate(state) if hasattr(part, "mu"))
     count = adam.count + wanted
-    clip = jnp.minimum(1, config.clip_norm / jnp.maximum(grad_norm, 1e-30)) if config.clip_norm else 1.0
+    clip = _clip_factor(grad_norm, config.clip_norm) if config.clip_norm else 1.0
     beta1, beta2 = config.beta1, config.beta2
     of_mean, of_square = (1 / (1 - beta**count) for beta in (beta1, beta2))
     numbers = Numbers(
