@@ -20,7 +20,7 @@ from benchmarks.measure import Report, interleaved, median_ratio
 from mixtral_jax.config import PrecisionConfig
 from mixtral_jax.kernels.blocked import choose_block_sizes
 from mixtral_jax.kernels.expert_ffn import expert_ffn
-from mixtral_jax.kernels.host_products import available
+from mixtral_jax.kernels.host_products import ENGINES, available
 from mixtral_jax.kernels.permutation import combine_rows, dispatch_rows
 from mixtral_jax.model.routing import dropless_plan
 from mixtral_jax.precision import make_precision
@@ -33,7 +33,7 @@ MIXTRAL = {"tokens": 16384, "d_model": 4096, "layers": ["8x14336"], "dtype": "bf
 
 def main(arguments: list[str] | None = None) -> None:
     platform = jax.devices()[0].platform
-    on_host = [engine for engine in ("amx", "mkl") if platform == "cpu" and available(engine)]
+    on_host = [engine for engine in ENGINES if platform == "cpu" and available(engine)]
     backends = [*on_host, AUTO_EXPERTS[platform]]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int)

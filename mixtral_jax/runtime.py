@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from mixtral_jax.config import Config, UserError
 from mixtral_jax.kernels.amx_attention import LARGEST_HEAD
-from mixtral_jax.kernels.host_products import Engine, Products, available
+from mixtral_jax.kernels.host_products import ENGINES, Products, available
 from mixtral_jax.precision import Precision, make_precision
 from mixtral_jax.sharding import RULES, axis_size, make_mesh
 from mixtral_jax.zigzag import sequence_multiple
@@ -41,6 +41,11 @@ class Runtime:
     def platform(self) -> str:
         """Name of the mesh's platform: cpu, gpu or tpu, whatever this process's own devices are."""
         return self.mesh.devices.flat[0].platform
+
+    @property
+    def in_place(self) -> bool:
+        """Whether experts are read, and their gradients written, where they lie in the stack of all layers."""
+        return self.experts in ENGINES
 
     def describe(self) -> str:
         """Says in one line what was chosen."""
@@ -129,8 +134,7 @@ def choose_products(name: Literal["auto", "xla", "amx", "mkl"], mesh: Mesh, prec
     platform, full = mesh.devices.flat[0].platform, precision.full
     fits = platform == "cpu" and mesh.size == 1 and precision.compute == full and precision.params == full
     if name == "auto":
-        engines: tuple[Engine, ...] = ("amx", "mkl")
-        return next((engine for engine in engines if fits and available(engine)), "xla")
+        return next((engine for engine in ENGINES if fits and available(engine)), "xla")
     if name == "xla":
         return name
     if not fits:
@@ -159,9 +163,9 @@ def choose_experts(
         return AUTO_EXPERTS[platform] if products == "xla" else products
     if (name, platform) in (("megablox", "gpu"), ("triton", "tpu")):
         raise UserError(f"kernels.experts={name} does not run on {platform}: use auto, ragged_dot or blocked")
-    if name in ("amx", "mkl", "triton") and eight_bit:
+    if name in (*ENGINES, "triton") and eight_bit:
         raise UserError(f"kernels.experts={name} has no products of 8 bits: use auto, or precision.experts=compute")
-    if name in ("amx", "mkl") and products != name:
+    if name in ENGINES and products != name:
         raise UserError(f"kernels.experts={name} needs kernels.products={name}: set both, or use auto")
     return name
 

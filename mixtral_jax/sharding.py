@@ -6,7 +6,7 @@ over which devices each is split.
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from mixtral_jax.config import MeshConfig, UserError
 
 MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
+
+ONE_DEVICE = PartitionSpec(MESH_AXES)
 
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
@@ -161,6 +163,17 @@ def named_sharding(mesh: Mesh, axes: Axes) -> NamedSharding:
 def constrain(x: jax.Array, mesh: Mesh, axes: Axes) -> jax.Array:
     """Pins an activation to the table's sharding inside a jitted function."""
     return jax.lax.with_sharding_constraint(x, named_sharding(mesh, axes))
+
+
+def by_device(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """Makes a function of whole arrays of one of each device's parts: `shard_map`.
+
+    Gradients of arguments are summed over mesh axes that their spec does not name, and XLA for CPU copies for a sum
+    over one device too; so there every axis is named.
+    """
+    if mesh.size == 1:
+        in_specs = jax.tree.map(lambda spec: ONE_DEVICE if len(spec) else spec, in_specs)
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def gather(x: jax.Array, mesh: Mesh, logical: str, axis: int) -> jax.Array:

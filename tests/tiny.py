@@ -1,6 +1,7 @@
 """A model small enough to compile in seconds, batches for it, and the way to a training step on any mesh."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -26,6 +27,16 @@ def by_engine(engine: Engine, *values: Any) -> Any:
     """Parameters of a test, which is skipped where the machine has no such products."""
     reason = {"amx": "the processor has no AMX", "mkl": "the package mkl is not there, as on every ARM"}[engine]
     return pytest.param(*values or (engine,), marks=pytest.mark.skipif(not available(engine), reason=reason))
+
+
+@contextlib.contextmanager
+def host_threads(count: int) -> Iterator[None]:
+    """Lets so many threads be asked to share what the host computes."""
+    from mixtral_jax.kernels.native import THREADS, state
+
+    before, state[THREADS] = state[THREADS], count
+    yield
+    state[THREADS] = before
 
 
 ENGINES = [by_engine("amx"), by_engine("mkl")]

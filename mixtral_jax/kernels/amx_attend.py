@@ -9,21 +9,22 @@ from typing import no_type_check
 
 import numpy as np
 
-from mixtral_jax.kernels.amx_blocks import multiply_block, pack_along_head, pack_along_rows, wait, write_block
+from mixtral_jax.kernels.amx_blocks import multiply_block, pack_along_head, pack_along_rows, write_block
 from mixtral_jax.kernels.amx_softmax import (
     ALL,
     begin_peak,
     clear_memory,
     differentiate,
-    dot_row,
     exponentiate,
     finish_total,
     hide,
-    raise_counter,
     raise_peak,
     shrink_block,
 )
-from mixtral_jax.kernels.amx_units import STEP, compiled, configure, release, take_next
+from mixtral_jax.kernels.amx_units import STEP, configure, release
+from mixtral_jax.kernels.jobs import take_next, wait
+from mixtral_jax.kernels.native import CONFIGURATIONS, add_to_counter, compiled, known
+from mixtral_jax.kernels.vectors import dot_row
 
 GROUP = 4  # blocks of keys whose scores exist at once in the forward pass
 HEADS, QUERIES = 4, 4  # heads of one of keys and values, and blocks of queries, that a task of the forward pass has
@@ -53,7 +54,6 @@ def attend(
     shape: tuple[int, int, int, int, int],
     factors: int,
     counters: int,
-    configurations: int,
     workspace: int,
 ) -> None:
     """Computes attention and the binary logarithm of each query's sum of exponentials.
@@ -66,7 +66,6 @@ def attend(
         shape: batch, seq, heads, kv_heads, head_dim.
         factors: address of lanes of head_dim**-0.5 / log(2), of head_dim**-0.5 and of 1.
         counters: address of three int64 that begin at zero.
-        configurations: address of those of the unit.
         workspace: address of WORKSPACE bytes of this thread's own, a multiple of 64.
     """
     batch, seq, heads, kv_heads, head_dim = shape
@@ -76,7 +75,7 @@ def attend(
     packed_values = packed + batch * kv_heads * blocks * size
     scores, edge = workspace, workspace + GROUP * STEP
     states, state_size = edge + STEP, 2 * size + 3 * ALL
-    configure(configurations + 32 * 64)
+    configure(known(CONFIGURATIONS) + 32 * 64)
 
     runs = (blocks + PACKED - 1) // PACKED
     while True:
@@ -89,7 +88,7 @@ def attend(
             place, rows = (pair * blocks + block) * size, min(32, seq - 32 * block)
             pack_along_head(k + start, kv_stride, rows, head_dim, False, packed + place, edge)
             pack_along_rows(v + start, kv_stride, rows, head_dim, False, packed_values + place, edge)
-        raise_counter(counters + 8)
+        add_to_counter(counters + 8, 1)
     wait(counters + 8, batch * kv_heads * runs)
 
     shares = (group + HEADS - 1) // HEADS  # of the heads that have the same keys
@@ -253,7 +252,6 @@ def differentiate_attention(
     factors: int,
     progress: np.ndarray,
     counter: int,
-    configurations: int,
     workspace: int,
 ) -> None:
     """Computes the gradients of attention.
@@ -262,7 +260,7 @@ def differentiate_attention(
     tasks take their turns by rising keys. Tasks are begun in that order, so one waits for running ones only.
 
     Args:
-        q, k, v, spans, out, log_totals, shape, factors, configurations, workspace: see `attend`.
+        q, k, v, spans, out, log_totals, shape, factors, workspace: see `attend`.
         d_out, d_q, d_k, d_v: addresses of gradients.
         sums: address of memory for d_q in blocks.
         progress: int64 zeros, [batch * kv_heads, seq in squares]: tasks that have added theirs.
@@ -276,7 +274,7 @@ def differentiate_attention(
     keys, values, turned_keys = workspace, workspace + most * size, workspace + 2 * most * size
     d_keys, d_values, own = workspace + 3 * most * size, workspace + 4 * most * size, workspace + 5 * most * size
     edge = own + 4 * SQUARE * size + 3 * SQUARE * SQUARE * STEP + SQUARE * ALL
-    configure(configurations + 32 * 64)
+    configure(known(CONFIGURATIONS) + 32 * 64)
     while True:
         task = take_next(counter)
         run, pair = task // (batch * kv_heads), task % (batch * kv_heads)
@@ -316,7 +314,7 @@ def differentiate_attention(
                                 d_q + place + 128 * part, q_stride, min(32, seq - 32 * query),
                                 head_dim - 32 * part, True, edge,
                             )  # fmt: skip
-            raise_counter(turn)
+            add_to_counter(turn, 1)
         for block in range(high - low):
             place, target, rows = block * size, start + 32 * block * kv_stride, min(32, seq - 32 * (low + block))
             for part in range(parts):

@@ -4,28 +4,27 @@ Queries, keys, values and their gradients lie as the model has them; nothing is 
 """
 
 import functools
-import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
-from mixtral_jax.kernels.amx import units
-from mixtral_jax.kernels.foreign import Buffer, register
 from mixtral_jax.precision import FULL
 from mixtral_jax.remat import keep
 
 BLOCK = 32  # positions, and elements of the head dimension
 LARGEST_HEAD = 256  # what is made of some blocks of it fits the L2 cache
-ALIGNMENT = 16  # elements; of the blocks in memory of XLA's
+ALIGNMENT = 16  # elements; of the blocks in memory of XLA's, see `amx_attention_calls`
 
 
 @functools.cache
 def _register() -> None:
-    register("amx_attention", _forward)
-    register("amx_attention_gradients", _backward)
+    from mixtral_jax.kernels import amx_attention_calls, foreign, native
+
+    native.know(native.ATTEND, native.entry(amx_attention_calls.attend_task))
+    native.know(native.DIFFERENTIATE, native.entry(amx_attention_calls.differentiate_task))
+    foreign.register("amx_attention", amx_attention_calls.forward)
+    foreign.register("amx_attention_gradients", amx_attention_calls.backward)
 
 
 @jax.custom_vjp
@@ -68,70 +67,3 @@ amx_attention.defvjp(_fwd, _bwd)
 def _elements_of_blocks(x: Array) -> int:
     batch, seq, heads, head_dim = x.shape
     return batch * heads * -(-seq // BLOCK) * -(-head_dim // BLOCK) * BLOCK**2 + ALIGNMENT
-
-
-def _forward(
-    q: Buffer, k: Buffer, v: Buffer, segment_ids: Buffer, out: Buffer, log_totals: Buffer, packed: Buffer
-) -> None:
-    from mixtral_jax.kernels.amx_attend import attend
-
-    shape, factors = _shape(q, k), _factors(q.shape[3])
-    counters = np.zeros(3, np.int64)
-    _run(
-        attend, q.address, k.address, v.address, _spans(segment_ids), out.address, log_totals.address,
-        _aligned(packed), shape, factors.ctypes.data, counters.ctypes.data,
-    )  # fmt: skip
-
-
-def _backward(
-    q: Buffer,
-    k: Buffer,
-    v: Buffer,
-    segment_ids: Buffer,
-    out: Buffer,
-    log_totals: Buffer,
-    d_out: Buffer,
-    d_q: Buffer,
-    d_k: Buffer,
-    d_v: Buffer,
-    sums: Buffer,
-) -> None:
-    from mixtral_jax.kernels.amx_attend import differentiate_attention
-
-    shape, factors = _shape(q, k), _factors(q.shape[3])
-    counter, progress = np.zeros(1, np.int64), np.zeros((shape[0] * shape[3], -(-shape[1] // BLOCK)), np.int64)
-    _run(
-        differentiate_attention, q.address, k.address, v.address, _spans(segment_ids), out.address, log_totals.address,
-        d_out.address, d_q.address, d_k.address, d_v.address, _aligned(sums), shape, factors.ctypes.data, progress,
-        counter.ctypes.data,
-    )  # fmt: skip
-
-
-def _run(*arguments: Any) -> None:
-    found = units()
-    assert found is not None  # see `runtime.choose_attention`
-    found.run(*arguments)
-
-
-def _shape(q: Buffer, k: Buffer) -> tuple[int, int, int, int, int]:
-    batch, seq, heads, head_dim = q.shape
-    return batch, seq, heads, k.shape[2], head_dim
-
-
-def _factors(head_dim: int) -> np.ndarray:
-    return np.repeat([head_dim**-0.5 / math.log(2), head_dim**-0.5, 1], BLOCK).astype(np.float32)
-
-
-def _aligned(buffer: Buffer) -> int:
-    return buffer.address + -buffer.address % (4 * ALIGNMENT)
-
-
-def _spans(segment_ids: Buffer) -> np.ndarray:
-    """Counts the positions that each sees; those that fill the last block up see themselves."""
-    (batch, seq), ids = segment_ids.shape, segment_ids.array(np.int32)
-    begins = np.ones(ids.shape, bool)
-    np.not_equal(ids[:, 1:], ids[:, :-1], out=begins[:, 1:])
-    index = np.arange(seq, dtype=np.int32)
-    spans = np.ones((batch, -(-seq // BLOCK) * BLOCK), np.int32)
-    spans[:, :seq] += index - np.maximum.accumulate(np.where(begins, index, 0), axis=1)
-    return spans

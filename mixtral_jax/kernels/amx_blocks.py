@@ -2,23 +2,9 @@
 
 from typing import no_type_check
 
-from mixtral_jax.kernels.amx_softmax import clear_memory, give_way, pause, read_counter, write_tile
-from mixtral_jax.kernels.amx_units import STEP, TILE, compiled, copy, multiply_square, pack
-
-SPINS = 1024  # looks at a counter before the processor is left to others
-
-
-@compiled
-@no_type_check
-def wait(counter: int, value: int) -> None:
-    """Waits until other threads have raised a counter to a value."""
-    spins = 0
-    while read_counter(counter) < value:
-        spins += 1
-        if spins % SPINS:
-            pause()
-        else:
-            give_way()
+from mixtral_jax.kernels.amx_softmax import clear_memory, write_tile
+from mixtral_jax.kernels.amx_units import STEP, TILE, copy, multiply_square, pack
+from mixtral_jax.kernels.native import compiled
 
 
 @compiled

@@ -9,62 +9,35 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from mixtral_jax.kernels.amx_units import (
-    FLOATS,
-    I32,
-    I64,
-    INTS,
     STEP,
     TILE,
-    Builder,
-    Code,
-    emit,
-    load_vector,
     pair,
-    pointer,
-    returns_nothing,
-    splat,
     split,
-    store_vector,
     transpose,
+)
+from mixtral_jax.kernels.native import I32, I64, Builder, Code, returns_nothing
+from mixtral_jax.kernels.vectors import (
+    FLOATS,
+    INTS,
+    call,
+    exp2,
+    larger,
+    load_vector,
+    splat,
+    spread,
+    store_vector,
+    variable,
 )
 
 HIDDEN, LEAST = -1e30, -1e20  # a masked score, and what is below every other
-NOTHING = -100.0  # 2 to the power of less counts as zero: parts of it stay far from subnormal numbers
-# 2^x from -0.5 to 0.5 to 1e-7
-POLYNOMIAL = np.polynomial.Chebyshev.interpolate(np.exp2, 5, [-0.5, 0.5]).convert(kind=np.polynomial.Polynomial).coef
-ROUNDING = 1.5 * 2.0**23  # added to a float of moderate size, it leaves an integer in the last bits
 ALL = 32 * 4  # bytes of lanes
 ADDRESS = types.int64
-
-
-def call(b: Builder, name: str, *vectors: Any) -> Any:
-    """Calls a function of LLVM's on floats."""
-    kind = ir.FunctionType(FLOATS, [FLOATS] * len(vectors))
-    return b.call(cgutils.get_or_insert_function(b.module, kind, f"llvm.{name}.v16f32"), vectors)
-
-
-def exp2(b: Builder, x: Any) -> Any:
-    """Computes 2^x for x up to some tens; NaN stays NaN."""
-    shifted = b.fadd(x, splat(FLOATS, ROUNDING))
-    fraction = b.fsub(x, b.fsub(shifted, splat(FLOATS, ROUNDING)))
-    value = splat(FLOATS, POLYNOMIAL[-1])
-    for coefficient in POLYNOMIAL[-2::-1]:
-        value = call(b, "fma", value, fraction, splat(FLOATS, coefficient))
-    exponent = b.shl(b.bitcast(shifted, INTS), splat(INTS, 23))
-    power = b.bitcast(b.add(b.bitcast(value, INTS), exponent), FLOATS)
-    return b.select(b.fcmp_unordered(">=", x, splat(FLOATS, NOTHING)), power, splat(FLOATS, 0.0))
-
-
-def larger(b: Builder, x: Any, y: Any) -> Any:
-    """Computes the maximum; that with NaN is y."""
-    return b.select(b.fcmp_ordered(">", x, y), x, y)
 
 
 @contextmanager
@@ -72,13 +45,6 @@ def rows_of(b: Builder, address: Any) -> Iterator[Any]:
     """Repeats the code within for 16 rows of tiles; gives the address of a row."""
     with cgutils.for_range(b, I64(16)) as loop:
         yield b.add(address, b.mul(loop.index, I64(64)))
-
-
-def variable(b: Builder, value: Any) -> Any:
-    """Makes a place for a value that changes in a loop; LLVM keeps it in a register."""
-    place = cgutils.alloca_once(b, value.type)
-    b.store(value, place)
-    return place
 
 
 @intrinsic
@@ -89,8 +55,7 @@ def hide(_: Any, scores: Any, ahead: Any, spans: Any) -> Code:
     """
 
     def write(b: Builder, scores: Any, ahead: Any, spans: Any) -> None:
-        first = b.insert_element(ir.Constant(INTS, ir.Undefined), b.trunc(ahead, I32), I32(0))
-        first = b.shuffle_vector(first, first, splat(INTS, 0))
+        first = spread(b, b.trunc(ahead, I32), INTS)
         for key_half in range(2):
             for query_half in range(2):
                 tile = b.add(scores, I64((2 * key_half + query_half) * TILE))
@@ -231,33 +196,6 @@ def differentiate(_: Any, scores: Any, d_scores: Any, turned: Any, scale: Any, l
     return returns_nothing(write, *[ADDRESS] * 6)
 
 
-@intrinsic
-def dot_row(_: Any, target: Any, x: Any, y: Any, count: Any) -> Code:
-    """Computes the product of two rows of numbers."""
-
-    def write(b: Builder, target: Any, x: Any, y: Any, count: Any) -> None:
-        masked = ir.VectorType(ir.IntType(1), 16)
-        kind = ir.FunctionType(FLOATS, [FLOATS.as_pointer(), masked, FLOATS])
-        read = cgutils.get_or_insert_function(b.module, kind, "llvm.masked.load.v16f32.p0")
-        total = variable(b, splat(FLOATS, 0.0))
-        chunks = b.lshr(b.add(count, I64(15)), I64(4))
-        with cgutils.for_range(b, chunks) as loop:
-            left = b.trunc(b.sub(count, b.mul(loop.index, I64(16))), I32)
-            lefts = b.insert_element(ir.Constant(INTS, ir.Undefined), left, I32(0))
-            lefts = b.shuffle_vector(lefts, lefts, splat(INTS, 0))
-            there = b.icmp_signed("<", ir.Constant(INTS, list(range(16))), lefts)
-            offset = b.mul(loop.index, I64(64))
-            numbers = [b.call(read, [pointer(b, b.add(a, offset), FLOATS), there, splat(FLOATS, 0.0)]) for a in (x, y)]
-            b.store(call(b, "fma", *numbers, b.load(total)), total)
-        values = b.load(total)
-        for size in (8, 4, 2, 1):
-            order = ir.Constant(INTS, [i ^ size for i in range(16)])
-            values = b.fadd(values, b.shuffle_vector(values, values, order))
-        b.store(b.extract_element(values, I32(0)), pointer(b, target, ir.FloatType()))
-
-    return returns_nothing(write, *[ADDRESS] * 4)
-
-
 @intrinsic(prefer_literal=True)
 def write_tile(_: Any, tile: Any, factor: Any, target: Any, stride: Any, turned: Any) -> Code:
     """Writes a tile's floats times factors of its columns, rows and columns exchanged if it is `turned`."""
@@ -281,39 +219,3 @@ def clear_memory(_: Any, address: Any, size: Any) -> Code:
             store_vector(b, splat(INTS, 0), b.add(address, b.mul(loop.index, I64(64))))
 
     return returns_nothing(write, ADDRESS, ADDRESS)
-
-
-@intrinsic
-def read_counter(_: Any, counter: Any) -> Code:
-    """Reads what another thread may raise, and then what that one wrote before."""
-
-    def generate(_: Any, b: Builder, __: Any, values: Any) -> Any:
-        return b.load_atomic(pointer(b, values[0], I64), "acquire", 8)
-
-    return ADDRESS(ADDRESS), generate
-
-
-@intrinsic
-def raise_counter(_: Any, counter: Any) -> Code:
-    """Raises a counter by one, after everything that was written before."""
-
-    def write(b: Builder, counter: Any) -> None:
-        b.atomic_rmw("add", pointer(b, counter, I64), I64(1), "release")
-
-    return returns_nothing(write, ADDRESS)
-
-
-@intrinsic
-def pause(_: Any) -> Code:
-    """Tells the processor that this thread waits."""
-    return returns_nothing(lambda b: emit(b, "sse2.pause"))
-
-
-@intrinsic
-def give_way(_: Any) -> Code:
-    """Lets other threads have this one's processor."""
-
-    def write(b: Builder) -> None:
-        b.call(cgutils.get_or_insert_function(b.module, ir.FunctionType(I32, []), "sched_yield"), [])
-
-    return returns_nothing(write)

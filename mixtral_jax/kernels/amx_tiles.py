@@ -8,7 +8,6 @@ from mixtral_jax.kernels.amx_units import (
     STEP,
     TILE,
     clear,
-    compiled,
     configure,
     copy,
     dot,
@@ -17,13 +16,16 @@ from mixtral_jax.kernels.amx_units import (
     pack,
     release,
     store,
-    take_next,
 )
+from mixtral_jax.kernels.host_products_calls import ENTRIES, TABLE
+from mixtral_jax.kernels.jobs import ARGUMENTS, COUNTER, argument, begin, end, share, take_next
+from mixtral_jax.kernels.native import CONFIGURATIONS, MULTIPLY, THREADS, compiled, known, read, view, write
+from mixtral_jax.kernels.vectors import stream_square
 
 DEPTH, WIDTH = 256, 512  # inner dimension and columns of the second factor's part that stays in the L2 cache
+TALLEST, LEAST = 1024, 128  # rows of a block of a product
 PACKED = 128  # rows of the first factor that are split at once
 FIRST, SECOND, EDGE = 0, PACKED * DEPTH * 4, (PACKED + WIDTH) * DEPTH * 4  # places in a thread's workspace
-WORKSPACE = EDGE + STEP  # bytes
 
 
 @compiled
@@ -49,9 +51,9 @@ def multiply_blocks(
     turn_a: bool,
     turn_b: bool,
     add: bool,
+    stream: bool,
     height: int,
     counter: int,
-    configurations: int,
     workspace: int,
 ) -> None:
     """Computes blocks of the results of a table of products, as long as the threads that share a counter find one left.
@@ -61,12 +63,13 @@ def multiply_blocks(
         turn_a: first factors are transposed.
         turn_b: second factors are.
         add: results are added to what is there.
+        stream: results are not read soon.
         height: rows of a block, a multiple of 32.
         counter: address of an int64 that begins at zero.
-        configurations: address of those of the unit.
-        workspace: address of WORKSPACE bytes of this thread's own, a multiple of 64.
+        workspace: address of memory of this thread's own, a multiple of 64.
     """
     first, second, edge = workspace + FIRST, workspace + SECOND, workspace + EDGE
+    configurations = known(CONFIGURATIONS)
     configure(configurations + 32 * 64)
     product, passed = 0, 0
     while True:
@@ -90,6 +93,7 @@ def multiply_blocks(
             along = min(depth, inner - k)
             steps = (along + 31) // 32
             fresh = k == 0 and not add
+            streams = stream and fresh and along == inner and (out | of_out) % 64 == 0
             start = b + (left * of_b + 4 * k if turn_b else k * of_b + 4 * left)
             pack(start, of_b, right - left, along, turn_b, turn_b, second, edge)
             for i in range(top, bottom, 32):
@@ -103,9 +107,15 @@ def multiply_blocks(
                 for j in range(left, right, 32):
                     place, stride = out + i * of_out + 4 * j, of_out
                     partial = right - j < 32
+                    if streams and not partial and height_here == 32:
+                        tiles = second + (j - left) // 32 * steps * STEP
+                        multiply_square(rows_of_a, STEP, tiles, STEP, edge, 64, 16 * 128, 128, steps, True)
+                        stream_square(place, stride, edge, 32)
+                        continue
                     if partial:  # the tiles are wider than what is left of the result
                         place, stride = edge, 128
-                        copy(edge, 128, out + i * of_out + 4 * j, of_out, height_here, right - j)
+                        if not fresh:
+                            copy(edge, 128, out + i * of_out + 4 * j, of_out, height_here, right - j)
                     tiles = second + (j - left) // 32 * steps * STEP
                     if height_here > 16:
                         multiply_square(rows_of_a, STEP, tiles, STEP, place, 64, 16 * stride, stride, steps, fresh)
@@ -116,3 +126,31 @@ def multiply_blocks(
                 if height_here < 32:
                     configure(configurations + 32 * 64)
     release()
+
+
+@no_type_check
+def multiply_all(job: int) -> int:
+    """Computes the products of a job, see `host_products_calls`, by all threads; the bits do not depend on how many."""
+    table, height = job + TABLE, TALLEST
+    while True:
+        blocks = 0
+        for i in range(argument(job, 0)):
+            row = table + 8 * ENTRIES * i
+            blocks += -(-read(row + 48) // height) * -(-read(row + 56) // WIDTH)
+        if blocks >= known(THREADS) or height == LEAST:
+            break
+        height //= 2
+    write(job + ARGUMENTS + 40, height)
+    share(job, known(MULTIPLY), blocks)
+    return 0
+
+
+@no_type_check
+def work(job: int) -> int:
+    """Takes part in a job of `multiply_all`."""
+    workspace = begin(job)
+    table = view(job + TABLE, argument(job, 0), ENTRIES, np.int64)
+    turn_a, turn_b, add = argument(job, 1) != 0, argument(job, 2) != 0, argument(job, 3) != 0
+    multiply_blocks(table, turn_a, turn_b, add, argument(job, 4) != 0, argument(job, 5), job + COUNTER, workspace)
+    end(job, workspace)
+    return 0

@@ -9,45 +9,20 @@ order in which the unit reads them: pairs along the inner dimension lie together
 which both factors agree on and which takes no shuffles.
 """
 
-import functools
-import hashlib
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any, no_type_check
 
 import numpy as np
 from llvmlite import ir
-from numba import config as numba_config
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from mixtral_jax.kernels.native import I8, I32, I64, Builder, Code, compiled, pointer, returns_nothing
+from mixtral_jax.kernels.vectors import FLOATS, INTS, copy_row, load_vector, shuffle, splat, store_vector
+
 TILE, STEP = 1024, 4096  # bytes of a tile, and of the high and low tiles of 32 rows or columns
 
-I8, I32, I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
-INTS, FLOATS = ir.VectorType(I32, 16), ir.VectorType(ir.FloatType(), 16)
 UPPER = 0xFFFF0000
-settings: Any = numba_config  # Numba makes its attributes when it is imported
-Builder = Any
-Code = tuple[Any, Callable[..., Any]]  # a signature, and what writes LLVM's instructions
-
-
-@functools.cache
-def _cache() -> str:
-    """A directory for compiled functions that no other version of these sources has; Numba looks at one file alone."""
-    folder = Path(__file__).parent
-    sources = b"".join(path.read_bytes() for path in sorted(folder.glob("amx*.py")))
-    return str(Path(settings.CACHE_DIR or folder / "__pycache__") / f"amx-{hashlib.sha256(sources).hexdigest()[:16]}")
-
-
-def compiled(function: Callable[..., None]) -> Any:
-    """Compiles a function when it is first called, and keeps it on disk; it runs without Python's lock."""
-    before, folder = settings.CACHE_DIR, _cache()
-    settings.CACHE_DIR = folder
-    try:
-        return njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})(function)
-    finally:
-        settings.CACHE_DIR = before
 
 
 def make_configurations() -> np.ndarray:
@@ -69,21 +44,6 @@ def emit(builder: Builder, name: str, *arguments: Any) -> None:
     """Calls an instruction of x86."""
     kind = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
     builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.x86.{name}"), arguments)
-
-
-def pointer(builder: Builder, address: Any, kind: Any = I8) -> Any:
-    """Makes an address a pointer."""
-    return builder.inttoptr(address, kind.as_pointer())
-
-
-def returns_nothing(write: Callable[..., None], *arguments: Any) -> Code:
-    """Makes an intrinsic of a function that writes code for its arguments."""
-
-    def generate(context: Any, builder: Builder, _: Any, values: Any) -> Any:
-        write(builder, *values)
-        return context.get_dummy_value()
-
-    return types.void(*arguments), generate
 
 
 @intrinsic
@@ -132,49 +92,9 @@ def dot(_: Any, total: Any, a: Any, b: Any) -> Code:
 
 
 @intrinsic
-def take_next(_: Any, counter: Any) -> Code:
-    """Reads a counter that threads share, and raises it by one."""
-
-    def generate(_: Any, builder: Builder, __: Any, values: Any) -> Any:
-        return builder.atomic_rmw("add", pointer(builder, values[0], I64), I64(1), "monotonic")
-
-    return types.int64(types.int64), generate
-
-
-@intrinsic
-def copy_element(_: Any, target: Any, source: Any) -> Code:
-    """Copies four bytes."""
-
-    def write(b: Builder, target: Any, source: Any) -> None:
-        b.store(b.load(pointer(b, source, I32)), pointer(b, target, I32))
-
-    return returns_nothing(write, types.int64, types.int64)
-
-
-@intrinsic
 def clear_element(_: Any, target: Any) -> Code:
     """Makes four bytes zero."""
     return returns_nothing(lambda b, target: b.store(I32(0), pointer(b, target, I32)), types.int64)
-
-
-def splat(kind: Any, value: int | float) -> Any:
-    """Makes a vector of one value."""
-    return ir.Constant(kind, [value] * kind.count)
-
-
-def shuffle(b: Builder, x: Any, y: Any, lanes: list[int]) -> Any:
-    """Takes lanes of two vectors, those of the second counted on."""
-    return b.shuffle_vector(x, y, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
-
-
-def load_vector(b: Builder, address: Any, offset: int = 0, kind: Any = FLOATS) -> Any:
-    """Reads 64 bytes."""
-    return b.load(pointer(b, b.add(address, I64(offset)), kind), align=4)
-
-
-def store_vector(b: Builder, value: Any, address: Any, offset: int = 0) -> None:
-    """Writes 64 bytes."""
-    b.store(value, pointer(b, b.add(address, I64(offset)), value.type), align=4)
 
 
 def split(b: Builder, x: Any) -> tuple[Any, Any]:
@@ -203,6 +123,15 @@ def transpose(b: Builder, rows: list[Any]) -> list[Any]:
     return rows
 
 
+def fetch(b: Builder, address: Any) -> None:
+    """Asks for 64 bytes to be brought to the L2 cache."""
+    kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
+    b.call(
+        cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0"),
+        [pointer(b, address), I32(0), I32(2), I32(1)],  # to read, into L2, data
+    )
+
+
 @intrinsic(prefer_literal=True)
 def split_tile(_: Any, source: Any, stride: Any, target: Any, inner_last: Any, transposed: Any) -> Code:
     """Turns floats, [16, 32] with the inner dimension last or [32, 16], into a high and, two tiles on, a low tile."""
@@ -210,10 +139,14 @@ def split_tile(_: Any, source: Any, stride: Any, target: Any, inner_last: Any, t
 
     def write(b: Builder, source: Any, stride: Any, target: Any, *_: Any) -> None:
         behind = b.add(source, I64(64) if last else b.mul(stride, I64(16)))
+        ahead = b.mul(stride, I64(16))
         parts: tuple[list[Any], list[Any]] = ([], [])
         for row in range(16):
             offset = b.mul(stride, I64(row))
             x, y = (split(b, load_vector(b, b.add(start, offset))) for start in (source, behind))
+            if last:  # the next 16 rows are far away, and the processor does not ask for so many by itself
+                fetch(b, b.add(b.add(source, offset), ahead))
+                fetch(b, b.add(b.add(behind, offset), ahead))
             for part, of_x, of_y in zip(parts, x, y, strict=True):
                 part.append(pair(b, of_x, of_y))
         for part, offset in zip(parts, (0, 2 * TILE), strict=True):
@@ -223,13 +156,27 @@ def split_tile(_: Any, source: Any, stride: Any, target: Any, inner_last: Any, t
     return returns_nothing(write, types.int64, types.int64, types.int64, inner_last, transposed)
 
 
+@intrinsic
+def split_rows(_: Any, x: Any, y: Any, target: Any, panels: Any, step: Any) -> Code:
+    """Turns two rows of panels of 32 floats, elements i and i + 16 of the inner dimension, into rows of tiles."""
+
+    def write(b: Builder, x: Any, y: Any, target: Any, panels: Any, step: Any) -> None:
+        with cgutils.for_range(b, panels) as loop:
+            source, place = b.shl(loop.index, I64(7)), b.add(target, b.mul(loop.index, step))
+            for half in range(2):
+                parts = (split(b, load_vector(b, b.add(row, source), 64 * half)) for row in (x, y))
+                for offset, of_x, of_y in zip((0, 2 * TILE), *parts, strict=True):
+                    store_vector(b, pair(b, of_x, of_y), place, half * TILE + offset)
+
+    return returns_nothing(write, *[types.int64] * 5)
+
+
 @compiled
 @no_type_check  # tests wrap functions with checks of types, which Numba cannot compile
 def copy(target: int, target_stride: int, source: int, source_stride: int, rows: int, columns: int) -> None:
     """Copies rows of four-byte elements."""
     for i in range(rows):
-        for j in range(columns):
-            copy_element(target + i * target_stride + 4 * j, source + i * source_stride + 4 * j)
+        copy_row(target + i * target_stride, source + i * source_stride, columns)
 
 
 @compiled
@@ -239,8 +186,17 @@ def pack(
 ) -> None:
     """Splits rows [count, inner] (`inner_last`) or columns [inner, count] into panels of 32, filled up with zeros."""
     steps, panels = (inner + 31) // 32, (count + 31) // 32
+    done = 0  # panels, in all steps of 32
+    if not inner_last and not transposed:
+        done = count // 32
+        for number in range(inner // 32 * 16):  # along the rows: memory is read as fast as it can be
+            step, row = number // 16, number % 16
+            start = source + (32 * step + row) * stride
+            split_rows(start, start + 16 * stride, target + step * STEP + 64 * row, done, steps * STEP)
     for number in range(steps * panels):  # as the source lies in memory
         panel, step = (number // steps, number % steps) if inner_last else (number % panels, number // panels)
+        if panel < done and 32 * step + 32 <= inner:
+            continue
         for half in range(2 * panel, min(2 * panel + 2, (count + 15) // 16)):
             across, along = min(16, count - 16 * half), min(32, inner - 32 * step)
             start = source + (16 * half * stride + 128 * step if inner_last else 64 * half + 32 * step * stride)

@@ -20,7 +20,7 @@ from mixtral_jax.config import UserError
 from mixtral_jax.kernels.amx_attention import amx_attention
 from mixtral_jax.kernels.blockwise import blockwise_attention
 from mixtral_jax.kernels.packed import packed_attention
-from mixtral_jax.sharding import spec
+from mixtral_jax.sharding import by_device, spec
 from mixtral_jax.zigzag import chunk_starts, column_order, in_order
 
 AXIS = "context"  # the mesh axis whose devices share a sequence
@@ -73,12 +73,11 @@ def attention(
             return _cudnn(q, k, v, q_ids, ids, starts)
         return blockwise_attention(q, k, v, q_ids, ids, starts)
 
-    return jax.shard_map(
+    return by_device(
         jax.checkpoint(local, policy=_all_but_what_moves, prevent_cse=False) if ways > 1 else local,
-        mesh=mesh,
-        in_specs=(queries, keys, keys, spec(("batch", "sequence")), splits),
-        out_specs=queries,
-        check_vma=False,
+        mesh,
+        (queries, keys, keys, spec(("batch", "sequence")), splits),
+        queries,
     )(q, k, v, segment_ids, kernel)
 
 

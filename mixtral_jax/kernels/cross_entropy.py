@@ -11,8 +11,9 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from mixtral_jax.kernels.host_products import Products, add_product, multiply
+from mixtral_jax.kernels.host_softmax import differentiate, summarize
 from mixtral_jax.precision import FULL
-from mixtral_jax.sharding import VOCAB_AXIS, add_up, gather, spec
+from mixtral_jax.sharding import VOCAB_AXIS, add_up, by_device, gather, spec
 
 
 def cross_entropy_sum(
@@ -45,9 +46,7 @@ def cross_entropy_sum(
 
     tokens = spec(("batch", "sequence"))
     in_specs = (spec(("batch", "sequence", None)), spec(("d_model", "vocab")), tokens, tokens)
-    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=PartitionSpec(), check_vma=False)(
-        x, head, targets, mask
-    )
+    return by_device(local, mesh, in_specs, PartitionSpec())(x, head, targets, mask)
 
 
 def token_losses(
@@ -69,8 +68,11 @@ def token_losses(
         head = gather(head, mesh, "d_model", axis=0)
 
         def body(inputs: tuple[Array, Array]) -> tuple[Array, Array]:
-            logits, logsumexp, at_target, _ = _chunk_logits(inputs[0], head, inputs[1], products)
-            return logsumexp - at_target, at_target >= jax.lax.pmax(jnp.max(logits, axis=-1), VOCAB_AXIS)
+            if products == "xla":
+                logits, logsumexp, at_target, _ = _chunk_logits(inputs[0], head, inputs[1])
+                return logsumexp - at_target, at_target >= jax.lax.pmax(jnp.max(logits, axis=-1), VOCAB_AXIS)
+            rows = summarize(multiply(inputs[0], head, products), inputs[1])
+            return rows.log_total - rows.at_target, rows.at_target >= rows.peak
 
         size = min(chunk, targets.size)
         chunks = (_split(x.reshape(-1, x.shape[-1]), size), _split(targets.reshape(-1), size))
@@ -79,9 +81,7 @@ def token_losses(
 
     tokens = spec(("batch", "sequence"))
     in_specs = (spec(("batch", "sequence", None)), spec(("d_model", "vocab")), tokens)
-    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=(tokens, tokens), check_vma=False)(
-        x, head, targets
-    )
+    return by_device(local, mesh, in_specs, (tokens, tokens))(x, head, targets)
 
 
 def _split(x: Array, chunk: int) -> Array:
@@ -94,12 +94,9 @@ def _join(x: Array, tokens: int) -> Array:
     return x.reshape(-1, *x.shape[2:])[:tokens]
 
 
-def _chunk_logits(x: Array, head: Array, targets: Array, products: Products) -> tuple[Array, Array, Array, Array]:
+def _chunk_logits(x: Array, head: Array, targets: Array) -> tuple[Array, Array, Array, Array]:
     """Returns this device's columns of the logits, and over all columns: logsumexp, logit at the target, its column."""
-    if products == "xla":
-        logits = jnp.einsum("td,dv->tv", x, head, preferred_element_type=FULL)
-    else:
-        logits = multiply(x, head, products)
+    logits = jnp.einsum("td,dv->tv", x, head, preferred_element_type=FULL)
     column = targets - jax.lax.axis_index(VOCAB_AXIS) * head.shape[1]
     here = (column >= 0) & (column < head.shape[1])
     peak = jax.lax.pmax(jnp.max(logits, axis=-1), VOCAB_AXIS)
@@ -113,7 +110,10 @@ def _chunk_logits(x: Array, head: Array, targets: Array, products: Products) -> 
 def _local_sum(head: Array, x: Array, targets: Array, mask: Array, chunk: int, products: Products) -> Array:
     def body(total: Array, inputs: tuple[Array, ...]) -> tuple[Array, None]:
         x_c, targets_c, mask_c = inputs
-        _, logsumexp, at_target, _ = _chunk_logits(x_c, head, targets_c, products)
+        if products == "xla":
+            _, logsumexp, at_target, _ = _chunk_logits(x_c, head, targets_c)
+        else:
+            logsumexp, at_target, _ = summarize(multiply(x_c, head, products), targets_c)
         return total + jnp.sum(jnp.where(mask_c, logsumexp - at_target, 0)), None
 
     return jax.lax.scan(body, jnp.zeros((), FULL), tuple(_split(a, chunk) for a in (x, targets, mask)))[0]
@@ -125,12 +125,14 @@ def _local_fwd(
     def body(carry: tuple[Array, Array], inputs: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
         total, d_head = carry
         x_c, targets_c, mask_c = inputs
-        logits, logsumexp, at_target, column = _chunk_logits(x_c, head, targets_c, products)
+        if products != "xla":
+            rows, d_logits = differentiate(multiply(x_c, head, products), targets_c, mask_c)
+            total += jnp.sum(jnp.where(mask_c, rows.log_total - rows.at_target, 0))
+            return (total, add_product(d_head, x_c, d_logits, products)), multiply(d_logits, head, products, "nt")
+        logits, logsumexp, at_target, column = _chunk_logits(x_c, head, targets_c)
         total += jnp.sum(jnp.where(mask_c, logsumexp - at_target, 0))
         hit = jnp.arange(head.shape[1]) == column[..., None]
         d_logits = jnp.where(mask_c[..., None], jnp.exp(logits - logsumexp[..., None]) - hit, 0).astype(head.dtype)
-        if products != "xla":
-            return (total, add_product(d_head, x_c, d_logits, products)), multiply(d_logits, head, products, "nt")
         d_head += jnp.einsum("td,tv->dv", x_c, d_logits, preferred_element_type=FULL)
         return (total, d_head), jnp.einsum("tv,dv->td", d_logits, head)
 

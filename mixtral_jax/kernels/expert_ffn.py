@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from mixtral_jax.kernels.blocked import blocked_ffn
 from mixtral_jax.kernels.host_layers import in_place_ffn
+from mixtral_jax.kernels.host_products import ENGINES
 from mixtral_jax.kernels.quantized import EightBitProduct, quantized_ffn
 
 ExpertsKernel = Literal["blocked", "amx", "mkl", "ragged_dot", "megablox", "triton", "equal"]
@@ -52,15 +53,15 @@ def expert_ffn(
         One output a row; rows of nobody are finite and otherwise unspecified.
     """
     if eight_bit is not None:
-        assert backend not in ("amx", "mkl", "triton")  # see `choose_experts`
+        assert backend not in (*ENGINES, "triton")  # see `choose_experts`
         product = EightBitProduct(eight_bit, backend, block_sizes[0] if block_sizes else 0, interpret)
         return quantized_ffn(rows, group_sizes, w_gate, w_up, w_down, product)
     if backend == "blocked":
         return blocked_ffn(rows, group_sizes, w_gate, w_up, w_down, block_sizes)
-    if backend in ("amx", "mkl"):
+    if backend in ENGINES:
         stacks = (w_gate[None], w_up[None], w_down[None])
-        sizes, layer = group_sizes.astype(jnp.int32), jnp.zeros((), jnp.int32)
-        return in_place_ffn(rows, sizes, jax.lax.stop_gradient(stacks), layer, stacks, backend)[0]
+        sizes, layer, ones = group_sizes.astype(jnp.int32), jnp.zeros((), jnp.int32), jnp.ones(len(rows), rows.dtype)
+        return in_place_ffn(rows, sizes, ones, jax.lax.stop_gradient(stacks), layer, stacks, backend)[0]
     if backend == "equal":
         x = rows.reshape(w_gate.shape[0], -1, rows.shape[1])
         gate, up = jnp.einsum("ecd,edf->ecf", x, w_gate), jnp.einsum("ecd,edf->ecf", x, w_up)

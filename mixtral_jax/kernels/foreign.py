@@ -1,126 +1,143 @@
-"""Python functions that XLA's programs for CPU call by its foreign function interface, made with ctypes.
+"""Compiled functions that XLA's programs for CPU call by its foreign function interface, and what they are called with.
 
-The structures are those of `xla/ffi/api/c_api.h`, which jaxlib brings along; XLA keeps them compatible within a version
-of the interface and refuses a function that names one it does not know.
+Offsets are those of `xla/ffi/api/c_api.h`, which jaxlib brings along; XLA keeps them compatible within a version of the
+interface and refuses a function that names one it does not know.
 """
 
-import ctypes
-import math
 from collections.abc import Callable
-from ctypes import POINTER, c_char_p, c_int, c_int64, c_size_t, c_uint32, c_void_p
-from typing import Any, NamedTuple
+from typing import Any, no_type_check
 
 import jax
-import numpy as np
 
-API_VERSION = (0, 3)
-METADATA, INTERNAL = 1, 13  # XLA_FFI_Extension_Metadata, XLA_FFI_Error_Code_INTERNAL
-HEAD: Any = (("struct_size", c_size_t), ("extension", c_void_p))
+from mixtral_jax.kernels.native import call, compiled, entry, read, read_short, write, write_short
 
-
-class Version(ctypes.Structure):
-    """XLA_FFI_Api_Version."""
-
-    _fields_ = [*HEAD, ("major", c_int), ("minor", c_int)]
-
-
-class Metadata(ctypes.Structure):
-    """XLA_FFI_Metadata: what a function says about itself when XLA asks."""
-
-    _fields_ = [("struct_size", c_size_t), ("version", Version), ("traits", c_uint32), ("state", c_int64)]
+VERSION = (0, 3)
+METADATA = 1  # XLA_FFI_Extension_Metadata
+# XLA_FFI_CallFrame
+EXTENSION, API, CONTEXT, OPERAND_COUNT, OPERANDS, RESULT_COUNT, RESULTS, ATTRIBUTES = 8, 16, 24, 56, 72, 96, 112, 160
+DATA, RANK, DIMS = 24, 32, 40  # XLA_FFI_Buffer
+VALUE = 8  # XLA_FFI_Scalar
+EXTENSION_TYPE, EXTENSION_METADATA = 8, 24  # XLA_FFI_Metadata_Extension
+MAJOR, MINOR, TRAITS = 24, 28, 32  # XLA_FFI_Metadata
+ERROR_DESTROY, SCHEDULE = 64, 136  # XLA_FFI_Api
+SCHEDULE_SIZE, DESTROY_SIZE = 40, 24  # bytes of XLA_FFI_ThreadPool_Schedule_Args and XLA_FFI_Error_Destroy_Args
 
 
-class MetadataExtension(ctypes.Structure):
-    """XLA_FFI_Metadata_Extension: the question for the metadata, in place of a call."""
-
-    _fields_ = [("struct_size", c_size_t), ("type", c_int), ("next", c_void_p), ("metadata", POINTER(Metadata))]
-
-
-class CBuffer(ctypes.Structure):
-    """XLA_FFI_Buffer."""
-
-    _fields_ = [*HEAD, ("dtype", c_int), ("data", c_void_p), ("rank", c_int64), ("dims", POINTER(c_int64))]
-
-
-class Buffers(ctypes.Structure):
-    """XLA_FFI_Args and XLA_FFI_Rets."""
-
-    _fields_ = [*HEAD, ("size", c_int64), ("types", c_void_p), ("items", POINTER(POINTER(CBuffer)))]
-
-
-class Api(ctypes.Structure):
-    """The beginning of XLA_FFI_Api."""
-
-    _fields_ = [*HEAD, ("version", Version), ("internal", c_void_p), ("create_error", c_void_p)]
-
-
-class CallFrame(ctypes.Structure):
-    """XLA_FFI_CallFrame up to the results."""
-
-    _fields_ = [
-        ("struct_size", c_size_t),
-        ("extension", POINTER(MetadataExtension)),
-        ("api", POINTER(Api)),
-        ("context", c_void_p),
-        ("stage", c_int),
-        ("operands", Buffers),
-        ("results", Buffers),
-    ]
-
-
-class ErrorArguments(ctypes.Structure):
-    """XLA_FFI_Error_Create_Args."""
-
-    _fields_ = [*HEAD, ("message", c_char_p), ("code", c_int)]
-
-
-HANDLER = ctypes.CFUNCTYPE(c_void_p, POINTER(CallFrame))
-CREATE_ERROR = ctypes.CFUNCTYPE(c_void_p, POINTER(ErrorArguments))
-_registered: list[Any] = []  # XLA keeps addresses only
-
-
-class Buffer(NamedTuple):
-    """Memory of an operand or a result; it is there during the call alone."""
-
-    address: int
-    shape: tuple[int, ...]
-
-    def array(self, dtype: type[np.generic]) -> np.ndarray:
-        """Shows the memory as an array, without a copy."""
-        size = math.prod(self.shape) * np.dtype(dtype).itemsize
-        memory: Any = (ctypes.c_char * size).from_address(self.address)
-        return np.ndarray(self.shape, dtype, memory)
-
-
-def register(name: str, function: Callable[..., None]) -> None:
+def register(name: str, function: Callable[[int], int]) -> None:
     """Makes a function callable by `jax.ffi.ffi_call(name, ...)` in programs for CPU.
 
     Args:
         name: of the target, unique in the process.
-        function: takes one `Buffer` for each operand and then for each result, which it fills. What it raises becomes
-            the error of XLA's program.
+        function: takes the address of a frame, of which `asked` or the functions below tell more, and returns 0.
     """
-
-    def handle(pointer: Any) -> int | None:
-        frame = pointer.contents
-        try:
-            if frame.extension and frame.extension.contents.type == METADATA:
-                metadata = frame.extension.contents.metadata.contents
-                metadata.version.major, metadata.version.minor = API_VERSION
-                metadata.traits = 0
-                return None
-            function(*_buffers(frame.operands), *_buffers(frame.results))
-        except Exception as error:  # beyond this frame there is no Python
-            text = f"{name}: {error!r}".encode()
-            arguments = ErrorArguments(ctypes.sizeof(ErrorArguments), None, text, INTERNAL)
-            return CREATE_ERROR(frame.api.contents.create_error)(arguments)
-        return None
-
-    handler = HANDLER(handle)
+    handler = entry(function)
     _registered.append(handler)
-    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform="cpu", api_version=1)
+    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler.ctypes), platform="cpu", api_version=1)
 
 
-def _buffers(array: Any) -> list[Buffer]:
-    found = (array.items[i].contents for i in range(array.size))
-    return [Buffer(b.data or 0, tuple(b.dims[: b.rank])) for b in found]
+_registered: list[Any] = []  # XLA keeps addresses only
+
+
+@compiled
+@no_type_check
+def asked(frame: int) -> bool:
+    """Answers if this is no call but XLA's question for the version, and says whether it was."""
+    extension = read(frame + EXTENSION)
+    if extension == 0 or read_short(extension + EXTENSION_TYPE) != METADATA:
+        return False
+    metadata = read(extension + EXTENSION_METADATA)
+    write_short(metadata + MAJOR, VERSION[0])
+    write_short(metadata + MINOR, VERSION[1])
+    write_short(metadata + TRAITS, 0)
+    return True
+
+
+@compiled
+@no_type_check
+def operand(frame: int, i: int) -> int:
+    """Finds the buffer of an operand."""
+    return read(read(frame + OPERANDS) + 8 * i)
+
+
+@compiled
+@no_type_check
+def result(frame: int, i: int) -> int:
+    """Finds the buffer of a result."""
+    return read(read(frame + RESULTS) + 8 * i)
+
+
+@compiled
+@no_type_check
+def count_operands(frame: int) -> int:
+    """Counts the operands."""
+    return read(frame + OPERAND_COUNT)
+
+
+@compiled
+@no_type_check
+def count_results(frame: int) -> int:
+    """Counts the results."""
+    return read(frame + RESULT_COUNT)
+
+
+@compiled
+@no_type_check
+def attribute(frame: int, i: int) -> int:
+    """Reads an attribute, an int64; they are in the order of their names."""
+    return read(read(read(read(frame + ATTRIBUTES) + 8 * i) + VALUE))
+
+
+@compiled
+@no_type_check
+def data(buffer: int) -> int:
+    """Address of the memory of a buffer; it is there during the call alone."""
+    return read(buffer + DATA)
+
+
+@compiled
+@no_type_check
+def rank(buffer: int) -> int:
+    """Counts the dimensions."""
+    return read(buffer + RANK)
+
+
+@compiled
+@no_type_check
+def dim(buffer: int, i: int) -> int:
+    """Length of a dimension, of the last one for -1."""
+    return read(read(buffer + DIMS) + 8 * (i if i >= 0 else rank(buffer) + i))
+
+
+@compiled
+@no_type_check
+def elements(buffer: int) -> int:
+    """Counts the elements."""
+    product = 1
+    for i in range(rank(buffer)):
+        product *= dim(buffer, i)
+    return product
+
+
+@compiled
+@no_type_check
+def schedule(frame: int, function: int, argument: int, memory: int) -> bool:
+    """Has a function called by a thread of XLA's, one day; says whether it will be.
+
+    Args:
+        frame: of the call in which this happens.
+        function: its address.
+        argument: what it is called with.
+        memory: address of 64 bytes.
+    """
+    write(memory, SCHEDULE_SIZE)
+    write(memory + 8, 0)
+    write(memory + 16, read(frame + CONTEXT))
+    write(memory + 24, function)
+    write(memory + 32, argument)
+    error = call(read(read(frame + API) + SCHEDULE), (memory,))
+    if error == 0:
+        return True
+    write(memory, DESTROY_SIZE)
+    write(memory + 16, error)
+    call(read(read(frame + API) + ERROR_DESTROY), (memory,))
+    return False

@@ -35,6 +35,25 @@ dispatch_rows.defvjp(_dispatch_fwd, _dispatch_bwd)
 
 
 @jax.custom_vjp
+def collect_rows(
+    rows: Float[Array, "rows d_model"], source: Int[Array, " rows"], row_of: Int[Array, "tokens k"]
+) -> Float[Array, "tokens d_model"]:
+    """Sums the expert rows of every token, in the order of its choices; see `dispatch_rows` for the maps."""
+    return _sum_choices(rows, row_of)
+
+
+def _collect_fwd(rows: Array, source: Array, row_of: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _sum_choices(rows, row_of), (source, row_of)
+
+
+def _collect_bwd(maps: tuple[Array, Array], d_y: Array) -> tuple[Array, None, None]:
+    return dispatch_rows(d_y, *maps), None, None
+
+
+collect_rows.defvjp(_collect_fwd, _collect_bwd)
+
+
+@jax.custom_vjp
 def combine_rows(
     rows: Float[Array, "rows d_model"],
     weights: Float[Array, "tokens k"],

@@ -11,15 +11,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mixtral_jax.kernels.exchange import AXIS, block_exchange, expert_slices, ragged_exchange, sort_arrivals
-from mixtral_jax.kernels.permutation import combine_rows, dispatch_rows
+from mixtral_jax.kernels.permutation import collect_rows, combine_rows, dispatch_rows
 from mixtral_jax.model.routing import RowPlan, capacity_plan, dropless_plan
 from mixtral_jax.precision import FULL
 from mixtral_jax.remat import keep
 from mixtral_jax.runtime import Exchange
 from mixtral_jax.zigzag import chunk_starts, in_order
 
-# (rows sorted by expert, rows of each expert) -> one output a row: this device's experts.
-RunExperts = Callable[[Array, Array], Array]
+# (rows sorted by expert, rows of each expert) -> one output a row: this device's experts. What is `weighted` takes each
+# row's weight as a third argument and applies it itself.
+RunExperts = Callable[..., Array]
 
 
 def compute_dropless(
@@ -32,6 +33,7 @@ def compute_dropless(
     ways: int,
     quota: int,
     exchange: Exchange,
+    weighted: bool = False,
 ) -> Float[Array, "tokens d_model"]:
     """Computes every assignment to an expert and sums the weighted results of each token.
 
@@ -44,11 +46,12 @@ def compute_dropless(
         ways: devices of the group.
         quota: assignments that this device may have for one device of the group; at most so many there are.
         exchange: see the module.
+        weighted: see `RunExperts`; for one device.
     """
     tokens, k = experts.shape
     local, assignments = num_experts // ways, tokens * k
     if ways == 1:
-        return _through(dropless_plan(experts, num_experts, assignments), x, weights, run)
+        return _through(dropless_plan(experts, num_experts, assignments), x, weights, run, weighted)
     if exchange == "gather":
         x, experts, weights = (_gather(a) for a in (x, experts, weights))
         return _scatter(_through(dropless_plan(own_experts(experts, local), local, ways * quota), x, weights, run))
@@ -82,6 +85,7 @@ def compute_capacity(
     ways: int,
     capacity: int,
     exchange: Exchange,
+    weighted: bool = False,
 ) -> tuple[Float[Array, "batch seq d_model"], Float[Array, ""]]:
     """Computes at most `capacity` assignments of each sequence to each expert; buffers are of one size.
 
@@ -103,7 +107,7 @@ def compute_capacity(
         return block_exchange(_swap(run(arrived, ways * group_sizes[:local]), local, ways))
 
     flat, flat_weights = x.reshape(-1, shape[-1]), weights.reshape(-1, weights.shape[-1])
-    y = _through(plan, flat, flat_weights, run if gathers or ways == 1 else across)
+    y = _through(plan, flat, flat_weights, run if gathers or ways == 1 else across, weighted)
     dropped = jnp.sum(
         (experts < num_experts).reshape(plan.row_of.shape) & (plan.row_of >= plan.source.size), dtype=FULL
     )
@@ -136,10 +140,13 @@ def own_experts(experts: Int[Array, "*tokens k"], local: int) -> Int[Array, "*to
     return jnp.where((mine >= 0) & (mine < local), mine, local)
 
 
-def _through(plan: RowPlan, x: Array, weights: Array, run: RunExperts) -> Array:
+def _through(plan: RowPlan, x: Array, weights: Array, run: RunExperts, weighted: bool = False) -> Array:
     plan = keep(plan)
-    results = run(dispatch_rows(x, plan.source, plan.row_of), plan.group_sizes)
-    return combine_rows(results, weights, plan.source, plan.row_of)
+    rows = dispatch_rows(x, plan.source, plan.row_of)
+    if not weighted:
+        return combine_rows(run(rows, plan.group_sizes), weights, plan.source, plan.row_of)
+    (of_rows,) = dispatch_rows(weights.reshape(-1, 1), plan.source, plan.row_of.reshape(-1, 1)).T
+    return collect_rows(run(rows, plan.group_sizes, of_rows), plan.source, plan.row_of)
 
 
 def _in_blocks(plan: RowPlan, ways: int, block: int) -> RowPlan:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from mixtral_jax.kernels.host_layers import matmul
 from mixtral_jax.precision import FULL, Precision
 from mixtral_jax.runtime import Runtime
-from mixtral_jax.sharding import VOCAB_AXIS, Axes, add_up, gather, spec
+from mixtral_jax.sharding import VOCAB_AXIS, Axes, add_up, by_device, gather, spec
 
 
 def parameter(
@@ -71,12 +71,11 @@ def embed(
         found = jnp.take(table, row, axis=0, mode="fill", fill_value=0).astype(runtime.precision.compute)
         return add_up(found, runtime.mesh, VOCAB_AXIS)
 
-    return jax.shard_map(
+    return by_device(
         local,
-        mesh=runtime.mesh,
-        in_specs=(spec(("vocab", "d_model")), spec(("batch", "sequence"))),
-        out_specs=spec(("batch", "sequence", None)),
-        check_vma=False,
+        runtime.mesh,
+        (spec(("vocab", "d_model")), spec(("batch", "sequence"))),
+        spec(("batch", "sequence", None)),
     )(table.astype(FULL), tokens)  # its gradient is a sum over every use of a word: bfloat16 would stall at 256 of them
 
 

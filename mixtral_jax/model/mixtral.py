@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.kernels.host_layers import Stacks
+from mixtral_jax.kernels.host_layers import Stacks, collect
 from mixtral_jax.model.attention import Attention
 from mixtral_jax.model.layers import RMSNorm, embed, parameter, rotary_tables
 from mixtral_jax.model.moe import ExpertWeight, InPlace, MoE, RouterOutput, SelectionBias
@@ -67,6 +67,7 @@ class Mixtral(nnx.Module):
         tokens: Int[Array, "batch seq"],
         segment_ids: Int[Array, "batch seq"],
         positions: Int[Array, "batch seq"],
+        memory: Stacks | None = None,
     ) -> tuple[Float[Array, "batch seq d_model"], RouterOutput]:
         """Runs the decoder up to the final norm; columns are in the order of `zigzag` where the mesh splits sequences.
 
@@ -74,6 +75,7 @@ class Mixtral(nnx.Module):
             tokens: token ids.
             segment_ids: document of each position, 1 and up; 0 is padding.
             positions: place of each token in its document, for the rotary embedding.
+            memory: arrays like the experts', over which their gradients are written where `in_place` holds.
 
         Returns:
             Final activations, and what every layer's router decided, stacked over layers.
@@ -85,7 +87,7 @@ class Mixtral(nnx.Module):
         split: Any = nnx.split(self.layers, ExpertWeight, ...)
         graph, experts, others = split
         carried, whole = None, None
-        if runtime.experts in ("amx", "mkl"):  # read the experts where they lie in the stack, see `in_place_ffn`
+        if runtime.in_place:  # read the experts where they lie in the stack, see `in_place_ffn`
             moe = self.layers.moe
             carried = (moe.w_gate[...], moe.w_up[...], moe.w_down[...])
             whole, experts = jax.lax.stop_gradient(experts), None
@@ -102,7 +104,9 @@ class Mixtral(nnx.Module):
         if runtime.remat != "none" or carried is not None:
             body = jax.checkpoint(body, policy=REMAT_POLICIES[runtime.remat], prevent_cse=False)
         numbers = jnp.arange(config.num_layers, dtype=jnp.int32)
-        (x, _), router = jax.lax.scan(body, (x, carried), (numbers, experts, others))
+        (x, carried), router = jax.lax.scan(body, (x, carried), (numbers, experts, others))
+        if carried is not None and memory is not None:
+            x = collect(x, carried, memory)
         return self.final_norm(x), router
 
     def head(self) -> Float[Array, "d_model vocab"]:
@@ -162,6 +166,11 @@ class Architecture:
         return jax.tree.map(
             lambda axes: named_sharding(mesh, axes), self.axes(), is_leaf=lambda x: isinstance(x, tuple)
         )
+
+    def expert_stacks(self, params: dict[str, Any]) -> Any:
+        """Picks what `in_place` carries out of a tree like the parameters; None where it does not hold."""
+        moe = params["layers"]["moe"]
+        return (moe["w_gate"], moe["w_up"], moe["w_down"]) if self.runtime.in_place else None
 
     def bind(self, arrays: dict[str, Any]) -> Mixtral:
         """Puts arrays into a model that can be called."""

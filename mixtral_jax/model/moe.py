@@ -12,17 +12,14 @@ from jaxtyping import Array, Bool, Float, Int
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.kernels.blocked import choose_block_sizes
 from mixtral_jax.kernels.expert_ffn import expert_ffn
-from mixtral_jax.kernels.host_layers import Stacks, in_place_ffn
+from mixtral_jax.kernels.host_layers import Stacks, exact_matmul, in_place_ffn
 from mixtral_jax.model.expert_parallel import compute_capacity, compute_dropless, drop_beyond_capacity
 from mixtral_jax.model.layers import parameter
 from mixtral_jax.model.routing import choose_experts, device_quota, drop_beyond_quota, expert_capacity
 from mixtral_jax.precision import EXACT_PRODUCT, FULL
 from mixtral_jax.remat import keep
 from mixtral_jax.runtime import Runtime
-from mixtral_jax.sharding import MESH_AXES, RULES, add_up, axis_size, gather, spec
-
-# Names every axis: over axes left out the gradient is summed, which copies it even where there is one device.
-ONE_DEVICE = PartitionSpec(MESH_AXES)
+from mixtral_jax.sharding import ONE_DEVICE, RULES, add_up, axis_size, by_device, gather, spec
 
 
 class RouterOutput(NamedTuple):
@@ -76,7 +73,7 @@ class MoE(nnx.Module):
             The result, what the router decided, and the stacks of `place` for the next layer.
         """
         compute = self.runtime.precision.compute
-        logits = jnp.einsum("bsd,de->bse", x.astype(FULL), self.router[...].astype(FULL), precision=EXACT_PRODUCT)
+        logits = self._router_logits(x.astype(FULL), self.router[...].astype(FULL))
         tokens = spec(("batch", "sequence", None))
         w_in, w_out = spec(("experts", "expert_d_model", "d_ff")), spec(("experts", "d_ff", "expert_d_model"))
         weights = (w[...].astype(compute) for w in (self.w_gate, self.w_up, self.w_down))
@@ -85,14 +82,19 @@ class MoE(nnx.Module):
         if place:
             held = (ONE_DEVICE, PartitionSpec())
         local: Any = self._local
-        y, indices, dropped, carried = jax.shard_map(
+        y, indices, dropped, carried = by_device(
             jax.checkpoint(local, policy=_all_but_whole_weights, prevent_cse=False) if split else local,
-            mesh=self.runtime.mesh,
-            in_specs=(tokens, tokens, spec(("batch", "sequence")), PartitionSpec(), w_in, w_in, w_out, held),
-            out_specs=(tokens, tokens, PartitionSpec(), ONE_DEVICE),
-            check_vma=False,
+            self.runtime.mesh,
+            (tokens, tokens, spec(("batch", "sequence")), PartitionSpec(), w_in, w_in, w_out, held),
+            (tokens, tokens, PartitionSpec(), ONE_DEVICE),
         )(x, logits, valid, self.selection_bias[...], *weights, place)
         return y, RouterOutput(logits, indices, dropped), carried
+
+    def _router_logits(self, x: Array, router: Array) -> Array:
+        if self.runtime.products == "xla":
+            return jnp.einsum("bsd,de->bse", x, router, precision=EXACT_PRODUCT)
+        logits = exact_matmul(x.reshape(-1, x.shape[-1]), router, self.runtime.products)
+        return logits.reshape(*x.shape[:2], -1)
 
     def _local(
         self,
@@ -107,7 +109,8 @@ class MoE(nnx.Module):
     ) -> tuple[Array, Array, Array, Stacks | None]:
         """Computes one device's part: its tokens with the experts of its group, whoever holds them."""
         config, runtime = self.config, self.runtime
-        indices, weights = keep(choose_experts(keep(logits), bias, config.num_experts_per_tok))
+        indices, weights = choose_experts(keep(logits), bias, config.num_experts_per_tok)
+        weights = keep(weights)
         experts = jnp.where(valid[..., None], indices, config.num_experts)
         weights = jnp.where(valid[..., None], weights, 0)
         w_gate, w_up, w_down = (
@@ -120,13 +123,13 @@ class MoE(nnx.Module):
         equal = config.dispatch == "capacity" and shares == 1
         carried = None
 
-        def run(rows: Array, group_sizes: Array) -> Array:
+        def run(rows: Array, group_sizes: Array, of_rows: Array | None = None) -> Array:
             nonlocal carried
             if place:
                 stacks, layer = place
                 weights = (w_gate, w_up, w_down)
-                rows, carried = in_place_ffn(rows, group_sizes, weights, layer, stacks, runtime.experts)
-                return keep(rows)
+                rows, carried = in_place_ffn(rows, group_sizes, of_rows, weights, layer, stacks, runtime.experts)
+                return rows
             return expert_ffn(
                 rows,
                 group_sizes,
@@ -140,6 +143,7 @@ class MoE(nnx.Module):
             )
 
         group = {"num_experts": config.num_experts, "ways": ways, "exchange": runtime.exchange}
+        group["weighted"] = place is not None
         if equal:
             y, dropped = compute_capacity(x, experts, weights, run, capacity=capacity, **group)
         else:

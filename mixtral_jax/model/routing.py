@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mixtral_jax.precision import EXACT_PRODUCT
+from mixtral_jax.remat import keep
 
 
 class RowPlan(NamedTuple):
@@ -34,7 +35,7 @@ def choose_experts(
     Source: arXiv 2401.04088 §2.1; arXiv 2408.15664 for the bias.
     """
     scores = jax.nn.softmax(router_logits, axis=-1) + selection_bias
-    _, indices = jax.lax.top_k(jax.lax.stop_gradient(scores), k)
+    indices = keep(jax.lax.top_k(jax.lax.stop_gradient(scores), k)[1])
     # A sum over a one-hot instead of a gather: its backward pass is a product, not a scatter-add.
     chosen = jax.nn.one_hot(indices, router_logits.shape[-1], dtype=router_logits.dtype)
     kept = jnp.einsum("...ke,...e->...k", chosen, router_logits, precision=EXACT_PRODUCT)

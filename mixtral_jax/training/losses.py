@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from mixtral_jax.config import LossesConfig
 from mixtral_jax.kernels.cross_entropy import cross_entropy_sum
+from mixtral_jax.kernels.host_layers import Stacks
 from mixtral_jax.model.mixtral import Mixtral
 from mixtral_jax.model.moe import RouterOutput
 from mixtral_jax.precision import EXACT_PRODUCT, FULL
@@ -90,7 +91,12 @@ def load_balance_loss(
 
 
 def compute_losses(
-    model: Mixtral, batch: Batch, counts: Counts, load: Float[Array, "layers experts"] | None, config: LossesConfig
+    model: Mixtral,
+    batch: Batch,
+    counts: Counts,
+    load: Float[Array, "layers experts"] | None,
+    config: LossesConfig,
+    memory: Stacks | None = None,
 ) -> tuple[Losses, RouterSums]:
     """Computes this part of the batch's share of every loss.
 
@@ -100,8 +106,9 @@ def compute_losses(
         counts: of the whole batch.
         load: f over the whole batch; None counts it over this part.
         config: coefficients.
+        memory: see `Mixtral`.
     """
-    x, router = model(batch["tokens"], batch["segment_ids"], batch["positions"])
+    x, router = model(batch["tokens"], batch["segment_ids"], batch["positions"], memory)
     runtime = model.runtime
     nats = cross_entropy_sum(
         x,

@@ -1,9 +1,12 @@
 """Products on the matrix units: every edge of their blocks, how exact they are, and the same bits with any threads."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixtral_jax.kernels.host_products import _table, available
+from mixtral_jax.kernels.host_products import available
+from mixtral_jax.kernels.host_products import multiply as multiply_by
+from tests.tiny import host_threads
 
 pytestmark = pytest.mark.skipif(not available("amx"), reason="the processor has no AMX")
 SHAPES = [(1, 1, 1), (16, 16, 32), (17, 33, 31), (31, 48, 33), (100, 70, 45), (530, 1040, 1030)]
@@ -16,17 +19,22 @@ def factors(rows, columns, inner, turn_a, turn_b):
     return [rng.standard_normal(shape).astype(np.float32) for shape in (*shapes, (rows, columns))]
 
 
-def run(threads, *table):
-    from mixtral_jax.kernels import amx, amx_tiles, amx_units
+def run(a, b, out, turn_a, turn_b, add, stream=False):
+    """Computes in the memory of `out`, in this thread."""
+    from mixtral_jax.kernels.amx_tiles import LEAST, multiply_blocks
+    from mixtral_jax.kernels.jobs import WORKSPACE
 
-    amx._multiply_all(amx.Units(threads, amx_tiles.WORKSPACE, amx_units.make_configurations()), *table)
-
-
-def multiply(a, b, out, turn_a, turn_b, add, threads=2):
-    out = out.copy()
     inner = a.shape[0] if turn_a else a.shape[1]
-    places = [(np.array([x.ctypes.data]), x.shape[1]) for x in (a, b, out)]
-    run(threads, _table(*places, *out.shape, inner), turn_a, turn_b, add)
+    arrays = (a, b, out)
+    table = [*(x.ctypes.data for x in arrays), *(x.strides[0] // 4 for x in arrays), *out.shape, inner]
+    workspace, counter = np.zeros(WORKSPACE + 64, np.uint8), np.zeros(1, np.int64)
+    place = workspace.ctypes.data + -workspace.ctypes.data % 64
+    multiply_blocks(np.array([table]), turn_a, turn_b, add, stream, LEAST, counter.ctypes.data, place)
+
+
+def multiply(a, b, out, turn_a, turn_b, add):
+    out = out.copy()
+    run(a, b, out, turn_a, turn_b, add)
     return out
 
 
@@ -45,6 +53,20 @@ def test_products_of_every_size_and_way(shape, turns, add):
     assert np.max(np.abs(error)) < 4e-5 * shape[2] ** 0.5
 
 
+@pytest.mark.parametrize("columns", [32, 40, 64, 100])
+@pytest.mark.parametrize("rows", [16, 32, 100])
+@pytest.mark.parametrize("inner", [1, 40, 600])
+def test_results_past_the_caches_are_the_same(rows, columns, inner):
+    """Lines that begin where memory's do, and others; sums in one part and in some."""
+    a, b, _ = factors(rows, columns, inner, True, False)
+    memory = np.full(2 * rows * 128 + 16, np.nan, np.float32)
+    begin = -memory.ctypes.data % 64 // 4
+    for shift in (0, 1):
+        found = memory[begin + shift :][: rows * 128].reshape(rows, 128)[:, :columns]
+        run(a, b, found, True, False, False, stream=True)
+        np.testing.assert_array_equal(found, multiply(a, b, np.empty((rows, columns), np.float32), True, False, False))
+
+
 @pytest.mark.parametrize("turns", [(False, False), (False, True), (True, False)])
 def test_the_error_is_a_few_millionths_of_the_factors_norms(turns):
     """Without any of the three products it would be a thousandth."""
@@ -53,12 +75,14 @@ def test_the_error_is_a_few_millionths_of_the_factors_norms(turns):
     assert 1e-6 < np.sqrt(np.mean(error**2) / 512) < 6e-6
 
 
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("threads", [1, 2, 3, 50])
 def test_the_same_bits_with_any_number_of_threads(threads):
-    arrays = factors(700, 600, 550, False, True)
-    np.testing.assert_array_equal(
-        multiply(*arrays, False, True, True, threads), multiply(*arrays, False, True, True, 2)
-    )
+    """Of 50 some come when nothing is left to do, or the call is long over."""
+    a, b, out = factors(700, 600, 550, False, True)
+    expected = multiply(a, b, out, False, True, False)
+    with host_threads(threads):
+        for _ in range(10):
+            np.testing.assert_array_equal(multiply_by(jnp.asarray(a), jnp.asarray(b), "amx", "nt"), expected)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -74,8 +98,7 @@ def test_nothing_beyond_the_result_is_written():
     a, b, _ = factors(19, 37, 21, False, False)
     wide = np.zeros((21, 64), np.float32)
     view = wide[1:20, 16:53]
-    places = [(np.array([x.ctypes.data]), x.strides[0] // 4) for x in (a, b, view)]
-    run(2, _table(*places, 19, 37, 21), False, False, False)
+    run(a, b, view, False, False, False)
     assert np.all(view != 0)
     view[:] = 0
     assert not wide.any()

@@ -7,11 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixtral_jax.kernels import amx, amx_attention
 from mixtral_jax.kernels.attention import attention
 from mixtral_jax.kernels.host_products import available
 from tests import oracles
-from tests.tiny import mesh_of, packed_ids
+from tests.tiny import host_threads, mesh_of, packed_ids
 
 pytestmark = pytest.mark.skipif(not available("amx"), reason="the processor has no AMX")
 # A number as two of bfloat16 is off by up to 2^-17; gradients of scores are differences, which few keys make small.
@@ -116,18 +115,14 @@ def test_what_is_not_finite_stays_so(which, value):
     assert np.isfinite(out[0, :32]).all()
 
 
-def test_the_same_bits_with_any_number_of_threads(monkeypatch):
+def test_the_same_bits_with_any_number_of_threads():
     """Three tasks of the backward pass add to the same gradients of queries."""
-    from mixtral_jax.kernels.amx_attend import WORKSPACE
-    from mixtral_jax.kernels.amx_units import make_configurations
-
     segment_ids, _ = packed_ids([[1000, 500, 30], [1530]], 1536)
     arrays = normal(2, 1536, 4, 1, 8)
     first = run(*arrays[:3], segment_ids, arrays[3])
     for threads in (1, 2, 3, 7, 7, 7):
-        other = amx.Units(threads, WORKSPACE, make_configurations())
-        monkeypatch.setattr(amx_attention, "units", lambda other=other: other)
-        again = run(*(jnp.array(x) for x in arrays[:3]), segment_ids, arrays[3])
+        with host_threads(threads):
+            again = jax.block_until_ready(run(*(jnp.array(x) for x in arrays[:3]), segment_ids, arrays[3]))
         assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
 
 

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from mixtral_jax.kernels.cross_entropy import cross_entropy_sum, token_losses
+from mixtral_jax.kernels.host_products import ENGINES
 from tests import oracles
 from tests.tiny import LIMITS, by_engine, mesh_of
 
 BATCH, SEQ, D_MODEL, VOCAB = 4, 12, 8, 40
 MESHES = {"one device": {}, "tensor": {"tensor": 8}, "all": {"data": 2, "expert": 2, "tensor": 2}, "fsdp": {"fsdp": 4}}
-PLACES = [*((mesh, "xla") for mesh in MESHES), *(by_engine(engine, "one device", engine) for engine in ("amx", "mkl"))]
+PLACES = [*((mesh, "xla") for mesh in MESHES), *(by_engine(engine, "one device", engine) for engine in ENGINES)]
 
 
 @functools.cache

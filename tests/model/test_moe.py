@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mixtral_jax.kernels.host_products import ENGINES
 from mixtral_jax.model.moe import MoE
 from mixtral_jax.model.routing import choose_experts, expert_capacity
 from mixtral_jax.runtime import make_runtime
@@ -38,7 +39,7 @@ def layer(k: int, dispatch: str, experts: str, block_size: int, factor: float):
         model={"d_model": D_MODEL, "d_ff": D_FF, "num_heads": 2, "num_kv_heads": 1, "head_dim": 4, "num_layers": 1,
                "num_experts": EXPERTS, "num_experts_per_tok": k, "dispatch": dispatch, "capacity_factor": factor},
         kernels={"experts": experts, "block_size": block_size,
-                 "products": experts if experts in ("amx", "mkl") else "xla"},
+                 "products": experts if experts in ENGINES else "xla"},
     )  # fmt: skip
     return moe_layer(config, make_runtime(config, mesh_of()))
 

@@ -9,9 +9,11 @@ from tests.tiny import ENGINES, tiny_architecture, tiny_batch, tiny_config
 LAYERS = 3
 
 
+@pytest.mark.parametrize("d_ff", [32, 48])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_layer_keeps_once_what_takes_long_to_compute(engine):
-    config = tiny_config(model={"num_layers": LAYERS}, kernels={"products": engine})
+def test_a_layer_keeps_once_what_takes_long_to_compute(engine, d_ff):
+    """What the experts compute first only where it is no wider than the model."""
+    config = tiny_config(model={"num_layers": LAYERS, "d_ff": d_ff}, kernels={"products": engine})
     architecture, batch = tiny_architecture(config), tiny_batch(config)
     arrays = architecture.init(0)
 
@@ -33,7 +35,7 @@ def test_a_layer_keeps_once_what_takes_long_to_compute(engine):
         tokens * m.num_heads,  # sums of the softmax
         tokens * m.num_experts,  # logits of the router
         chosen,  # weights of the choices
-        chosen * m.d_model,  # results of the experts
+        *[chosen * d_ff] * (2 if d_ff <= m.d_model else 0),  # gate and up
     ]
-    integers = [1, chosen, chosen]  # number of the layer, rows of choices, choices of rows
+    integers = [1, *[chosen] * 3]  # number of the layer, choices, rows of choices, choices of rows
     assert stacks == sorted([*((n, "float32") for n in floats), *((n, "int32") for n in integers)])

@@ -10,9 +10,10 @@ import optax
 import pytest
 
 from mixtral_jax.config import OptimizerConfig, UserError
+from mixtral_jax.kernels.host_adam import global_norm
 from mixtral_jax.precision import make_precision
 from mixtral_jax.training.optimizer import decay_mask, make_optimizer, make_schedule, update_by_host
-from tests.tiny import by_engine, mesh_of, tiny_architecture, tiny_config
+from tests.tiny import ENGINES, mesh_of, tiny_architecture, tiny_config
 
 
 def rates(steps, **changes):
@@ -116,7 +117,20 @@ def test_three_steps_equal_the_equations(clip_norm):
         np.testing.assert_allclose(actual[name], expected[name], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("engine", [by_engine("amx")])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_norm_of_arrays_of_every_size(engine):
+    """A single number beside it counts at both ends of a block."""
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal(shape).astype(np.float32) for shape in ((1,), (63,), (64, 3), (1 << 14,), (300, 701))]
+    for place in (0, 1 << 14, -1):
+        arrays[-1].reshape(-1)[place] = 1e3
+    expected = np.sqrt(sum(np.sum(x.astype(np.float64) ** 2) for x in arrays))
+    np.testing.assert_allclose(jax.jit(global_norm)(arrays), expected, rtol=1e-6)
+    arrays[2][5, 2] = np.inf
+    assert not np.isfinite(jax.jit(global_norm)(arrays))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("clip_norm", [0.0, 0.5, 1e6])
 def test_the_update_in_one_pass_is_that_of_optax(engine, clip_norm):
     """Three steps, the second of which is not wanted, over arrays of less and of more than a block."""

@@ -199,6 +199,6 @@ def test_the_state_is_overwritten_in_place():
     """Nothing of it is copied first: that would take its memory again, and the time to move it."""
     trainable = tiny_trainable(tiny_config())
     batch = trainable.put(tiny_batch(trainable.config))
-    program = trainable.step.lower(trainable.abstract(), batch).compile().as_text()
+    program = trainable.lower(trainable.abstract(), batch).compile().as_text()
     assert "%state" in program
     assert not re.findall(r"= f32\S+ copy\(%state\S*\)", program)

@@ -1,0 +1,40 @@
+"""SwiGLU of rows with weights, forward and backward in one pass over memory, by functions of this process."""
+
+import functools
+
+import jax
+from jaxtyping import Array, Float
+
+from mixtral_jax.precision import FULL
+
+
+@functools.cache
+def _register() -> None:
+    from mixtral_jax.kernels import foreign, host_swiglu_calls, native
+
+    native.know(native.SWIGLU, native.entry(host_swiglu_calls.swiglu_task))
+    native.know(native.SWIGLU_GRADIENTS, native.entry(host_swiglu_calls.gradients_task))
+    foreign.register("host_swiglu", host_swiglu_calls.swiglu)
+    foreign.register("host_swiglu_gradients", host_swiglu_calls.gradients)
+
+
+def swiglu(
+    gate: Float[Array, "rows d_ff"], up: Float[Array, "rows d_ff"], row_weights: Float[Array, " rows"]
+) -> Float[Array, "rows d_ff"]:
+    """Computes silu(gate) * up times each row's weight. Source: arXiv 2002.05202."""
+    _register()
+    return jax.ffi.ffi_call("host_swiglu", jax.ShapeDtypeStruct(gate.shape, FULL))(gate, up, row_weights)
+
+
+def swiglu_gradients(
+    gate: Float[Array, "rows d_ff"],
+    up: Float[Array, "rows d_ff"],
+    row_weights: Float[Array, " rows"],
+    d_out: Float[Array, "rows d_ff"],
+) -> tuple[Float[Array, "rows d_ff"], Float[Array, "rows d_ff"], Float[Array, " rows"], Float[Array, "rows d_ff"]]:
+    """Computes the gradients of gate, up and the weights, and `swiglu` again, in the memory of the arguments."""
+    _register()
+    results = [jax.ShapeDtypeStruct(x.shape, FULL) for x in (gate, up, row_weights, d_out)]
+    call = jax.ffi.ffi_call("host_swiglu_gradients", results, input_output_aliases={i: i for i in range(4)})
+    d_gate, d_up, d_row_weights, out = call(gate, up, row_weights, d_out)
+    return d_gate, d_up, d_row_weights, out
