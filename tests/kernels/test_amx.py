@@ -1,10 +1,11 @@
 """Products on the matrix units: every edge of their blocks, how exact they are, and the same bits with any threads."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixtral_jax.kernels.host_products import available
+from mixtral_jax.kernels.host_products import available, grouped
 from mixtral_jax.kernels.host_products import multiply as multiply_by
 from tests.tiny import host_threads
 
@@ -83,6 +84,22 @@ def test_the_same_bits_with_any_number_of_threads(threads):
     with host_threads(threads):
         for _ in range(10):
             np.testing.assert_array_equal(multiply_by(jnp.asarray(a), jnp.asarray(b), "amx", "nt"), expected)
+
+
+def test_a_call_ends_when_all_of_its_work_is_done():
+    """The other thread has the larger product, and what follows reads the result at once."""
+    rng = np.random.default_rng(0)
+    rows, stack = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((1300, 512), (1, 2, 512, 512)))
+    sizes, layer = jnp.array([300, 1000], jnp.int32), jnp.zeros((), jnp.int32)
+
+    @jax.jit
+    def work(rows):
+        return jax.lax.scan(lambda x, _: (grouped(x, sizes, layer, [stack], "amx")[0] / 30, None), rows, length=20)[0]
+
+    with host_threads(1):
+        expected = np.asarray(work(rows))
+    for _ in range(5):
+        np.testing.assert_array_equal(work(rows), expected)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
