@@ -26,6 +26,6 @@ def load() -> bool:
         return False
     _memory.append(amx_units.make_configurations())
     native.know(native.CONFIGURATIONS, _memory[0].ctypes.data)
-    native.know(native.MULTIPLY, native.entry(amx_tiles.work))
-    native.know(native.AMX, native.entry(amx_tiles.multiply_all))
+    native.know(native.MULTIPLY, amx_tiles.work)
+    native.know(native.AMX, amx_tiles.multiply_all)
     return True

@@ -21,8 +21,8 @@ ALIGNMENT = 16  # elements; of the blocks in memory of XLA's, see `amx_attention
 def _register() -> None:
     from mixtral_jax.kernels import amx_attention_calls, foreign, native
 
-    native.know(native.ATTEND, native.entry(amx_attention_calls.attend_task))
-    native.know(native.DIFFERENTIATE, native.entry(amx_attention_calls.differentiate_task))
+    native.know(native.ATTEND, amx_attention_calls.attend_task)
+    native.know(native.DIFFERENTIATE, amx_attention_calls.differentiate_task)
     foreign.register("amx_attention", amx_attention_calls.forward)
     foreign.register("amx_attention_gradients", amx_attention_calls.backward)
 

@@ -32,8 +32,8 @@ class Numbers(NamedTuple):
 def _register() -> None:
     from mixtral_jax.kernels import foreign, host_adam_calls, native
 
-    native.know(native.UPDATE, native.entry(host_adam_calls.update_task))
-    native.know(native.SUM_SQUARES, native.entry(host_adam_calls.sum_task))
+    native.know(native.UPDATE, host_adam_calls.update_task)
+    native.know(native.SUM_SQUARES, host_adam_calls.sum_task)
     foreign.register("host_adam", host_adam_calls.update)
     foreign.register("host_sum_squares", host_adam_calls.sum_squares)
 

@@ -2,9 +2,8 @@
 
 An engine is a function of a job whose arguments are the number of products and four flags: whether the first and the
 second factors are transposed, whether results are added to what is there, and whether nobody reads them soon. Products
-follow from TABLE on, each of
-nine integers: addresses of both factors and the result; elements from a row to the next in these; rows, columns and the
-length of the sums.
+follow from TABLE on, each of nine integers: addresses of both factors and the result; elements from a row to the next
+in these; rows, columns and the length of the sums.
 """
 
 from typing import no_type_check

@@ -22,7 +22,7 @@ class Rows(NamedTuple):
 def _register() -> None:
     from mixtral_jax.kernels import foreign, host_softmax_calls, native
 
-    native.know(native.SOFTMAX, native.entry(host_softmax_calls.softmax_task))
+    native.know(native.SOFTMAX, host_softmax_calls.softmax_task)
     foreign.register("host_softmax", host_softmax_calls.softmax)
 
 

@@ -12,8 +12,7 @@ from mixtral_jax.precision import FULL
 def _register() -> None:
     from mixtral_jax.kernels import foreign, host_swiglu_calls, native
 
-    native.know(native.SWIGLU, native.entry(host_swiglu_calls.swiglu_task))
-    native.know(native.SWIGLU_GRADIENTS, native.entry(host_swiglu_calls.gradients_task))
+    native.know(native.SWIGLU, host_swiglu_calls.swiglu_task)
     foreign.register("host_swiglu", host_swiglu_calls.swiglu)
     foreign.register("host_swiglu_gradients", host_swiglu_calls.gradients)
 

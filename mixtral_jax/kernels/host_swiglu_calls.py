@@ -6,7 +6,7 @@ import numpy as np
 
 from mixtral_jax.kernels.foreign import asked, data, dim, operand, result
 from mixtral_jax.kernels.jobs import ARGUMENTS, COUNTER, argument, begin, end, new_job, share, take_next
-from mixtral_jax.kernels.native import SWIGLU, SWIGLU_GRADIENTS, compiled, known, view, write
+from mixtral_jax.kernels.native import SWIGLU, compiled, known, view, write
 from mixtral_jax.kernels.vectors import differentiate_swiglu_row, swiglu_row
 
 ROWS = 16  # that a thread takes at a time
@@ -14,15 +14,17 @@ ROWS = 16  # that a thread takes at a time
 
 @compiled
 @no_type_check
-def _begin(frame: int) -> int:
-    """Makes a job of the number of rows, their length, and addresses of gate, up, weights and a fourth array."""
+def _share(frame: int, last: int, gradients: bool) -> None:
+    """Shares a job of the number of rows, their length, addresses of gate, up, weights and a last array, and which."""
     gate = operand(frame, 0)
-    job = new_job(frame, 8 * 6)
+    job = new_job(frame, 8 * 7)
     write(job + ARGUMENTS, dim(gate, 0))
     write(job + ARGUMENTS + 8, dim(gate, 1))
     for i in range(3):
         write(job + ARGUMENTS + 8 * (2 + i), data(operand(frame, i)))
-    return job
+    write(job + ARGUMENTS + 40, data(last))
+    write(job + ARGUMENTS + 48, gradients)
+    share(job, known(SWIGLU), dim(gate, 0) // ROWS + 1)
 
 
 @no_type_check
@@ -30,9 +32,7 @@ def swiglu(frame: int) -> int:
     """Operands gate, up, weights; the result is `host_swiglu.swiglu`."""
     if asked(frame):
         return 0
-    job = _begin(frame)
-    write(job + ARGUMENTS + 40, data(result(frame, 0)))
-    share(job, known(SWIGLU), argument(job, 0) // ROWS + 1)
+    _share(frame, result(frame, 0), False)
     return 0
 
 
@@ -41,15 +41,13 @@ def gradients(frame: int) -> int:
     """Operands gate, up, weights, d_out; the results lie in their memory."""
     if asked(frame):
         return 0
-    job = _begin(frame)
-    write(job + ARGUMENTS + 40, data(operand(frame, 3)))
-    share(job, known(SWIGLU_GRADIENTS), argument(job, 0) // ROWS + 1)
+    _share(frame, operand(frame, 3), True)
     return 0
 
 
 @no_type_check
 def swiglu_task(job: int) -> int:
-    """Takes part in `swiglu`."""
+    """Takes part in `swiglu` or `gradients`."""
     workspace = begin(job)
     rows, columns = argument(job, 0), argument(job, 1)
     while True:
@@ -58,26 +56,10 @@ def swiglu_task(job: int) -> int:
             break
         for row in range(first, min(rows, first + ROWS)):
             place, weights = 4 * row * columns, view(argument(job, 4), 1, rows, np.float32)[0]
-            swiglu_row(
-                argument(job, 2) + place, argument(job, 3) + place, weights[row], argument(job, 5) + place, columns
-            )
-    end(job, workspace)
-    return 0
-
-
-@no_type_check
-def gradients_task(job: int) -> int:
-    """Takes part in `gradients`."""
-    workspace = begin(job)
-    rows, columns = argument(job, 0), argument(job, 1)
-    while True:
-        first = take_next(job + COUNTER) * ROWS
-        if first >= rows:
-            break
-        for row in range(first, min(rows, first + ROWS)):
-            place, weights = 4 * row * columns, view(argument(job, 4), 1, rows, np.float32)[0]
-            weights[row] = differentiate_swiglu_row(
-                argument(job, 2) + place, argument(job, 3) + place, weights[row], argument(job, 5) + place, columns
-            )
+            gate, up, last = argument(job, 2) + place, argument(job, 3) + place, argument(job, 5) + place
+            if argument(job, 6):
+                weights[row] = differentiate_swiglu_row(gate, up, weights[row], last, columns)
+            else:
+                swiglu_row(gate, up, weights[row], last, columns)
     end(job, workspace)
     return 0

@@ -21,7 +21,7 @@ def load() -> bool:
     mkl.MKL_Set_Interface_Layer(LP64)
     mkl.MKL_Set_Threading_Layer(TBB)
     native.know(native.SGEMM_BATCH, ctypes.cast(mkl.cblas_sgemm_batch, c_void_p).value)
-    native.know(native.MKL, native.entry(mkl_batch.multiply_all))
+    native.know(native.MKL, mkl_batch.multiply_all)
     return True
 
 

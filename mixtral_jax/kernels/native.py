@@ -22,9 +22,7 @@ I8, I32, I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 STATE = "mixtral_jax_state"
 # Places in `state`: of threads and their workspaces, see `jobs`; of functions' addresses.
 THREADS, SLOTS, FLAGS, WORKSPACES, CONFIGURATIONS = range(5)
-AMX, MKL, SGEMM_BATCH, MULTIPLY, ATTEND, DIFFERENTIATE, UPDATE, SUM_SQUARES, SOFTMAX, SWIGLU, SWIGLU_GRADIENTS = range(
-    8, 19
-)
+AMX, MKL, SGEMM_BATCH, MULTIPLY, ATTEND, DIFFERENTIATE, UPDATE, SUM_SQUARES, SOFTMAX, SWIGLU = range(8, 18)
 settings: Any = numba_config  # Numba makes its attributes when it is imported
 Builder = Any
 Code = tuple[Any, Callable[..., Any]]  # a signature, and what writes LLVM's instructions
@@ -69,10 +67,10 @@ def entry(function: Callable[[int], int]) -> Any:
 
 
 def know(place: int, value: Any) -> None:
-    """Sets an entry of `state`, to a number or to the address of an `entry`."""
-    if not isinstance(value, int):
-        _held.append(value)
-        value = value.address
+    """Sets an entry of `state`, to a number or to the address of a function, which becomes an `entry`."""
+    if callable(value):
+        _held.append(entry(value))
+        value = _held[-1].address
     state[place] = value
 
 

@@ -91,7 +91,6 @@ class Trainable:
             donate_argnums=(0, 1),
             compiler_options=COMPILER_OPTIONS.get(architecture.runtime.platform),
         )
-
         self._memory: Stacks | None = None
 
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
