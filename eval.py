@@ -7,7 +7,7 @@ from rich.console import Console
 
 from mixtral_jax import cli
 from mixtral_jax.config import UserError
-from mixtral_jax.distributed import distributed_config, joined
+from mixtral_jax.distributed.processes import distributed_config, joined
 
 MODES = ("perplexity", "context", "passkey", "routing", "tasks")
 

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from mixtral_jax import cli
 from mixtral_jax.config_loading import load_config
-from mixtral_jax.distributed import joined
+from mixtral_jax.distributed.processes import joined
 
 DEFAULT = Path(__file__).parent / "configs" / "tiny.yaml"
 

@@ -20,8 +20,8 @@ from benchmarks.measure import Report
 from mixtral_jax.config import CheckpointConfig
 from mixtral_jax.config_loading import load_config
 from mixtral_jax.model.mixtral import Architecture
+from mixtral_jax.runs.checkpoint import Checkpoints
 from mixtral_jax.runtime import make_runtime
-from mixtral_jax.training.checkpoint import Checkpoints
 from mixtral_jax.training.step import Trainable
 
 CONFIG = Path(__file__).parent.parent / "configs" / "small.yaml"

@@ -13,9 +13,10 @@ import jax
 
 from benchmarks.measure import Report
 from mixtral_jax.config_loading import load_config
+from mixtral_jax.data.batch import BATCH_KEYS
 from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.runtime import make_runtime
-from mixtral_jax.training.step import BATCH_KEYS, Trainable
+from mixtral_jax.training.step import Trainable
 
 CONFIG = Path(__file__).parent.parent / "configs" / "small.yaml"
 

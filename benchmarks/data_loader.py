@@ -21,10 +21,10 @@ import jax
 from benchmarks.measure import Report
 from mixtral_jax.config import MeshConfig
 from mixtral_jax.config_loading import parse_config
+from mixtral_jax.data.batch import put_batch
 from mixtral_jax.data.pipeline import TrainingData, open_documents
 from mixtral_jax.data.prefetch import Prefetcher
 from mixtral_jax.sharding import make_mesh, named_sharding
-from mixtral_jax.training.step import put_batch
 
 MODEL = (
     "model: {d_model: 8, d_ff: 8, num_layers: 1, num_heads: 2, num_kv_heads: 1, head_dim: 4, vocab_size: 32000, "

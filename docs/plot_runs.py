@@ -16,7 +16,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from mixtral_jax.training.metrics_file import read_metrics
+from mixtral_jax.runs.metrics_file import read_metrics
 
 Entries = list[dict[str, Any]]
 

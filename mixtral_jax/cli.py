@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 
 from mixtral_jax.config import UserError
-from mixtral_jax.distributed import speaks
+from mixtral_jax.distributed.processes import speaks
 
 TUNABLES = "GLIBC_TUNABLES"
 

@@ -16,7 +16,7 @@ import jax
 
 from mixtral_jax.config import UserError
 from mixtral_jax.data.cache_files import cache_directory
-from mixtral_jax.distributed import is_alone, is_main
+from mixtral_jax.distributed.processes import is_alone, is_main
 
 LIMIT = 4 << 30  # bytes; a program of a large model takes some 10 MiB
 COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX's event, also for a program found on disk

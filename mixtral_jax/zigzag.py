@@ -2,7 +2,7 @@
 
 A sequence is cut into 2n chunks for n devices; device i holds chunk i and chunk 2n - 1 - i, so that the few keys before
 one of them and the many before the other add up to the same for all. What a model computes is position by position
-outside of attention, so a batch takes this order once, on its way to the devices (`training.step.put_batch`).
+outside of attention, so a batch takes this order once, on its way to the devices (`data.batch.put_batch`).
 """
 
 import jax.numpy as jnp

@@ -14,10 +14,10 @@ from mixtral_jax.evaluation.loading import LoadedModel, evaluation_texts, load_m
 from mixtral_jax.evaluation.modes import Report
 from mixtral_jax.evaluation.perplexity import Evaluation, Result
 from mixtral_jax.evaluation.pictures import new_figure, save
-from mixtral_jax.evaluation.report import measure_with_progress, numbers_of
+from mixtral_jax.evaluation.results import measure_with_progress, numbers_of
 from mixtral_jax.evaluation.scoring import make_scorer
 from mixtral_jax.metrics import parameter_counts
-from mixtral_jax.training.metrics_file import read_metrics
+from mixtral_jax.runs.metrics_file import read_metrics
 
 LAST = 10  # logged steps whose mean stands for the end of a run
 

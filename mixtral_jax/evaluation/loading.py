@@ -12,12 +12,12 @@ from mixtral_jax.data.sources import check_source
 from mixtral_jax.data.splits import Documents, split_documents
 from mixtral_jax.data.token_cache import open_or_build
 from mixtral_jax.data.tokenizer import Tokenizer, load_tokenizer
-from mixtral_jax.distributed import main_first
+from mixtral_jax.distributed.processes import main_first
 from mixtral_jax.evaluation.windows import window_sizes
 from mixtral_jax.model.mixtral import Architecture
+from mixtral_jax.runs.checkpoint import find_checkpoint
 from mixtral_jax.runtime import check_sequence, make_runtime
 from mixtral_jax.sharding import ANY_MESH
-from mixtral_jax.training.checkpoint import find_checkpoint
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from rich.console import Console, RenderableType
 
 from mixtral_jax.config import UserError
 from mixtral_jax.console import ProgressLine
-from mixtral_jax.distributed import is_main
+from mixtral_jax.distributed.processes import is_main
 from mixtral_jax.evaluation import pictures
 from mixtral_jax.evaluation.context import context_lengths, measure_contexts, num_windows
 from mixtral_jax.evaluation.loading import LoadedModel, evaluation_texts
 from mixtral_jax.evaluation.passkey import DEPTHS, TRIALS, measure_passkey, passkey_lengths
-from mixtral_jax.evaluation.report import measure_with_progress, results_json, results_table, write_json
+from mixtral_jax.evaluation.results import measure_with_progress, results_json, results_table, write_json
 from mixtral_jax.evaluation.routing import measure_routing, route_sample, routing_batches
 from mixtral_jax.evaluation.routing_page import write_page
 from mixtral_jax.evaluation.scoring import make_router, make_scorer

@@ -12,11 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from mixtral_jax.data.batch import BATCH_KEYS, Batch, put_batch
 from mixtral_jax.kernels.cross_entropy import token_losses
 from mixtral_jax.model.mixtral import Architecture, Mixtral
 from mixtral_jax.sharding import axis_size, named_sharding
-from mixtral_jax.training.losses import Batch
-from mixtral_jax.training.step import BATCH_KEYS, put_batch
 from mixtral_jax.zigzag import column_order
 
 HostBatch = dict[str, np.ndarray]

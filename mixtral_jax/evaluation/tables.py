@@ -8,7 +8,7 @@ from rich.table import Table
 
 from mixtral_jax.evaluation.context import ContextCurve
 from mixtral_jax.evaluation.passkey import PasskeyGrid
-from mixtral_jax.evaluation.report import interval_text
+from mixtral_jax.evaluation.results import interval_text
 from mixtral_jax.evaluation.routing import RoutingCounts, random_repeats
 
 

@@ -10,7 +10,7 @@ from mixtral_jax.config import Config, UserError
 from mixtral_jax.config_loading import to_yaml
 from mixtral_jax.console import ProgressLine
 from mixtral_jax.hardware import GIB
-from mixtral_jax.planning.report import print_plan
+from mixtral_jax.planning.plan_text import print_plan
 from mixtral_jax.planning.search import Candidate, Checked, check, distinct, rank
 from mixtral_jax.planning.topology import Topology
 from mixtral_jax.sharding import MESH_AXES

@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> None:
         return
     from mixtral_jax.planning.advice import remedies
     from mixtral_jax.planning.compile import DoesNotFitError, compile_step
-    from mixtral_jax.planning.report import print_plan
+    from mixtral_jax.planning.plan_text import print_plan
     from mixtral_jax.planning.roofline import make_plan
 
     config = with_sizes(config, len(topology.devices))

@@ -11,12 +11,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mixtral_jax.config import Config, UserError
+from mixtral_jax.data.batch import BATCH_KEYS
 from mixtral_jax.hardware import GIB
 from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.planning.topology import Topology, quiet
 from mixtral_jax.runtime import Runtime, make_runtime
 from mixtral_jax.sharding import make_mesh
-from mixtral_jax.training.step import BATCH_KEYS, Trainable
+from mixtral_jax.training.step import Trainable
 
 # What libtpu says when the whole program or its temporaries alone exceed the chip.
 OUT_OF_MEMORY = (

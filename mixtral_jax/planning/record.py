@@ -46,7 +46,7 @@ def record(name: str) -> tuple[str, float]:
     from rich.console import Console
 
     from mixtral_jax.planning.compile import compile_step
-    from mixtral_jax.planning.report import print_plan
+    from mixtral_jax.planning.plan_text import print_plan
     from mixtral_jax.planning.roofline import make_plan
     from mixtral_jax.planning.topology import describe_topology
 

@@ -21,7 +21,7 @@ from mixtral_jax.preparation.decontamination import build_index
 from mixtral_jax.preparation.extraction import check_extractor
 from mixtral_jax.preparation.local import QuietExecutor
 from mixtral_jax.preparation.plan import Shard, make_shards, settle_plan
-from mixtral_jax.preparation.report import ReportStep, results_table, write_report
+from mixtral_jax.preparation.report_numbers import ReportStep, results_table, write_report
 from mixtral_jax.preparation.stages import Layout, Stage, make_stages
 from mixtral_jax.preparation.words import check_languages
 

@@ -1,1 +1,1 @@
-"""Losses, optimizer, step, checkpoints and the loop."""
+"""Losses, optimizer, step and the loop."""

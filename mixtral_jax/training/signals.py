@@ -9,7 +9,7 @@ from types import FrameType, TracebackType
 
 from jax.experimental import multihost_utils
 
-from mixtral_jax.distributed import is_alone
+from mixtral_jax.distributed.processes import is_alone
 
 
 class StopRequest:

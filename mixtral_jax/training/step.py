@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from mixtral_jax.config import Config
+from mixtral_jax.data.batch import BATCH_KEYS, Batch, put_batch
 from mixtral_jax.kernels.host_adam import global_norm
 from mixtral_jax.kernels.host_layers import Stacks
 from mixtral_jax.model.mixtral import Architecture
@@ -16,7 +17,6 @@ from mixtral_jax.precision import FULL
 from mixtral_jax.runtime import check_divides, check_sequence
 from mixtral_jax.sharding import named_sharding
 from mixtral_jax.training.losses import (
-    Batch,
     Counts,
     Losses,
     RouterSums,
@@ -32,7 +32,6 @@ from mixtral_jax.training.optimizer import (
     update_by_host,
     widen,
 )
-from mixtral_jax.zigzag import column_order
 
 TrainState = dict[str, Any]
 Metrics = dict[str, Array]
@@ -41,32 +40,6 @@ Metrics = dict[str, Array]
 COMPILER_OPTIONS: dict[str, dict[str, bool | int | float | str]] = {
     "cpu": {"xla_cpu_copy_insertion_use_region_analysis": True}
 }
-BATCH_KEYS = ("tokens", "targets", "segment_ids", "positions", "loss_mask")
-
-
-def put_batch(batch: dict[str, Any], sharding: NamedSharding, total: int | None = None, first: int = 0) -> Batch:
-    """Spreads what a model reads of a global batch over the devices, columns in the order of `zigzag`.
-
-    Args:
-        batch: arrays [rows, seq]; those rows of the global batch that this host's devices need, at least.
-        sharding: of the global arrays [total, seq].
-        total: rows of the global batch; None: `batch` holds them all.
-        first: number of the first row that `batch` holds.
-    """
-    ways = sharding.mesh.shape["context"]
-    order = column_order(batch["tokens"].shape[1], ways)
-
-    def put(array: Any) -> jax.Array:
-        rows = len(array) if total is None else total
-
-        def part(index: Any) -> Any:
-            start, stop, _ = index[0].indices(rows)
-            columns = order[index[1]] if ways > 1 else index[1]  # a slice copies nothing
-            return array[start - first : stop - first, columns]
-
-        return jax.make_array_from_callback((rows, *array.shape[1:]), sharding, part)
-
-    return {key: put(batch[key]) for key in BATCH_KEYS}
 
 
 class Trainable:

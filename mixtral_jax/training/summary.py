@@ -6,7 +6,7 @@ from rich.text import Text
 
 from mixtral_jax.config import Config
 from mixtral_jax.evaluation.perplexity import Result, uniform_nats, unigram_nats
-from mixtral_jax.evaluation.report import measure_with_progress, results_table
+from mixtral_jax.evaluation.results import measure_with_progress, results_table
 from mixtral_jax.evaluation.scoring import make_scorer
 from mixtral_jax.inference.sample import sample
 from mixtral_jax.training.trainer import Outcome

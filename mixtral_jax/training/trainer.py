@@ -13,26 +13,26 @@ from typing import Any
 import jax
 import numpy as np
 
-from mixtral_jax import distributed
 from mixtral_jax.compiled import keep_compiled, return_memory
 from mixtral_jax.config import Config, DistributedConfig, UserError
 from mixtral_jax.config_loading import to_yaml
+from mixtral_jax.data.batch import Batch
 from mixtral_jax.data.pipeline import TrainingData, open_documents
 from mixtral_jax.data.prefetch import Prefetcher
 from mixtral_jax.data.splits import Documents
 from mixtral_jax.data.tokenizer import Tokenizer
+from mixtral_jax.distributed import processes
 from mixtral_jax.evaluation.perplexity import measure
 from mixtral_jax.evaluation.scoring import make_scorer
 from mixtral_jax.hardware import memory_in_use, peak_flops
 from mixtral_jax.metrics import flops_per_token, speed
 from mixtral_jax.model.layers import contract
 from mixtral_jax.model.mixtral import Architecture
+from mixtral_jax.runs.checkpoint import Checkpoints, find_checkpoint
+from mixtral_jax.runs.logger import MetricsLogger
+from mixtral_jax.runs.run_dir import RunDirectory
 from mixtral_jax.runtime import make_runtime
 from mixtral_jax.training.admission import admit_kernels
-from mixtral_jax.training.checkpoint import Checkpoints, find_checkpoint
-from mixtral_jax.training.logger import MetricsLogger
-from mixtral_jax.training.losses import Batch
-from mixtral_jax.training.run_dir import RunDirectory
 from mixtral_jax.training.signals import StopRequest
 from mixtral_jax.training.step import Trainable, TrainState
 
@@ -78,13 +78,13 @@ class Trainer:
         """
         with RunDirectory(Path(self.config.run_dir), self.config) as run_dir:
             self.say(self.runtime.describe())
-            distributed.check_same(to_yaml(self.config), "this process has another configuration than process 0: "
+            processes.check_same(to_yaml(self.config), "this process has another configuration than process 0: "
                                    "give all processes the same command line and files")  # fmt: skip
             if self.config.kernels.admission and self.runtime.platform != "cpu":
                 self.say(admit_kernels(self.config, self.runtime))
-            self.tokenizer, training, self.heldout = distributed.main_first(lambda: open_documents(self.config))
+            self.tokenizer, training, self.heldout = processes.main_first(lambda: open_documents(self.config))
             self.data = TrainingData(self.config, training)
-            distributed.check_same(self.data.fingerprint, "this process sees other data than process 0: keep the "
+            processes.check_same(self.data.fingerprint, "this process sees other data than process 0: keep the "
                                    "sources on storage that all share, or the same copy on every host")  # fmt: skip
             with Checkpoints(run_dir.path / "checkpoints", self.config.checkpoint, self.say) as self.checkpoints:
                 state, step = self._first_state()
@@ -133,7 +133,7 @@ class Trainer:
         mfu = f"model FLOP/s / (devices * peak FLOP/s of one); {work}; peak {self.peak.source}"
         self.say(f"MFU = {mfu}")
         with MetricsLogger(
-            path, config.train.steps, resume_step=step, descriptions={"mfu": mfu}, is_main=distributed.is_main()
+            path, config.train.steps, resume_step=step, descriptions={"mfu": mfu}, is_main=processes.is_main()
         ) as self.logger:
             return self._loop(state, step)
 
@@ -152,7 +152,7 @@ class Trainer:
 
         with StopRequest() as stop, Prefetcher(place, step, last) as batches:
             for batch in batches:
-                distributed.begin(step + 1)
+                processes.begin(step + 1)
                 state, metrics = self.trainable.step(state, batch)
                 step += 1
                 self._fetch(step, metrics)
@@ -171,7 +171,7 @@ class Trainer:
                     self.clock, self.clock_step = time.monotonic(), step
                 if ends:
                     break
-        distributed.rest()
+        processes.rest()
         return state, step
 
     def _is_logged(self, step: int) -> bool:
@@ -186,7 +186,7 @@ class Trainer:
     def _report(self, step: int, metrics: dict[str, Any]) -> None:
         """Waits for a step, watches for trouble and logs every `train.log_every` steps, the first and the last."""
         jax.block_until_ready(metrics)
-        distributed.progress()
+        processes.progress()
         config = self.config.train
         in_a_row = int(metrics["skipped_in_a_row"])
         if in_a_row >= config.max_nonfinite_steps:
@@ -223,7 +223,7 @@ class Trainer:
         texts = [documents for documents in self.heldout if documents.num_documents]
         if not texts:
             return
-        progress = lambda *_: distributed.progress()  # noqa: E731
+        progress = lambda *_: processes.progress()  # noqa: E731
         evaluation = measure(self.score(state), texts, settings, config.data.seq_len, progress)
         named = {**evaluation.sources, "total": evaluation.total}
         self.logger.log(step, {f"heldout/{name}": result.nats_per_token for name, result in named.items()})

@@ -13,9 +13,9 @@ from mixtral_jax.config import CheckpointConfig, Config, UserError
 from mixtral_jax.config_loading import parse_config, to_yaml
 from mixtral_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mixtral_jax.model.mixtral import Architecture
+from mixtral_jax.runs.checkpoint import Checkpoints, find_checkpoint
 from mixtral_jax.runtime import make_runtime
 from mixtral_jax.sharding import ANY_MESH
-from mixtral_jax.training.checkpoint import Checkpoints, find_checkpoint
 from mixtral_jax.weights.exporting import export_weights
 from mixtral_jax.weights.importing import import_weights
 from mixtral_jax.weights.names import FormatName

@@ -10,7 +10,7 @@ import numpy as np
 from mixtral_jax.config import CheckpointConfig, Config
 from mixtral_jax.config_loading import parse_config, to_yaml
 from mixtral_jax.data.tokenizer_training import train_model
-from mixtral_jax.training.checkpoint import Checkpoints
+from mixtral_jax.runs.checkpoint import Checkpoints
 from tests.small_run import WORDS
 from tests.tiny import TINY, tiny_architecture
 

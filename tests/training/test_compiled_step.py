@@ -10,10 +10,11 @@ import jax
 import numpy as np
 import pytest
 
+from mixtral_jax.data.batch import BATCH_KEYS
 from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.runtime import make_runtime
 from mixtral_jax.sharding import make_mesh
-from mixtral_jax.training.step import BATCH_KEYS, Trainable
+from mixtral_jax.training.step import Trainable
 from tests.tiny import mesh_of, tiny_config
 
 COLLECTIVES = "all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute"

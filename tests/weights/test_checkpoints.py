@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mixtral_jax.config import UserError
-from mixtral_jax.training import streaming
+from mixtral_jax.runs import streaming
 from mixtral_jax.verbs import import_
 from mixtral_jax.weights.checkpoints import export_checkpoint, import_checkpoint
 from mixtral_jax.weights.released import open_released

@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from mixtral_jax import watchdog as module
-from mixtral_jax.watchdog import Watchdog
+from mixtral_jax.distributed import watchdog as module
+from mixtral_jax.distributed.watchdog import Watchdog
 
 # A thread ends by the exception that stands in for the end of its process.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mixtral_jax import distributed
 from mixtral_jax.config import DistributedConfig, UserError
 from mixtral_jax.config_loading import parse_config
-from mixtral_jax.distributed import Cluster, distributed_config, find_cluster, launched_as, may_be_several
-from mixtral_jax.training.step import put_batch
+from mixtral_jax.data.batch import put_batch
+from mixtral_jax.distributed import processes
+from mixtral_jax.distributed.processes import Cluster, distributed_config, find_cluster, launched_as, may_be_several
 from tests.tiny import TINY, mesh_of, tiny_batch, tiny_config, tiny_trainable
 
 SLURM = {
@@ -28,7 +28,7 @@ GIVEN = DistributedConfig(coordinator="node1:1234", num_processes=4, process_id=
 
 
 def find(monkeypatch, environ, config=DistributedConfig()):  # noqa: B008
-    for name in distributed.LAUNCHERS:
+    for name in processes.LAUNCHERS:
         monkeypatch.delenv(name, raising=False)
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
@@ -73,7 +73,7 @@ def test_a_coordinator_alone_is_not_enough(monkeypatch):
 
 
 def test_a_lone_process_is_not_even_looked_for(monkeypatch):
-    monkeypatch.setattr(distributed, "TPU_CHIPS", ())
+    monkeypatch.setattr(processes, "TPU_CHIPS", ())
     assert not may_be_several(DistributedConfig(), {"HOME": "/root", "SLURM_JOB_ID": "7"})  # in an allocation's shell
     assert not may_be_several(DistributedConfig(num_processes=1), SLURM)
     assert may_be_several(DistributedConfig(), SLURM)
@@ -134,11 +134,11 @@ def test_elsewhere_every_interface_listens():
 
 def test_alone_everything_is_the_main_process(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    assert distributed.is_main()
-    assert distributed.is_alone()
-    assert distributed.from_main(lambda: 3) == distributed.main_first(lambda: 3) == 3
-    distributed.barrier()
-    distributed.check_same("x", "never")
+    assert processes.is_main()
+    assert processes.is_alone()
+    assert processes.from_main(lambda: 3) == processes.main_first(lambda: 3) == 3
+    processes.barrier()
+    processes.check_same("x", "never")
 
 
 def test_a_part_of_a_batch_is_enough_for_its_devices():

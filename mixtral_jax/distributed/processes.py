@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 
 from mixtral_jax.config import DistributedConfig, UserError
 from mixtral_jax.config_loading import parse_structured, validate_distributed
-from mixtral_jax.supervisor import GIVEN_UP, RESTART, supervise
-from mixtral_jax.watchdog import ROOT, USER_ERROR, Watchdog
+from mixtral_jax.distributed.supervisor import GIVEN_UP, RESTART, supervise
+from mixtral_jax.distributed.watchdog import ROOT, USER_ERROR, Watchdog
 
 T = TypeVar("T")
 

@@ -8,8 +8,8 @@ from typing import SupportsFloat
 import numpy as np
 
 from mixtral_jax.console import ProgressLine
-from mixtral_jax.training.metrics_file import MetricsFile
-from mixtral_jax.training.tensorboard import TensorBoard
+from mixtral_jax.runs.metrics_file import MetricsFile
+from mixtral_jax.runs.tensorboard import TensorBoard
 
 
 class MetricsLogger:

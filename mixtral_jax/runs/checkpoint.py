@@ -21,10 +21,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from mixtral_jax.config import CheckpointConfig, UserError
-from mixtral_jax.distributed import barrier, from_main, is_main
-from mixtral_jax.training.manifest import NAME as MANIFEST
-from mixtral_jax.training.manifest import find_damage, write_atomically, write_manifest
-from mixtral_jax.training.streaming import read_arrays, save_args, write_arrays
+from mixtral_jax.distributed.processes import barrier, from_main, is_main
+from mixtral_jax.runs.manifest import NAME as MANIFEST
+from mixtral_jax.runs.manifest import find_damage, write_atomically, write_manifest
+from mixtral_jax.runs.streaming import read_arrays, save_args, write_arrays
 
 # Orbax tells of every step it takes, and of a failure in stack traces; we raise what a person needs to know.
 logging.getLogger("absl").setLevel(logging.CRITICAL)

@@ -12,10 +12,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mixtral_jax.config import UserError
 from mixtral_jax.console import clock
-from mixtral_jax.training import metrics_file
-from mixtral_jax.training.logger import MetricsLogger
-from mixtral_jax.training.metrics_file import read_metrics
-from mixtral_jax.training.tensorboard import load_picture
+from mixtral_jax.runs import metrics_file
+from mixtral_jax.runs.logger import MetricsLogger
+from mixtral_jax.runs.metrics_file import read_metrics
+from mixtral_jax.runs.tensorboard import load_picture
 
 
 class Terminal(io.StringIO):

@@ -9,8 +9,8 @@ from types import TracebackType
 
 from mixtral_jax.config import RESUMABLE_KEYS, Config, UserError
 from mixtral_jax.config_loading import changed_keys, parse_config, to_yaml
-from mixtral_jax.distributed import is_main
-from mixtral_jax.training.manifest import write_atomically
+from mixtral_jax.distributed.processes import is_main
+from mixtral_jax.runs.manifest import write_atomically
 
 CONFIG = "config.yaml"
 LOCK = "lock"

@@ -12,8 +12,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mixtral_jax.config import CheckpointConfig, UserError
-from mixtral_jax.training import checkpoint as checkpoint_module
-from mixtral_jax.training.checkpoint import Checkpoints, find_checkpoint
+from mixtral_jax.runs import checkpoint as checkpoint_module
+from mixtral_jax.runs.checkpoint import Checkpoints, find_checkpoint
 
 
 def mesh_of(*shape):

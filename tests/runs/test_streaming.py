@@ -7,8 +7,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mixtral_jax.config import CheckpointConfig, UserError
-from mixtral_jax.training import streaming
-from mixtral_jax.training.checkpoint import Checkpoints
+from mixtral_jax.runs import streaming
+from mixtral_jax.runs.checkpoint import Checkpoints
 from tests.tiny import mesh_of
 
 BLOCK = 4096  # bytes, where the package has many megabytes

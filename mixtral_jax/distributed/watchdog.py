@@ -16,7 +16,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mixtral_jax.supervisor import GIVEN_UP, RESTART
+from mixtral_jax.distributed.supervisor import GIVEN_UP, RESTART
 
 ROOT = "mixtral_jax/"
 USER_ERROR = 2

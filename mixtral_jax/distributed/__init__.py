@@ -1,0 +1,1 @@
+"""Several processes that run one program: how they meet, agree and end."""
