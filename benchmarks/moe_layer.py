@@ -19,8 +19,8 @@ import numpy as np
 from benchmarks.measure import Report, interleaved, median_ratio
 from mixtral_jax.config import PrecisionConfig
 from mixtral_jax.kernels.blocked import choose_block_sizes
+from mixtral_jax.kernels.cpu.matmul import ENGINES, available
 from mixtral_jax.kernels.expert_ffn import expert_ffn
-from mixtral_jax.kernels.host_products import ENGINES, available
 from mixtral_jax.kernels.permutation import combine_rows, dispatch_rows
 from mixtral_jax.model.routing import dropless_plan
 from mixtral_jax.precision import make_precision

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from mixtral_jax.kernels.host_products import is_multiply
+from mixtral_jax.kernels.cpu.matmul import is_multiply
 
 KEPT = "kept"
 

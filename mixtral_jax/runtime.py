@@ -7,8 +7,8 @@ import jax
 from jax.sharding import Mesh
 
 from mixtral_jax.config import Config, UserError
-from mixtral_jax.kernels.amx_attention import LARGEST_HEAD
-from mixtral_jax.kernels.host_products import ENGINES, Products, available
+from mixtral_jax.kernels.cpu.amx_attention import LARGEST_HEAD
+from mixtral_jax.kernels.cpu.matmul import ENGINES, Products, available
 from mixtral_jax.precision import Precision, make_precision
 from mixtral_jax.sharding import RULES, axis_size, make_mesh
 from mixtral_jax.zigzag import sequence_multiple

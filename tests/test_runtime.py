@@ -6,7 +6,7 @@ from jax.sharding import PartitionSpec
 
 from mixtral_jax import runtime
 from mixtral_jax.config import MeshConfig, PrecisionConfig, UserError
-from mixtral_jax.kernels.host_products import ENGINES, available
+from mixtral_jax.kernels.cpu.matmul import ENGINES, available
 from mixtral_jax.precision import make_precision
 from mixtral_jax.runtime import choose_attention, choose_exchange, choose_experts, make_runtime
 from mixtral_jax.sharding import MESH_AXES, RULES, axis_size, make_mesh, spec

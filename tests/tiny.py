@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from mixtral_jax.config import Config, MeshConfig
 from mixtral_jax.config_loading import parse_config, replace
-from mixtral_jax.kernels.host_products import Engine, available
+from mixtral_jax.kernels.cpu.matmul import Engine, available
 from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.model.moe import MoE, SelectionBias
 from mixtral_jax.runtime import Runtime, make_runtime
@@ -32,7 +32,7 @@ def by_engine(engine: Engine, *values: Any) -> Any:
 @contextlib.contextmanager
 def host_threads(count: int) -> Iterator[None]:
     """Lets so many threads be asked to share what the host computes."""
-    from mixtral_jax.kernels.native import THREADS, state
+    from mixtral_jax.kernels.cpu.intrinsics import THREADS, state
 
     before, state[THREADS] = state[THREADS], count
     yield

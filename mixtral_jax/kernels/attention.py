@@ -1,9 +1,9 @@
 """Causal attention with document masks on a mesh: one function, four backends.
 
 `blockwise` is portable and linear in memory. `amx` is for float32 on one CPU, see `amx_attention`. `cudnn` and
-`splash` are the platforms' kernels. cuDNN takes packed documents as they are on GPUs from Hopper on, see `packed`; on
-older ones, and along the mesh axis `context`, where a device has not all queries of a document, it takes a mask, a
-matrix of queries and keys.
+`splash` are the platforms' kernels. cuDNN takes packed documents as they are on GPUs from Hopper on, see
+`cudnn_packed`; on older ones, and along the mesh axis `context`, where a device has not all queries of a document, it
+takes a mask, a matrix of queries and keys.
 
 Along the mesh axis `context` every device computes its own queries, against keys and values of whole sequences that it
 gathers. Columns come in the order of `zigzag`.
@@ -16,18 +16,15 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from mixtral_jax.config import UserError
-from mixtral_jax.kernels.amx_attention import amx_attention
 from mixtral_jax.kernels.blockwise import blockwise_attention
-from mixtral_jax.kernels.packed import packed_attention
+from mixtral_jax.kernels.cpu.amx_attention import amx_attention
+from mixtral_jax.kernels.gpu.cudnn_packed import packed_attention
 from mixtral_jax.sharding import by_device, spec
-from mixtral_jax.zigzag import chunk_starts, column_order, in_order
+from mixtral_jax.zigzag import chunk_starts, in_order
 
 AXIS = "context"  # the mesh axis whose devices share a sequence
 PACKS_FROM = 9.0  # compute capability: Hopper
-SPLASH_BLOCKS = (512, 256, 128)  # positions
 MOVES = ("all_gather", "concatenate", "pad", "reshape", "rev", "slice", "squeeze", "transpose")
-BLOCK_NAMES = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")  # of the kernel's options
 
 
 def attention(
@@ -55,7 +52,11 @@ def attention(
     ways, seq_len = mesh.shape[AXIS], q.shape[1]
     packs = ways == 1 and backend == "cudnn" and float(mesh.devices.flat[0].compute_capability) >= PACKS_FROM
     queries, keys = spec(("batch", "sequence", "heads", None)), spec(("batch", "sequence", "kv_heads", None))
-    kernel = _splash_kernel(mesh, seq_len, q.shape[2] // mesh.shape["tensor"]) if backend == "splash" else None
+    kernel = None
+    if backend == "splash":  # takes a second to import
+        from mixtral_jax.kernels.tpu import splash
+
+        kernel = splash.make_splash_kernel(mesh, seq_len, q.shape[2] // mesh.shape["tensor"])
     splits = kernel and kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, AXIS)))
 
     def local(q: Array, k: Array, v: Array, q_ids: Array, kernel: Any) -> Array:
@@ -64,7 +65,7 @@ def attention(
             k, v, ids = (in_order(jax.lax.all_gather(a, AXIS, axis=1, tiled=True), ways) for a in (k, v, ids))
             starts = chunk_starts(seq_len, ways, jax.lax.axis_index(AXIS))
         if backend == "splash":
-            return _splash(kernel, q, k, v, q_ids, ids)
+            return splash.splash_attention(kernel, q, k, v, q_ids, ids)
         if backend == "amx":
             return amx_attention(q, k, v, q_ids)
         if packs:
@@ -91,34 +92,3 @@ def _cudnn(q: Array, k: Array, v: Array, q_ids: Array, ids: Array, starts: Array
     causal = position[:, None] >= jnp.arange(k.shape[1])
     mask = causal & (q_ids[:, None, :, None] == ids[:, None, None, :])
     return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
-
-
-def _splash_kernel(mesh: Mesh, seq_len: int, heads: int) -> Any:
-    """Builds the kernel with a mask for every part of the sequence; it is interpreted on a mesh of CPU devices."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
-
-    ways = mesh.shape[AXIS]
-    causal = splash_attention_mask.CausalMask((seq_len, seq_len))
-    causal.q_sequence = column_order(seq_len, ways).astype(causal.q_sequence.dtype)
-    block = next((size for size in SPLASH_BLOCKS if seq_len // ways % size == 0), 0)
-    if not block:
-        raise UserError(
-            f"kernels.attention=splash takes multiples of {SPLASH_BLOCKS[-1]} tokens a device, and {seq_len} tokens "
-            f"over mesh.context={ways} are not: change the length or use kernels.attention=blockwise"
-        )
-    blocks: Any = {f"block_{name}": block for name in BLOCK_NAMES}
-    return splash_attention_kernel.make_splash_mha(
-        splash_attention_mask.MultiHeadMask([causal] * heads),
-        block_sizes=splash_attention_kernel.BlockSizes(**blocks),
-        head_shards=1,
-        q_seq_shards=ways,
-        interpret=mesh.devices.flat[0].platform == "cpu",
-    )
-
-
-def _splash(kernel: Any, q: Array, k: Array, v: Array, q_ids: Array, ids: Array) -> Array:
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
-
-    segments = splash_attention_kernel.SegmentIds(q_ids, ids)
-    by_head = [jnp.swapaxes(x, 1, 2) for x in (q * q.shape[-1] ** -0.5, k, v)]
-    return jnp.swapaxes(jax.vmap(kernel)(*by_head, segments), 1, 2)

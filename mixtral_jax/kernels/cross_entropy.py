@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from mixtral_jax.kernels.host_products import Products, add_product, multiply
-from mixtral_jax.kernels.host_softmax import differentiate, summarize
+from mixtral_jax.kernels.cpu.matmul import Products, add_product, multiply
+from mixtral_jax.kernels.cpu.softmax import differentiate, summarize
 from mixtral_jax.precision import FULL
 from mixtral_jax.sharding import VOCAB_AXIS, add_up, by_device, gather, spec
 

@@ -14,16 +14,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from mixtral_jax.kernels.blocked import blocked_ffn
-from mixtral_jax.kernels.host_layers import in_place_ffn
-from mixtral_jax.kernels.host_products import ENGINES
+from mixtral_jax.kernels.cpu.layers import in_place_ffn
+from mixtral_jax.kernels.cpu.matmul import ENGINES
 from mixtral_jax.kernels.quantized import EightBitProduct, quantized_ffn
 
 ExpertsKernel = Literal["blocked", "amx", "mkl", "ragged_dot", "megablox", "triton", "equal"]
-
-# Rows, inner and outer width of a block of megablox, in 2-byte types: with double buffering some 10 MiB, which the
-# vector memory of every TPU holds.
-TILING = (512, 1024, 1024)
-LANES = 128  # a TPU's registers are so wide
 
 
 def expert_ffn(
@@ -71,27 +66,9 @@ def expert_ffn(
         gate, up = jax.lax.ragged_dot(rows, w_gate, sizes), jax.lax.ragged_dot(rows, w_up, sizes)
         return jax.lax.ragged_dot(jax.nn.silu(gate) * up, w_down, sizes)
     if backend == "triton":
-        from mixtral_jax.kernels.grouped import grouped_ffn
+        from mixtral_jax.kernels.gpu.triton_grouped import grouped_ffn
 
         return grouped_ffn(rows, sizes, w_gate, w_up, w_down, interpret)
-    # Megablox leaves the memory of rows that belong to nobody as it finds it, in outputs and in gradients.
-    used = (jnp.arange(rows.shape[0]) < jnp.sum(sizes))[:, None]
-    x = jnp.pad(jnp.where(used, rows, 0), ((0, -rows.shape[0] % _tiling(rows, w_gate)[0]), (0, 0)))
-    gate, up = _megablox(x, w_gate, sizes, interpret), _megablox(x, w_up, sizes, interpret)
-    out = _megablox(jax.nn.silu(gate) * up, w_down, sizes, interpret)
-    return jnp.where(used, out[: rows.shape[0]], 0)
+    from mixtral_jax.kernels.tpu.megablox import megablox_ffn
 
-
-def _tiling(rows: Array, weights: Array) -> tuple[int, int, int]:
-    """Rows, inner and outer width of a block: `TILING`, or less where the arrays are smaller or the type is wider."""
-    wide = rows.dtype.itemsize > 2
-    limits = [size // 2 if wide else size for size in TILING]
-    sizes = (rows.shape[0], *weights.shape[1:])
-    tiles = [min(limit, -(-size // LANES) * LANES) for limit, size in zip(limits, sizes, strict=True)]
-    return tiles[0], tiles[1], tiles[2]
-
-
-def _megablox(rows: Array, weights: Array, sizes: Array, interpret: bool) -> Array:
-    from jax.experimental.pallas.ops.tpu.megablox.ops import gmm
-
-    return gmm(rows, weights, sizes, rows.dtype, _tiling(rows, weights), None, None, False, interpret)
+    return megablox_ffn(rows, sizes, w_gate, w_up, w_down, interpret)

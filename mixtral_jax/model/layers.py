@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from mixtral_jax.kernels.host_layers import matmul
+from mixtral_jax.kernels.cpu.layers import matmul
 from mixtral_jax.precision import FULL, Precision
 from mixtral_jax.runtime import Runtime
 from mixtral_jax.sharding import VOCAB_AXIS, Axes, add_up, by_device, gather, spec

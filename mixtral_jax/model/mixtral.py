@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.kernels.host_layers import Stacks, collect
+from mixtral_jax.kernels.cpu.layers import Stacks, collect
 from mixtral_jax.model.attention import Attention
 from mixtral_jax.model.layers import RMSNorm, embed, parameter, rotary_tables
 from mixtral_jax.model.moe import ExpertWeight, InPlace, MoE, RouterOutput, SelectionBias

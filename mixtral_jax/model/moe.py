@@ -11,8 +11,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.kernels.blocked import choose_block_sizes
+from mixtral_jax.kernels.cpu.layers import Stacks, exact_matmul, in_place_ffn
 from mixtral_jax.kernels.expert_ffn import expert_ffn
-from mixtral_jax.kernels.host_layers import Stacks, exact_matmul, in_place_ffn
 from mixtral_jax.model.expert_parallel import compute_capacity, compute_dropless, drop_beyond_capacity
 from mixtral_jax.model.layers import parameter
 from mixtral_jax.model.routing import choose_experts, device_quota, drop_beyond_quota, expert_capacity

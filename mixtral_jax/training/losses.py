@@ -12,8 +12,8 @@ from jaxtyping import Array, Float
 
 from mixtral_jax.config import LossesConfig
 from mixtral_jax.data.batch import Batch
+from mixtral_jax.kernels.cpu.layers import Stacks
 from mixtral_jax.kernels.cross_entropy import cross_entropy_sum
-from mixtral_jax.kernels.host_layers import Stacks
 from mixtral_jax.model.mixtral import Mixtral
 from mixtral_jax.model.moe import RouterOutput
 from mixtral_jax.precision import EXACT_PRODUCT, FULL

@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array
 
 from mixtral_jax.config import OptimizerConfig, UserError
-from mixtral_jax.kernels.host_adam import Numbers, update_in_place
+from mixtral_jax.kernels.cpu.adamw import Numbers, update_in_place
 from mixtral_jax.precision import Precision
 from mixtral_jax.sharding import Axes
 

@@ -10,8 +10,8 @@ from jaxtyping import Array
 
 from mixtral_jax.config import Config
 from mixtral_jax.data.batch import BATCH_KEYS, Batch, put_batch
-from mixtral_jax.kernels.host_adam import global_norm
-from mixtral_jax.kernels.host_layers import Stacks
+from mixtral_jax.kernels.cpu.adamw import global_norm
+from mixtral_jax.kernels.cpu.layers import Stacks
 from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.precision import FULL
 from mixtral_jax.runtime import check_divides, check_sequence

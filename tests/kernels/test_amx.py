@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixtral_jax.kernels.host_products import available, grouped
-from mixtral_jax.kernels.host_products import multiply as multiply_by
+from mixtral_jax.kernels.cpu.matmul import available, grouped
+from mixtral_jax.kernels.cpu.matmul import multiply as multiply_by
 from tests.tiny import host_threads
 
 pytestmark = pytest.mark.skipif(not available("amx"), reason="the processor has no AMX")
@@ -22,8 +22,8 @@ def factors(rows, columns, inner, turn_a, turn_b):
 
 def run(a, b, out, turn_a, turn_b, add, stream=False):
     """Computes in the memory of `out`, in this thread."""
-    from mixtral_jax.kernels.amx_tiles import LEAST, multiply_blocks
-    from mixtral_jax.kernels.jobs import WORKSPACE
+    from mixtral_jax.kernels.cpu.amx_matmul import LEAST, multiply_blocks
+    from mixtral_jax.kernels.cpu.thread_pool import WORKSPACE
 
     inner = a.shape[0] if turn_a else a.shape[1]
     arrays = (a, b, out)

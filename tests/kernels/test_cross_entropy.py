@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mixtral_jax.kernels.cpu.matmul import ENGINES
 from mixtral_jax.kernels.cross_entropy import cross_entropy_sum, token_losses
-from mixtral_jax.kernels.host_products import ENGINES
 from tests import oracles
 from tests.tiny import LIMITS, by_engine, mesh_of
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mixtral_jax.kernels.host_products import ENGINES
+from mixtral_jax.kernels.cpu.matmul import ENGINES
 from mixtral_jax.model.moe import MoE
 from mixtral_jax.model.routing import choose_experts, expert_capacity
 from mixtral_jax.runtime import make_runtime

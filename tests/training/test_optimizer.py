@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from mixtral_jax.config import OptimizerConfig, UserError
-from mixtral_jax.kernels.host_adam import global_norm
+from mixtral_jax.kernels.cpu.adamw import global_norm
 from mixtral_jax.precision import make_precision
 from mixtral_jax.training.optimizer import decay_mask, make_optimizer, make_schedule, update_by_host
 from tests.tiny import ENGINES, mesh_of, tiny_architecture, tiny_config

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mixtral_jax.config import FloatName, ModelConfig
-from mixtral_jax.kernels.host_products import Products
+from mixtral_jax.kernels.cpu.matmul import Products
 from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.runtime import Runtime, make_runtime
 from tests.tiny import mesh_of, tiny_config

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from mixtral_jax.config import LossesConfig
-from mixtral_jax.kernels.host_products import Products
+from mixtral_jax.kernels.cpu.matmul import Products
 from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.training.losses import compute_losses, count
 from mixtral_jax.weights.exporting import export_weights

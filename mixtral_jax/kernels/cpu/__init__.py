@@ -1,0 +1,1 @@
+"""The engine for CPUs: functions of this process, compiled by Numba, that XLA calls."""

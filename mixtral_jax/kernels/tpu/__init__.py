@@ -1,0 +1,1 @@
+"""Engines for TPUs: kernels that JAX brings along."""
