@@ -1,7 +1,8 @@
-"""The order of the house: imports only go down, files stay small, float types are named in one place."""
+"""The order of the house: imports only go down, no folders in a circle, engines behind doors, small files."""
 
 import ast
 import functools
+from collections.abc import Container, Mapping
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,9 @@ FLOORS = {
     "verbs": 6, "__main__": 6, "train.py": 6, "eval.py": 6,
 }  # fmt: skip
 
+# An engine of one platform, and the one module of it that others may import.
+DOORS: dict[str, str] = {}
+
 FLOAT_TYPES = {"float16", "bfloat16", "float32", "float64"}
 # The table and the names it is made from; the types that files of weights hold, and their choice on the command line.
 MAY_NAME_FLOAT_TYPES = ("precision", "config", "weights", "verbs")
@@ -39,8 +43,8 @@ def modules() -> dict[str, Path]:
     return found | {name: ROOT / name for name in ("train.py", "eval.py")}
 
 
-def imports(path: Path) -> set[str]:
-    """The modules of the package that a file imports, anywhere in it."""
+def imports(path: Path, known: Container[str]) -> set[str]:
+    """The modules of the package, of those known, that a file imports, anywhere in it."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -49,7 +53,14 @@ def imports(path: Path) -> set[str]:
             assert node.level == 0, f"{path}: relative imports hide which floor they go to"
             found |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
     inside = {name.removeprefix("mixtral_jax.") for name in found if name.startswith("mixtral_jax.")}
-    return {name for name in inside if name in modules() and modules()[name].name != "__init__.py"}
+    return {name for name in inside if name in known}
+
+
+@functools.cache
+def graph() -> dict[str, set[str]]:
+    """What each module imports."""
+    files = {name for name, path in modules().items() if path.name != "__init__.py"}
+    return {name: imports(path, files) for name, path in modules().items()}
 
 
 def floor(name: str) -> int:
@@ -58,31 +69,93 @@ def floor(name: str) -> int:
     return FLOORS[max(fitting, key=len)]
 
 
+def circle(edges: Mapping[str, set[str]]) -> list[str]:
+    """Names along a circle, the first one again at the end; empty where there is none."""
+    done, path = set(), []
+
+    def visit(name: str) -> list[str]:
+        if name in path:
+            return [*path[path.index(name) :], name]
+        if name in done:
+            return []
+        path.append(name)
+        found = next(filter(None, map(visit, sorted(edges.get(name, ())))), [])
+        done.add(path.pop())
+        return found
+
+    return next(filter(None, map(visit, edges)), [])
+
+
+def folders(edges: Mapping[str, set[str]]) -> dict[str, set[str]]:
+    """What each folder imports of others; a module outside of folders is one of its own."""
+    found: dict[str, set[str]] = {}
+
+    def folder(name: str) -> str:
+        top = name if name.endswith(".py") else name.split(".")[0]
+        return "kernels" if top == "remat" else top  # which still need each other
+
+    for name, others in edges.items():
+        found.setdefault(folder(name), set()).update(set(map(folder, others)) - {folder(name)})
+    return found
+
+
+def beside_doors(edges: Mapping[str, set[str]], doors: Mapping[str, str]) -> list[str]:
+    """Imports of an engine from outside of it that are not of its door."""
+    return [
+        f"{name} imports {other}, not {door}"
+        for name, others in edges.items()
+        for other in sorted(others)
+        for engine, door in doors.items()
+        if other.startswith(f"{engine}.") and not name.startswith(f"{engine}.") and other != door
+    ]
+
+
 @pytest.mark.parametrize("name", modules())
 def test_imports_go_down(name):
-    for other in imports(modules()[name]):
+    for other in graph()[name]:
         assert floor(other) <= floor(name), f"{name} (floor {floor(name)}) imports {other} (floor {floor(other)})"
 
 
 def test_no_imports_in_a_circle():
-    done, path = set(), []
+    assert not circle(graph())
 
-    def visit(name: str) -> None:
-        assert name not in path, " -> ".join([*path[path.index(name) :], name])
-        if name in done:
-            return
-        path.append(name)
-        for other in sorted(imports(modules()[name])):
-            visit(other)
-        done.add(path.pop())
 
-    for name in modules():
-        visit(name)
+def test_no_folders_in_a_circle():
+    assert not circle(folders(graph()))
+
+
+def test_engines_are_entered_through_their_doors():
+    assert not beside_doors(graph(), DOORS)
 
 
 def test_the_walk_sees_the_imports():
-    assert {"config", "precision", "sharding"} <= imports(modules()["runtime"])
-    assert "model.mixtral" in imports(modules()["training.step"])
+    assert {"config", "precision", "sharding"} <= graph()["runtime"]
+    assert "model.mixtral" in graph()["training.step"]
+
+
+PLANTED = {
+    "from mixtral_jax.training.step import Trainable": ["evaluation", "training", "evaluation"],
+    "def late():\n    import mixtral_jax.training.step": ["evaluation", "training", "evaluation"],
+    "from mixtral_jax.runs import checkpoint": [],
+}
+
+
+@pytest.mark.parametrize("text", PLANTED)
+def test_a_planted_circle_of_folders_is_seen(text, tmp_path):
+    file = tmp_path / "planted.py"
+    file.write_text(text)
+    planted = {**graph(), "evaluation.planted": imports(file, graph())}
+    assert not circle(planted)  # of modules; the folders alone have one
+    assert circle(folders(planted)) == PLANTED[text]
+
+
+@pytest.mark.parametrize("importer", ["model.moe", "training.step", "kernels.expert_ffn", "kernels.gpu.door"])
+def test_a_planted_way_around_a_door_is_seen(importer):
+    doors = {"kernels.cpu": "kernels.cpu.door"}
+    found = beside_doors({importer: {"kernels.cpu.amx"}}, doors)
+    assert found == [f"{importer} imports kernels.cpu.amx, not kernels.cpu.door"]
+    assert not beside_doors({importer: {"kernels.cpu.door"}}, doors)
+    assert not beside_doors({"kernels.cpu.door": {"kernels.cpu.amx"}}, doors)
 
 
 @pytest.mark.parametrize("path", [*modules().values(), *sorted((ROOT / "tests").rglob("*.py"))], ids=lambda p: p.name)
