@@ -44,7 +44,9 @@ class SourceConfig:
     """One source of text: exactly one of `path`, `hub`, `builtin` and `prepared`."""
 
     name: str = MISSING  # appears in logs and evaluation tables
-    path: str | None = None  # file, glob or directory: txt, md, jsonl, json.gz, jsonl.zst, parquet
+    # File, directory or glob: txt, md, jsonl, json.gz, jsonl.zst, parquet. A name that exists is no glob; links are
+    # followed and every file counts once; hidden and empty files of a directory are left out.
+    path: str | None = None
     hub: str | None = None  # name on the Hugging Face hub, "name" or "name:config:split", streamed
     # `python`: what every installation carries, the documentation and source of the standard library.
     builtin: Literal["python"] | None = None

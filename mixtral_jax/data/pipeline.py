@@ -9,7 +9,7 @@ from mixtral_jax.config import Config, UserError
 from mixtral_jax.data.cache_files import cache_directory
 from mixtral_jax.data.packing import Batch, num_rows, pack_rows
 from mixtral_jax.data.row_order import choose_sources, rows_dealt, shuffled_rows
-from mixtral_jax.data.sources import check_source
+from mixtral_jax.data.sources import check_sources
 from mixtral_jax.data.splits import Documents, split_documents
 from mixtral_jax.data.token_cache import open_or_build
 from mixtral_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -29,8 +29,7 @@ def open_documents(config: Config) -> tuple[Tokenizer, list[Documents], list[Doc
     """
     if not config.data.sources:
         raise UserError("data.sources is empty: name at least one source of text")
-    for source in config.data.sources:
-        check_source(source)
+    check_sources(config.data.sources)
     tokenizer = load_tokenizer(config.data, config.model.vocab_size)
     directory = cache_directory(config.data.cache_dir)
     pairs = [

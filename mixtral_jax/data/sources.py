@@ -1,22 +1,25 @@
 """Reads a source of text: its documents, one string each, in a fixed order."""
 
 import contextlib
-import glob
 import hashlib
 import io
 import json
+import logging
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from mixtral_jax.config import SourceConfig, UserError
+from mixtral_jax.data.files import Listing, identity, list_files
 from mixtral_jax.data.python_corpus import python_documents, python_files
 
 PLAIN, RECORDS, TABLES = (".txt", ".md"), (".jsonl", ".json"), (".parquet",)
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 SUFFIXES = TABLES + tuple(base + end for base in PLAIN + RECORDS for end in ("", *COMPRESSIONS))
 HUB_TIMEOUT = 10.0  # seconds that the hub may take to say whether it knows a name
+
+log = logging.getLogger(__name__)
 
 
 def _ignore(_: int) -> None:
@@ -43,7 +46,13 @@ def iter_documents(source: SourceConfig, on_bytes: Callable[[int], None] = _igno
                 empty = False
                 yield text
     if empty:
-        raise UserError(f"source '{source.name}' ({_place(source)}) holds no text: name files that do")
+        raise no_text(source)
+
+
+def no_text(source: SourceConfig) -> UserError:
+    """Makes the sentence about a source whose files hold nothing."""
+    place = source.path or source.hub or f"builtin {source.builtin}"
+    return UserError(f"source '{source.name}' ({place}) holds no text: name files that do")
 
 
 def document_parts(source: SourceConfig, on_bytes: Callable[[int], None] = _ignore) -> Iterator[Iterator[str]]:
@@ -57,18 +66,35 @@ def document_parts(source: SourceConfig, on_bytes: Callable[[int], None] = _igno
             yield _file_documents(file, source.text_field, on_bytes)
 
 
-def check_source(source: SourceConfig) -> None:
-    """Raises `UserError` when a source's files are missing or the hub cannot be reached, before anything slow."""
-    if source.prepared:
-        if not (Path(source.prepared).expanduser() / "index.json").is_file():
-            raise UserError(
-                f"source '{source.name}' of data.sources: {source.prepared} holds no prepared tokens: name a directory "
-                "tokens/LANGUAGE that `python -m mixtral_jax prepare` wrote"
-            )
-    elif source.hub:
-        _check_hub(source)
-    else:
-        source_files(source)
+def check_sources(sources: Sequence[SourceConfig]) -> None:
+    """Finds what is missing before anything slow; says what is left out and what comes in twice.
+
+    Raises:
+        UserError: a source's files are missing or the hub cannot be reached.
+    """
+    first: dict[tuple[int, int], str] = {}  # which source has a file
+    for source in sources:
+        if source.prepared:
+            files = [Path(source.prepared).expanduser() / "index.json"]
+            if not files[0].is_file():
+                raise UserError(
+                    f"source '{source.name}' of data.sources: {source.prepared} holds no prepared tokens: name a "
+                    "directory tokens/LANGUAGE that `python -m mixtral_jax prepare` wrote"
+                )
+        elif source.hub:
+            _check_hub(source)
+            continue
+        else:
+            files = source_files(source)
+            if source.path and (left_out := _listing(source).say()):
+                log.warning("source '%s': %d files; left out: %s", source.name, len(files), left_out)
+        others = [first.setdefault(identity(file), source.name) for file in files]
+        for other in dict.fromkeys(others):
+            if other != source.name:
+                log.warning(
+                    "sources '%s' and '%s' share %d files: their text counts in both, for training or held out",
+                    other, source.name, others.count(other),
+                )  # fmt: skip
 
 
 def source_files(source: SourceConfig) -> list[Path]:
@@ -87,20 +113,27 @@ def source_files(source: SourceConfig) -> list[Path]:
     if source.builtin:
         return python_files()
     where = f"source '{source.name}' of data.sources"
-    path = Path(source.path or "").expanduser()
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and _kind(file))
-        if not files:
-            raise UserError(f"{where}: the directory {path} holds no file that ends in {_list(SUFFIXES)}")
-        return files
-    files = [path] if path.exists() else sorted(Path(name) for name in glob.glob(str(path), recursive=True))
-    files = [file for file in files if not file.is_dir()]
-    if not files:
-        raise UserError(f"{where}: nothing matches the path {path}: name a file, a directory or a glob")
-    for file in files:
-        if not _kind(file):
+    listing = _listing(source)
+    if not listing.files and listing.left_out["empty"]:
+        raise no_text(source)
+    if not listing.files and Path(source.path or "").expanduser().is_dir():
+        raise UserError(f"{where}: the directory {listing.root} holds no file that ends in {_list(SUFFIXES)}")
+    if not listing.files:
+        raise UserError(f"{where}: nothing matches the path {source.path}: name a file, a directory or a glob")
+    for file in listing.files:
+        if not _kind(file.name):
             raise UserError(f"{where}: cannot read files such as {file}: the name must end in {_list(SUFFIXES)}")
-    return files
+    return listing.files
+
+
+def _listing(source: SourceConfig) -> Listing:
+    try:
+        return list_files(source.path or "", _kind, empty=False)
+    except OSError as error:
+        raise UserError(
+            f"source '{source.name}' of data.sources: cannot list {error.filename}: {error.strerror}; mend that or "
+            "name other files"
+        ) from None
 
 
 def source_fingerprint(source: SourceConfig) -> str:
@@ -123,17 +156,13 @@ def total_bytes(source: SourceConfig) -> int | None:
     return None if source.hub else sum(file.stat().st_size for file in source_files(source))
 
 
-def _place(source: SourceConfig) -> str:
-    return source.path or source.hub or f"builtin {source.builtin}"
-
-
 def _list(names: tuple[str, ...]) -> str:
     return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
-def _kind(file: Path) -> str | None:
-    """Suffix that tells the format, without that of the compression; None: unknown."""
-    name = file.name.lower()
+def _kind(name: str) -> str | None:
+    """Suffix of a file's name that tells the format, without that of the compression; None: unknown."""
+    name = name.lower()
     suffix = next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
     for end in COMPRESSIONS:
         suffix = suffix.removesuffix(end) if suffix else None
@@ -141,7 +170,7 @@ def _kind(file: Path) -> str | None:
 
 
 def _file_documents(file: Path, field: str, on_bytes: Callable[[int], None]) -> Iterator[str]:
-    kind = _kind(file)
+    kind = _kind(file.name)
     try:
         if kind in TABLES:
             yield from _table_documents(file, field)
@@ -191,25 +220,21 @@ def _record_documents(
 
 
 def _table_documents(file: Path, field: str) -> Iterator[str]:
-    import datasets
     from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
 
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it also raises
-    with tempfile.TemporaryDirectory() as scratch:  # for its lock file, which would land in the user's home
-        try:
-            rows = datasets.load_dataset(
-                "parquet", data_files=[str(file)], split="train", streaming=True, columns=[field], cache_dir=scratch
-            )
-            if field not in rows.features:
+    try:
+        with ParquetFile(file) as table:
+            if field not in table.schema_arrow.names:
                 raise UserError(f"{file} has no column '{field}': set text_field to one that holds text")
             number = 0
-            for table in rows.with_format("arrow").iter(batch_size=1000):
-                for value in table[field].to_pylist():
+            for batch in table.iter_batches(batch_size=1000, columns=[field]):
+                for value in batch.column(0).to_pylist():
                     number += 1
                     yield _checked(value, field, f"{file}, row {number}")
-        except (ArrowException, ValueError) as error:
-            problem = str(error).splitlines()[0].rstrip(".")
-            raise UserError(f"cannot read {file}: {problem}; mend or leave out the file") from None
+    except ArrowException as error:
+        problem = str(error).splitlines()[0].rstrip(".")
+        raise UserError(f"cannot read {file}: {problem}; mend or leave out the file") from None
 
 
 def _decode(data: bytes, where: str) -> str:

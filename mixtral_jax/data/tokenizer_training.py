@@ -11,7 +11,7 @@ from rich.console import Console
 
 from mixtral_jax.config import DataConfig, SourceConfig, UserError
 from mixtral_jax.data.cache_files import cache_directory, locked, write_file
-from mixtral_jax.data.sources import document_parts, source_files, source_fingerprint
+from mixtral_jax.data.sources import document_parts, no_text, source_files, source_fingerprint
 
 RECIPE = 1  # raise it when the sample or the settings below change
 SAMPLE = 24 << 20  # characters of all sources together; trains in about ten seconds
@@ -49,6 +49,8 @@ def _train(data: DataConfig, vocab_size: int) -> bytes:
     total = sum(source.weight for source in data.sources)
     # A list, for an error inside of an iterator would reach us as the trainer's.
     sample = [piece for source in data.sources for piece in _sample(source, int(SAMPLE * source.weight / total))]
+    if not any(map(str.strip, sample)):
+        raise no_text(data.sources[0])
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

@@ -8,7 +8,7 @@ from mixtral_jax.compiled import keep_compiled
 from mixtral_jax.config import Config, SourceConfig, UserError
 from mixtral_jax.config_loading import parse_config, replace
 from mixtral_jax.data.cache_files import cache_directory
-from mixtral_jax.data.sources import check_source
+from mixtral_jax.data.sources import check_sources
 from mixtral_jax.data.splits import Documents, split_documents
 from mixtral_jax.data.token_cache import open_or_build
 from mixtral_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -79,8 +79,7 @@ def evaluation_texts(loaded: LoadedModel) -> list[Documents]:
 
 def _open_texts(loaded: LoadedModel) -> list[Documents]:
     config = loaded.config
-    for source in config.data.sources:
-        check_source(source)
+    check_sources(config.data.sources)
     trained = [(source.path, source.hub, source.builtin, source.text_field) for source in loaded.trained_on]
     texts = []
     for source in config.data.sources:

@@ -4,6 +4,8 @@ Shards depend on the input alone, never on the number of workers: that makes the
 """
 
 import json
+import logging
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from fsspec.core import has_magic, url_to_fs
 from mixtral_jax.config import UserError
 from mixtral_jax.config_loading import flatten
 from mixtral_jax.data.cache_files import write_file
+from mixtral_jax.data.files import list_files as listed_files
 from mixtral_jax.preparation.config import PrepareConfig, PrepareSource, result_settings
 
 ARCHIVES, PAGES, RECORDS, TABLES, TEXTS = (
@@ -24,6 +27,8 @@ ARCHIVES, PAGES, RECORDS, TABLES, TEXTS = (
     (".txt", ".md"),
 )
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,9 @@ def list_files(source: PrepareSource) -> list[InputFile]:
     """
     where = f"source '{source.name}'"
     try:
-        system, path = url_to_fs(str(Path(source.path).expanduser()) if "://" not in source.path else source.path)
+        if "://" not in source.path:
+            return _local_files(source, where)
+        system, path = url_to_fs(source.path)
         if has_magic(path):
             found = {name: info for name, info in system.glob(path, detail=True).items() if info["type"] == "file"}
             folder = path[: min(path.find(mark) for mark in "*?[" if mark in path)].rpartition("/")[0]
@@ -81,12 +88,10 @@ def list_files(source: PrepareSource) -> list[InputFile]:
         raise UserError(f"{where}: cannot find {source.path} ({type(error).__name__}): check the path") from None
     if not found:
         raise UserError(f"{where}: nothing to read at {source.path}: name a file, a directory or a glob")
-    local = isinstance(system, fsspec.get_filesystem_class("file"))
+    local = isinstance(system, fsspec.get_filesystem_class("file"))  # as file://
     files = []
     for name in sorted(found):
-        if not file_kind(name):
-            kinds = ", ".join(ARCHIVES + PAGES + RECORDS + TABLES + TEXTS)
-            raise UserError(f"{where}: cannot read files such as {name}: the name must end in one of {kinds}, or .gz")
+        _check_kind(name, where)
         info = found[name]
         if info.get("size") is None:  # a web server's list of files names them only
             info = system.info(name)
@@ -94,6 +99,29 @@ def list_files(source: PrepareSource) -> list[InputFile]:
         shown = name.removeprefix(folder).lstrip("/")
         files.append(InputFile(name if local else system.unstrip_protocol(name), shown, info.get("size"), version))
     return files
+
+
+def _local_files(source: PrepareSource, where: str) -> list[InputFile]:
+    listing = listed_files(source.path, file_kind)
+    if left_out := listing.say():
+        log.warning("%s: %d files; left out: %s", where, len(listing.files), left_out)
+    if not listing.files and not has_magic(source.path) and not Path(source.path).expanduser().exists():
+        raise FileNotFoundError
+    if not listing.files:
+        raise UserError(f"{where}: nothing to read at {source.path}: name a file, a directory or a glob")
+    files = []
+    for file in listing.files:
+        _check_kind(file.name, where)
+        status = file.stat()
+        shown = file.relative_to(listing.root).as_posix()
+        files.append(InputFile(os.path.abspath(file), shown, status.st_size, str(status.st_mtime)))
+    return files
+
+
+def _check_kind(name: str, where: str) -> None:
+    if not file_kind(name):
+        kinds = ", ".join(ARCHIVES + PAGES + RECORDS + TABLES + TEXTS)
+        raise UserError(f"{where}: cannot read files such as {name}: the name must end in one of {kinds}, or .gz")
 
 
 def make_shards(config: PrepareConfig) -> list[Shard]:

@@ -11,7 +11,7 @@ import pytest
 import zstandard
 
 from mixtral_jax.config import SourceConfig, UserError
-from mixtral_jax.data.sources import SUFFIXES, check_source, iter_documents, source_fingerprint, total_bytes
+from mixtral_jax.data.sources import SUFFIXES, check_sources, iter_documents, source_fingerprint, total_bytes
 
 TEXTS = ["One.\nTwo lines.", "  größer 😀\r\n", "third\ttext"]
 COMPRESS = {".gz": gzip.compress, ".zst": zstandard.compress}
@@ -150,14 +150,14 @@ def test_an_unreachable_hub_is_one_sentence(monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", no_network)
     hub = SourceConfig(name="far", hub="someone/something")
-    for attempt in (lambda: check_source(hub), lambda: list(iter_documents(hub))):
+    for attempt in (lambda: check_sources([hub]), lambda: list(iter_documents(hub))):
         with pytest.raises(
             UserError, match="source 'far': cannot read 'someone/something' from the data hub"
         ) as caught:
             attempt()
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="not written as name or name:config:split"):
-        check_source(SourceConfig(name="far", hub="a:b:c:d"))
+        check_sources([SourceConfig(name="far", hub="a:b:c:d")])
 
 
 def test_a_hubs_records_are_streamed_and_their_trouble_told(monkeypatch):
@@ -189,5 +189,5 @@ def test_the_fingerprint_follows_files_and_field_but_not_the_name(tmp_path):
     path.write_text("abd")
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
     assert first != source_fingerprint(source(path))
-    (tmp_path / "b.txt").write_text("")
+    (tmp_path / "b.txt").write_text("b")
     assert source_fingerprint(source(tmp_path)) != source_fingerprint(source(path))
