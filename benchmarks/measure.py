@@ -81,12 +81,13 @@ class Report:
         for name in self.rows[0]:
             table.add_column(name.replace("_", " "), justify="left" if isinstance(self.rows[0][name], str) else "right")
         for row in self.rows:
-            table.add_row(*(_for_people(value) for value in row.values()))
+            table.add_row(*(for_people(value) for value in row.values()))
         console.print(table)
         print(json.dumps({"benchmark": self.title, "machine": machine(), "formula": self.formula, "rows": self.rows}))
 
 
-def _for_people(value: Any) -> str:
+def for_people(value: Any) -> str:
+    """A figure as it is printed."""
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
     return "-" if value is None else str(value)

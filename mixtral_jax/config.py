@@ -80,6 +80,8 @@ class TrainConfig:
     log_every: int = 10  # steps between lines of metrics.jsonl
     eval_every: int = 0  # steps; 0: only at the end
     eval_batches: int = 8  # held-out batches per source and evaluation during training; the last one takes all
+    # The same bits from every run on the same device: on GPUs by slower operations, elsewhere it always is so.
+    deterministic: bool = False
     max_nonfinite_steps: int = 10  # skipped updates in a row before the run stops
     stop_at_step: int | None = None  # end this invocation early, with a checkpoint; the schedule still aims at `steps`
 
@@ -230,4 +232,4 @@ class Config:
 # A run may be resumed with other values of these: they change where and how often, not what is learnt.
 RESUMABLE_KEYS = ("run_dir", "init_from", "mesh", "distributed", "checkpoint", "kernels", "eval", "data.cache_dir",
                   "train.log_every", "train.eval_every", "train.eval_batches", "train.max_nonfinite_steps",
-                  "train.stop_at_step", "train.steps")  # fmt: skip
+                  "train.stop_at_step", "train.steps", "train.deterministic")  # fmt: skip

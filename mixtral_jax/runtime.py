@@ -36,6 +36,7 @@ class Runtime:
     block_sizes: tuple[int, ...]  # rows of the blocks of expert products; empty: chosen from the expected load
     loss_chunk: int  # tokens of a device
     remat: Literal["none", "dots", "full"]
+    deterministic: bool  # whether a GPU must give the same bits every time
 
     @property
     def platform(self) -> str:
@@ -89,6 +90,7 @@ def make_runtime(config: Config, mesh: Mesh | None = None) -> Runtime:
         block_sizes=(config.kernels.block_size,) if config.kernels.block_size else (),
         loss_chunk=config.kernels.loss_chunk,
         remat=config.train.remat,
+        deterministic=config.train.deterministic and platform == "gpu",  # others always do
     )
 
 

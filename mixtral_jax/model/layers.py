@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from mixtral_jax.kernels.cpu.layers import matmul
+from mixtral_jax.kernels.lookup import look_up
 from mixtral_jax.precision import FULL, Precision
 from mixtral_jax.runtime import Runtime
 from mixtral_jax.sharding import VOCAB_AXIS, Axes, add_up, by_device, gather, spec
@@ -68,8 +69,8 @@ def embed(
         row = tokens - jax.lax.axis_index(VOCAB_AXIS) * table.shape[0]
         # Rows of other devices are out of range; a negative index would count from the end.
         row = jnp.where(row < 0, table.shape[0], row)
-        found = jnp.take(table, row, axis=0, mode="fill", fill_value=0).astype(runtime.precision.compute)
-        return add_up(found, runtime.mesh, VOCAB_AXIS)
+        take = look_up if runtime.deterministic else partial(jnp.take, axis=0, mode="fill", fill_value=0)
+        return add_up(take(table, row).astype(runtime.precision.compute), runtime.mesh, VOCAB_AXIS)
 
     return by_device(
         local,

@@ -1,12 +1,19 @@
 """Admission of kernels: before a run starts on an accelerator, what was chosen must compute what the formulas say.
 
-Compilers and kernels change with every release, and a wrong one trains a wrong model without a word.
+Compilers and kernels change with every release, and a wrong one trains a wrong model without a word. What was found is
+kept beside the compiled programs, for as long as device, versions, kernels and shapes stay the same.
 """
 
+import contextlib
+import ctypes
+import hashlib
+import importlib.metadata
 import itertools
+import json
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,7 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from mixtral_jax import kernels
 from mixtral_jax.config import Config, MeshConfig, UserError
+from mixtral_jax.data.cache_files import write_file
 from mixtral_jax.kernels.attention import attention
 from mixtral_jax.kernels.blocked import choose_block_sizes
 from mixtral_jax.kernels.expert_ffn import expert_ffn
@@ -26,10 +35,15 @@ from mixtral_jax.sharding import axis_size, make_mesh
 # TF32 0.0005, all factors of the experts' products to 8 bits up to 0.08; a wrong mask, row or expert gives more.
 LIMITS = {1: 0.15, 2: 0.02, 4: 0.002}  # by bytes of the type of products
 MOST_EXPERTS = 4  # of a device; the float32 reference of more would crowd out the model
+MOST_TOKENS, MOST_ROWS = 2048, 4096  # of attention and of the experts: widths are real, the rest need not be
+PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "jax-cuda12-plugin", "jax-cuda12-pjrt", "libtpu",
+            "nvidia-cudnn-cu13", "nvidia-cudnn-cu12", "qwix")  # fmt: skip
+
+Differences = dict[str, dict[str, float]]
 
 
 def admit_kernels(config: Config, runtime: Runtime) -> str:
-    """Compares attention and expert products with float32 references, at the shapes of one device.
+    """Compares attention and expert products with float32 references, at the widths of one device.
 
     Args:
         config: gives the shapes.
@@ -41,10 +55,22 @@ def admit_kernels(config: Config, runtime: Runtime) -> str:
     Raises:
         UserError: a kernel differs by more than rounding; names it and the figures.
     """
-    differences = {
-        f"attention: {runtime.attention}": _attention_differences(config, runtime),
-        f"experts: {runtime.experts}": _expert_differences(config, runtime),
-    }
+    cases = _attention_case(config, runtime), _experts_case(config, runtime)
+    kept, facts = _kept_in(), _facts(runtime, [case[-1] for case in cases])
+    differences = _read(kept, facts)
+    known = differences is not None
+    if differences is None:
+        names = f"attention: {runtime.attention}", f"experts: {runtime.experts}"
+        differences = {name: _differences(*case, runtime) for name, case in zip(names, cases, strict=True)}
+    _check(differences, runtime)
+    if kept and facts and not known:
+        write_file(_file(kept, facts), json.dumps(_sealed(facts, differences)).encode())
+    largest = max(value for found in differences.values() for value in found.values())
+    when = "found before" if known else "forward and gradients"
+    return f"kernels checked against float32, {when}: relative differences up to {largest:.1g}"
+
+
+def _check(differences: Differences, runtime: Runtime) -> None:
     precision = runtime.precision
     for kernel, found in differences.items():
         products = precision.experts or precision.compute if kernel.startswith("experts") else precision.compute
@@ -57,13 +83,79 @@ def admit_kernels(config: Config, runtime: Runtime) -> str:
                 f"kernels.{key}={name} does not compute what it should on this device: relative differences from "
                 f"float32 are {figures}, at most {limit} is allowed; choose another kernels.{key} or version of JAX"
             )
-    largest = max(value for found in differences.values() for value in found.values())
-    return f"kernels checked against float32, forward and gradients: relative differences up to {largest:.1g}"
 
 
-def _attention_differences(config: Config, runtime: Runtime) -> dict[str, float]:
+def _kept_in() -> Path | None:
+    """The directory of compiled programs, where there is one; see `compiled.keep_compiled`."""
+    settings: Any = jax.config
+    directory = settings.jax_compilation_cache_dir if settings.jax_enable_compilation_cache else None
+    return Path(directory) if directory and "://" not in directory else None
+
+
+def _facts(runtime: Runtime, shapes: list[Any]) -> dict[str, Any] | None:
+    """All that a verdict depends on; None where the driver does not say its version."""
+    device = jax.local_devices()[0]
+    driver = _nvidia_driver() if device.platform == "gpu" else device.client.platform_version
+    versions = {}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    digest = hashlib.sha256()
+    for path in sorted(Path(next(iter(kernels.__path__))).rglob("*.py")):
+        digest.update(path.read_bytes())
+    digest.update(Path(__file__).read_bytes())
+    backends = runtime.attention, runtime.experts, runtime.block_sizes
+    facts = {
+        "device": device.device_kind, "driver": driver, "versions": versions, "kernels": digest.hexdigest(),
+        "backends": backends, "precision": str(runtime.precision), "shapes": shapes,
+    }  # fmt: skip
+    return json.loads(json.dumps(facts)) if driver else None
+
+
+def _nvidia_driver() -> str:
+    """The driver's version by NVIDIA's management library; empty where that is not there."""
+    try:
+        library = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return ""
+    text = ctypes.create_string_buffer(96)
+    library.nvmlInit_v2()
+    failed = library.nvmlSystemGetDriverVersion(text, len(text))
+    library.nvmlShutdown()
+    return "" if failed else text.value.decode()
+
+
+def _file(directory: Path, facts: dict[str, Any]) -> Path:
+    return directory / f"admitted-{_digest(facts)[:24]}.json"
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _sealed(facts: dict[str, Any], differences: Differences) -> dict[str, Any]:
+    body = {"facts": facts, "differences": differences}
+    return {**body, "sha256": _digest(body)}
+
+
+def _read(directory: Path | None, facts: dict[str, Any] | None) -> Differences | None:
+    """What was found for the same facts; None for anything else, also where the file is not as it was written."""
+    if directory is None or facts is None or not _file(directory, facts).exists():
+        return None
+    try:
+        found = json.loads(_file(directory, facts).read_text())
+    except (OSError, ValueError):
+        return None
+    good = isinstance(found, dict) and found == _sealed(facts, found.get("differences"))
+    return found["differences"] if good else None
+
+
+Case = tuple[Callable[..., Array], Callable[..., Array], tuple[str, ...], list[tuple[int, ...]]]
+
+
+def _attention_case(config: Config, runtime: Runtime) -> Case:
     model, mesh = config.model, runtime.mesh
-    seq_len = config.data.seq_len
+    seq_len = min(config.data.seq_len, MOST_TOKENS)
     heads, kv_heads = (n // axis_size(mesh, "heads") for n in (model.num_heads, model.num_kv_heads))
     # Documents of several lengths, and padding at the end.
     ends = [0, seq_len // 7, seq_len // 2, seq_len - seq_len // 16]
@@ -71,49 +163,64 @@ def _attention_differences(config: Config, runtime: Runtime) -> dict[str, float]
     for number, (start, end) in enumerate(itertools.pairwise(ends), 1):
         ids[:, start:end] = number
     shapes = [(1, seq_len, n, model.head_dim) for n in (heads, kv_heads, kv_heads, heads)]
-    real = jnp.asarray(ids[..., None, None] > 0)
-
+    real = ids[..., None, None] > 0
     one_device = make_mesh(MeshConfig(), jax.local_devices()[:1])
 
-    def run(backend: Any, q: Array, k: Array, v: Array) -> Array:
-        out = attention(q, k, v, jnp.asarray(ids), mesh=one_device, backend=backend)
+    def kernel(q: Array, k: Array, v: Array) -> Array:
+        out = attention(q, k, v, jnp.asarray(ids), mesh=one_device, backend=runtime.attention)
         return jnp.where(real, out, 0)  # what padding sees is nobody's business
 
-    kernel, reference = partial(run, runtime.attention), partial(run, "blockwise")
-    return _differences(kernel, reference, shapes, ("output", "d_q", "d_k", "d_v"), runtime)
+    def reference(q: Array, k: Array, v: Array) -> Array:
+        place = jnp.arange(seq_len)
+        seen = (place[:, None] >= place) & (ids[0][:, None] == ids[0])
+        q = q.reshape(1, seq_len, kv_heads, heads // kv_heads, model.head_dim) * model.head_dim**-0.5
+        scores = jnp.where(seen, jnp.einsum("bqkgh,btkh->bkgqt", q, k), -jnp.inf)
+        out = jnp.einsum("bkgqt,btkh->bqkgh", jax.nn.softmax(scores, axis=-1), v)
+        return jnp.where(real, out.reshape(1, seq_len, heads, model.head_dim), 0)
+
+    return kernel, reference, ("output", "d_q", "d_k", "d_v"), shapes
 
 
-def _expert_differences(config: Config, runtime: Runtime) -> dict[str, float]:
+def _experts_case(config: Config, runtime: Runtime) -> Case:
     model, mesh = config.model, runtime.mesh
     experts = min(MOST_EXPERTS, model.num_experts // axis_size(mesh, "experts"))
     d_ff = model.d_ff // axis_size(mesh, "d_ff")
     batch = config.train.batch_size // config.train.microbatches // axis_size(mesh, "batch")
     tokens = batch * config.data.seq_len // axis_size(mesh, "sequence")
-    rows = tokens * model.num_experts_per_tok
+    rows = min(tokens * model.num_experts_per_tok, MOST_ROWS)
     # A part of the buffer is empty, one expert has no rows and one has most, if there are so many.
     sizes = np.zeros(experts, np.int32)
     sizes[-1] = rows - rows // 8
     sizes[0] -= sizes.sum() - (rows - rows // 16)
-    used = jnp.arange(rows)[:, None] < int(sizes.sum())
+    ends = np.cumsum(sizes).tolist()
+    used = np.arange(rows)[:, None] < ends[-1]
     w_in, w_out = (experts, model.d_model, d_ff), (experts, d_ff, model.d_model)
     shapes = [(rows, model.d_model), w_in, w_in, w_out, (rows, model.d_model)]
 
-    def run(backend: Any, eight_bit: Any, *arrays: Array) -> Array:
+    def kernel(*arrays: Array) -> Array:
         blocks = runtime.block_sizes or choose_block_sizes(rows, experts)
-        interpret = runtime.platform == "cpu"
-        settings = {"backend": backend, "block_sizes": blocks, "interpret": interpret, "eight_bit": eight_bit}
-        out = expert_ffn(arrays[0], jnp.asarray(sizes), *arrays[1:], **settings)
+        settings = {"block_sizes": blocks, "interpret": runtime.platform == "cpu"}
+        eight_bit = runtime.precision.experts
+        out = expert_ffn(
+            arrays[0], jnp.asarray(sizes), *arrays[1:], backend=runtime.experts, eight_bit=eight_bit, **settings
+        )
         return jnp.where(used, out, 0)
 
-    kernel, reference = partial(run, runtime.experts, runtime.precision.experts), partial(run, "blocked", None)
-    return _differences(kernel, reference, shapes, ("output", "d_rows", "d_w_gate", "d_w_up", "d_w_down"), runtime)
+    def reference(x: Array, w_gate: Array, w_up: Array, w_down: Array) -> Array:
+        parts = []
+        for expert, (start, end) in enumerate(itertools.pairwise([0, *ends])):
+            mine = x[start:end]
+            parts.append((jax.nn.silu(mine @ w_gate[expert]) * (mine @ w_up[expert])) @ w_down[expert])
+        return jnp.concatenate([*parts, jnp.zeros_like(x[ends[-1] :])])
+
+    return kernel, reference, ("output", "d_rows", "d_w_gate", "d_w_up", "d_w_down"), shapes
 
 
 def _differences(
     kernel: Callable[..., Array],
     reference: Callable[..., Array],
-    shapes: Sequence[tuple[int, ...]],
     names: tuple[str, ...],
+    shapes: Sequence[tuple[int, ...]],
     runtime: Runtime,
 ) -> dict[str, float]:
     """Relative differences of the output and of each gradient; the last shape is that of the output."""
@@ -124,9 +231,19 @@ def _differences(
         return out, *pull(arrays[-1].astype(out.dtype))
 
     @jax.jit
-    def compare(arrays: list[Array]) -> list[Array]:
-        arrays = [array.astype(compute) for array in arrays]
-        found = value_and_pull(kernel, arrays)
+    def make(key: Array) -> list[Array]:
+        scales = [shape[1] ** -0.5 if len(shape) == 3 else 1.0 for shape in shapes]  # matrices of unit gain
+        keys = jax.random.split(key, len(shapes))
+        arrays = [
+            scale * jax.random.normal(key, shape, FULL) for key, shape, scale in zip(keys, shapes, scales, strict=True)
+        ]
+        return [array.astype(compute) for array in arrays]
+
+    # The reference in XLA's first choice of products: to time all of them takes longer than the products.
+    quickly = {"xla_gpu_autotune_level": 0} if runtime.platform == "gpu" else None
+
+    @partial(jax.jit, compiler_options=quickly)
+    def compare(found: tuple[Array, ...], arrays: list[Array]) -> list[Array]:
         with jax.default_matmul_precision(EXACT_PRODUCT.name.lower()):
             expected = value_and_pull(reference, [array.astype(FULL) for array in arrays])
         return [
@@ -134,10 +251,7 @@ def _differences(
             for a, b in zip(found, expected, strict=True)
         ]
 
-    keys = jax.random.split(jax.random.key(0), len(shapes))
-    scales = [shape[1] ** -0.5 if len(shape) == 3 else 1.0 for shape in shapes]  # matrices of unit gain
     with jax.default_device(jax.local_devices()[0]):
-        arrays = [
-            scale * jax.random.normal(key, shape, FULL) for key, shape, scale in zip(keys, shapes, scales, strict=True)
-        ]
-        return {name: float(value) for name, value in zip(names, compare(arrays), strict=True)}
+        arrays = make(jax.random.key(0))
+        found = jax.jit(partial(value_and_pull, kernel))(arrays)
+        return {name: float(value) for name, value in zip(names, compare(found, arrays), strict=True)}

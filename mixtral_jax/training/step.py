@@ -14,7 +14,7 @@ from mixtral_jax.kernels.cpu.adamw import global_norm
 from mixtral_jax.kernels.cpu.layers import Stacks
 from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.precision import FULL
-from mixtral_jax.runtime import check_divides, check_sequence
+from mixtral_jax.runtime import Runtime, check_divides, check_sequence
 from mixtral_jax.sharding import named_sharding
 from mixtral_jax.training.losses import (
     Counts,
@@ -35,11 +35,18 @@ from mixtral_jax.training.optimizer import (
 
 TrainState = dict[str, Any]
 Metrics = dict[str, Array]
+CompilerOptions = dict[str, bool | int | float | str]
+# Without it, XLA for CPU copies half of the state before it overwrites it.
+ON_CPU: CompilerOptions = {"xla_cpu_copy_insertion_use_region_analysis": True}
+# Operations and products that give the same bits every time, chosen without timing them; cuDNN's backward pass, too.
+DETERMINISTIC: CompilerOptions = {"xla_gpu_exclude_nondeterministic_ops": True}
 
-# By platform. Without it, XLA for CPU copies half of the state before it overwrites it.
-COMPILER_OPTIONS: dict[str, dict[str, bool | int | float | str]] = {
-    "cpu": {"xla_cpu_copy_insertion_use_region_analysis": True}
-}
+
+def compiler_options(runtime: Runtime) -> CompilerOptions | None:
+    """Returns what XLA is told about the programs that train."""
+    if runtime.deterministic:
+        return DETERMINISTIC
+    return ON_CPU if runtime.platform == "cpu" else None
 
 
 class Trainable:
@@ -62,7 +69,7 @@ class Trainable:
             in_shardings=(self.shardings(), memory, {key: self.batch_sharding for key in BATCH_KEYS}),
             out_shardings=(self.shardings(), memory, self.replicated),
             donate_argnums=(0, 1),
-            compiler_options=COMPILER_OPTIONS.get(architecture.runtime.platform),
+            compiler_options=compiler_options(architecture.runtime),
         )
         self._memory: Stacks | None = None
 

@@ -52,7 +52,7 @@ def _fwd(
     rows: Array, group_sizes: Array, w_gate: Array, w_up: Array, w_down: Array, interpret: bool
 ) -> tuple[Array, tuple[Array, ...]]:
     gate, up = (gmm([(rows, w)], group_sizes, fill=False, interpret=interpret) for w in (w_gate, w_up))
-    (inner,) = _swiglu(gate, up, None, group_sizes, interpret)
+    (inner,) = swiglu(gate, up, None, group_sizes, interpret)
     out = gmm([(inner, w_down)], group_sizes, interpret=interpret)
     return out, (rows, group_sizes, w_gate, w_up, w_down, gate, up)
 
@@ -60,7 +60,7 @@ def _fwd(
 def _bwd(interpret: bool, residuals: tuple[Array, ...], d_out: Array) -> tuple[Array | None, ...]:
     rows, sizes, w_gate, w_up, w_down, gate, up = residuals
     d_inner = gmm([(d_out, w_down)], sizes, transposed=True, fill=False, interpret=interpret)
-    inner, d_gate, d_up = _swiglu(gate, up, d_inner, sizes, interpret)
+    inner, d_gate, d_up = swiglu(gate, up, d_inner, sizes, interpret)
     d_rows = gmm([(d_gate, w_gate), (d_up, w_up)], sizes, transposed=True, interpret=interpret)
     pairs = ((rows, d_gate), (rows, d_up), (inner, d_out))
     return d_rows, None, *(tgmm(left, right, sizes, w_gate.dtype, interpret=interpret) for left, right in pairs)
@@ -163,8 +163,21 @@ def tgmm(
     return _call(kernel, "tgmm", (grid[0] * grid[1], sizes.size), result, interpret)(ends - sizes, ends, left, right)
 
 
-def _swiglu(gate: Array, up: Array, d_inner: Array | None, sizes: Array, interpret: bool) -> tuple[Array, ...]:
-    """Computes silu(gate) * up and, given its gradient, those of gate and up; only in rows of somebody."""
+def swiglu(
+    gate: Float[Array, "rows d_ff"],
+    up: Float[Array, "rows d_ff"],
+    d_inner: Float[Array, "rows d_ff"] | None,
+    sizes: Int[Array, " groups"],
+    interpret: bool,
+) -> tuple[Float[Array, "rows d_ff"], ...]:
+    """Computes silu(gate) * up and, given its gradient, those of gate and up; only in rows of somebody.
+
+    Args:
+        gate, up: rows sorted by group.
+        d_inner: gradient of the result; None: there is none.
+        sizes: rows of each group.
+        interpret: run the kernel step by step, on a CPU.
+    """
     (num_rows, columns), dtype = gate.shape, gate.dtype
     height, width = ELEMENTWISE_BLOCK
     arrays = [gate, up] if d_inner is None else [gate, up, d_inner]

@@ -1,0 +1,174 @@
+"""Every part of one layer of Mixtral 8x7B on one device, 16,384 tokens in bfloat16; see `accelerator`."""
+
+import importlib
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from benchmarks.accelerator import Options
+from benchmarks.timing import normal, report, time_it, uneven_sizes
+from mixtral_jax.config import MeshConfig, PrecisionConfig
+from mixtral_jax.kernels.attention import attention as attend
+from mixtral_jax.kernels.blocked import choose_block_sizes
+from mixtral_jax.kernels.expert_ffn import expert_ffn
+from mixtral_jax.kernels.permutation import combine_rows, dispatch_rows
+from mixtral_jax.model.layers import RMSNorm, rotary_tables, rotate
+from mixtral_jax.model.routing import choose_experts, dropless_plan
+from mixtral_jax.precision import make_precision
+from mixtral_jax.runtime import AUTO_ATTENTION, AUTO_EIGHT_BIT, AUTO_EXPERTS
+from mixtral_jax.sharding import make_mesh
+
+BFLOAT16 = jnp.bfloat16
+EXPERTS, PER_TOKEN = 8, 2
+# Backends whose gmm, tgmm and swiglu can be called alone.
+GROUPED = {"triton": "mixtral_jax.kernels.gpu.triton_grouped"}
+
+
+def sizes(tiny: bool) -> tuple[int, int, int, int, int, int]:
+    """Rows of the batch, tokens of a row, d_model, d_ff, heads, kv_heads."""
+    return (2, 32, 32, 48, 4, 2) if tiny else (4, 4096, 4096, 14336, 32, 8)
+
+
+def products(options: Options) -> None:
+    """Products of the experts, alone and as a whole SwiGLU, each beside the dense product of its shape."""
+    batch, seq_len, d, f, *_ = sizes(options.tiny)
+    platform = jax.devices()[0].platform
+    rows, interpret = batch * seq_len * PER_TOKEN, platform == "cpu"
+    load = jnp.asarray(uneven_sizes(rows, EXPERTS), jnp.int32)
+    x, y = normal((rows, d), BFLOAT16, 0), normal((rows, f), BFLOAT16, 1)
+    w_gate, w_up, w_down = (
+        normal((EXPERTS, *shape), BFLOAT16, seed, shape[0] ** -0.5)
+        for seed, shape in ((2, (d, f)), (3, (d, f)), (4, (f, d)))
+    )
+    flops, product, across = 2 * rows * d * f, jax.jit(jnp.matmul), jax.jit(lambda a, b: a.T @ b)
+    up = time_it("dense rows x d_model x d_ff", product, x, w_up[0], flops=flops)
+    down = time_it("dense rows x d_ff x d_model", product, y, w_down[0], flops=flops)
+    sums = time_it("dense d_model x rows x d_ff", across, x, y, flops=flops)
+    backends = options.experts or (AUTO_EXPERTS[platform],)
+    for name in [*backends, *["triton"] * options.tiny]:
+        if name in GROUPED:
+            module = importlib.import_module(GROUPED[name])
+            gmm = jax.jit(partial(module.gmm, interpret=interpret), static_argnames="transposed")
+            tgmm = jax.jit(partial(module.tgmm, dtype=BFLOAT16, interpret=interpret))
+            back = partial(gmm, transposed=True)
+            time_it(f"{name}, forward up", gmm, [(x, w_up)], load, flops=flops, dense=up)
+            time_it(f"{name}, forward down", gmm, [(y, w_down)], load, flops=flops, dense=down)
+            time_it(f"{name}, rows' gradients of down", back, [(x, w_down)], load, flops=flops, dense=up)
+            time_it(f"{name}, rows' gradients of up", back, [(y, w_up)], load, flops=flops, dense=down)
+            time_it(f"{name}, weights' gradients of up", tgmm, x, y, load, flops=flops, dense=sums)
+            time_it(f"{name}, weights' gradients of down", tgmm, y, x, load, flops=flops, dense=sums)
+    for name in backends:
+        swiglu(name, "compute", load, (x, w_gate, w_up, w_down), 3 / (2 / up + 1 / down))
+
+
+def eight_bit(options: Options) -> None:
+    """The experts' SwiGLU with factors of 8 bits."""
+    batch, seq_len, d, f, *_ = sizes(options.tiny)
+    rows = batch * seq_len * PER_TOKEN
+    load = jnp.asarray(uneven_sizes(rows, EXPERTS), jnp.int32)
+    x, shapes = normal((rows, d), BFLOAT16, 0), ((d, f), (d, f), (f, d))
+    weights = [normal((EXPERTS, *shape), BFLOAT16, n, shape[0] ** -0.5) for n, shape in enumerate(shapes, 1)]
+    product = jax.jit(jnp.matmul)
+    dense = time_it("dense rows x d_model x d_ff", product, x, weights[0][0], flops=2 * rows * d * f)
+    for factors in ("fp8", "int8"):
+        swiglu(AUTO_EIGHT_BIT[jax.devices()[0].platform], factors, load, (x, *weights), dense)
+
+
+def swiglu(name: str, factors: str, load: Array, arrays: tuple[Array, ...], dense: float) -> None:
+    """Measures the experts' SwiGLU, forward and with all gradients, in a backend."""
+    x, w_gate = arrays[:2]
+    run = partial(
+        expert_ffn, backend=name, block_sizes=choose_block_sizes(len(x), EXPERTS),
+        interpret=jax.devices()[0].platform == "cpu",
+        eight_bit=make_precision(PrecisionConfig(experts=factors)).experts,
+    )  # fmt: skip
+    layer = lambda x, *w: run(x, load, *w)  # noqa: E731
+    forward, gradients = jax.jit(layer), jax.jit(lambda d_out, *a: jax.vjp(layer, *a)[1](d_out))
+    title = f"{name if factors == 'compute' else f'{name} {factors}'}, SwiGLU forward"
+    flops = 6 * x.size * w_gate.shape[2]
+    time_it(title, forward, *arrays, flops=flops, dense=dense)
+    time_it(f"{title} and gradients", gradients, x, *arrays, flops=3 * flops, dense=dense)
+
+
+def attention(options: Options) -> None:
+    """Packed attention with one and with four documents a row, beside cuDNN's own causal call."""
+    batch, seq_len, d, _, heads, kv_heads = sizes(options.tiny)
+    head_dim, platform = d // heads, jax.devices()[0].platform
+    q, k, v, d_out = (normal((batch, seq_len, n, head_dim), BFLOAT16, n) for n in (heads, kv_heads, kv_heads, heads))
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    useful = 4 * batch * seq_len * (seq_len / 2) * heads * head_dim
+
+    def measure(title, run, flops):
+        forward, gradients = jax.jit(run), jax.jit(lambda q, k, v, d: jax.vjp(run, q, k, v)[1](d))
+        time_it(f"{title}, forward", forward, q, k, v, flops=flops)
+        time_it(f"{title}, forward and gradients", gradients, q, k, v, d_out, flops=3 * flops)
+
+    for documents in (1, 4):
+        ids = jnp.tile(jnp.arange(seq_len) * documents // seq_len + 1, (batch, 1)).astype(jnp.int32)
+        run = partial(attend, segment_ids=ids, mesh=mesh, backend=AUTO_ATTENTION[platform])
+        measure(f"{AUTO_ATTENTION[platform]}, {documents} a row", run, useful / documents)
+    peer = partial(jax.nn.dot_product_attention, is_causal=True)
+    if platform == "gpu":
+        peer = partial(peer, implementation="cudnn")
+    measure("jax.nn causal", peer, useful)
+
+
+def rest(options: Options) -> None:
+    """What is neither attention nor the experts' products: rows moved, elementwise work, projections, routing."""
+    batch, seq_len, d, f, heads, kv_heads = sizes(options.tiny)
+    tokens, head_dim, interpret = batch * seq_len, d // heads, jax.devices()[0].platform == "cpu"
+    rows = tokens * PER_TOKEN
+    load = jnp.asarray(uneven_sizes(rows, EXPERTS), jnp.int32)
+    wide, x, out = normal((rows, f), BFLOAT16, 0), normal((tokens, d), BFLOAT16, 1), normal((rows, d), BFLOAT16, 2)
+    one = 2 * wide.size
+    time_it("device copy", jax.jit(jnp.copy), wide, moved=2 * one)
+    for name in [name for name in GROUPED if name in (options.experts or ("triton",))]:
+        module = importlib.import_module(GROUPED[name])
+        swiglu = jax.jit(partial(module.swiglu, sizes=load, interpret=interpret))
+        time_it(f"{name}, swiglu", swiglu, wide, wide, None, moved=3 * one)
+        kept = [wide + 0, wide + 0, wide + 0]
+        back = jax.jit(partial(module.swiglu, sizes=load, interpret=interpret), donate_argnums=(0, 1, 2))
+
+        def backward(kept=kept, back=back):
+            kept[2], kept[0], kept[1] = back(*kept)
+            return kept[2]
+
+        time_it(f"{name}, swiglu's gradients in place", backward, moved=6 * one)
+        del kept, backward
+    logits = normal((tokens, EXPERTS), jnp.float32, 3)
+
+    @jax.jit
+    def route(logits):
+        chosen, shares = choose_experts(logits, jnp.zeros(EXPERTS), PER_TOKEN)
+        return dropless_plan(chosen, EXPERTS, rows), shares
+
+    time_it("choice and plan of rows", route, logits)
+    plan, shares = route(logits)
+    report("rows of the busiest expert", share=float(jnp.max(plan.group_sizes)) / rows)
+    dispatch = jax.jit(lambda x: dispatch_rows(x, plan.source, plan.row_of))
+    combine = jax.jit(lambda out, shares: combine_rows(out, shares, plan.source, plan.row_of))
+    pull_dispatch = jax.jit(lambda x, d: jax.vjp(dispatch, x)[1](d))
+    pull_combine = jax.jit(lambda out, shares, d: jax.vjp(combine, out, shares)[1](d))
+    moved = 2 * (out.size + x.size)
+    time_it("dispatch", dispatch, x, moved=moved)
+    time_it("dispatch, gradients", pull_dispatch, x, out, moved=moved)
+    time_it("combine", combine, out, shares, moved=moved)
+    time_it("combine, gradients", pull_combine, out, shares, x, moved=2 * moved)
+
+    norm = RMSNorm(d, 1e-5, make_precision(PrecisionConfig(compute="bfloat16")))
+    graph, state = nnx.split(norm)
+    normalize = jax.jit(lambda x: nnx.merge(graph, state)(x))
+    time_it("norm", normalize, x, moved=4 * x.size)
+    pull_norm = jax.jit(lambda x, d: jax.vjp(lambda x: nnx.merge(graph, state)(x), x)[1](d))
+    time_it("norm, gradients", pull_norm, x, x, moved=6 * x.size)
+    q = x.reshape(batch, seq_len, heads, head_dim)
+    positions = jnp.tile(jnp.arange(seq_len), (batch, 1))
+    turn = jax.jit(lambda q: rotate(q, *rotary_tables(positions, head_dim, 1e6)))
+    time_it("rotary embedding of queries", turn, q, moved=4 * x.size)
+    w = normal((d, d + 2 * kv_heads * head_dim + d), BFLOAT16, 4, d**-0.5)
+    project = jax.jit(lambda x, w: x @ w)
+    time_it("projections q, k, v, o as one", project, x, w, flops=2 * tokens * d * w.shape[1])
