@@ -2,7 +2,6 @@
 
 import importlib
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp

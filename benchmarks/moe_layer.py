@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.measure import Report, interleaved, median_ratio
+from benchmarks.timing import normal
 from mixtral_jax.config import PrecisionConfig
 from mixtral_jax.kernels.blocked import choose_block_sizes
 from mixtral_jax.kernels.cpu.matmul import ENGINES, available
@@ -77,7 +78,7 @@ def pieces(options: argparse.Namespace, experts: int, d_ff: int):
     rng = np.random.default_rng(0)
 
     def array(*shape):
-        return jnp.asarray(rng.standard_normal(shape) * 0.05, options.dtype)
+        return normal(shape, options.dtype, 0, 0.05)
 
     x, d_y = array(tokens, d), array(tokens, d)
     weights = array(experts, d, d_ff), array(experts, d, d_ff), array(experts, d_ff, d)

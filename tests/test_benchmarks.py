@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import layer_stack, moe_layer
+from benchmarks import accelerator, moe_layer, whole_models
 
 
 def rows_of(capsys) -> list[dict]:
@@ -21,11 +21,32 @@ def test_an_expert_layer_is_compared_with_a_dense_one(capsys, backend):
     assert all(row["of_dense"] > 0 for row in rows)
 
 
-def test_a_stack_of_layers_is_compared_with_a_dense_product(capsys):
-    sizes = "--layers 2 --rows 2 --seq-len 32 --d-model 16 --d-ff 24 --heads 4 --kv-heads 2 --head-dim 8 --experts 4"
-    layer_stack.main([*sizes.split(), *["--packed", "10", "--dtype", "float32", "--remat", "full", "--rounds", "2"]])
-    rows = rows_of(capsys)
-    assert [row["work"] for row in rows] == ["dense product", "forward", "forward and gradients"]
-    assert rows[0]["of_dense"] == 1
-    assert all(row["tflops_a_second"] > 0 for row in rows)
-    assert rows[0]["mfu"] is None  # the table has no peak of a CPU
+def test_parts_of_an_accelerator_report_as_they_go_and_a_file_holds_all(capsys, tmp_path):
+    assert accelerator.main(["--tiny", "--parts", "attention", "torch", "--json", str(tmp_path / "rows")]) == 0
+    rows = json.loads((tmp_path / "rows").read_text())["rows"]
+    named = {row["what"]: row for row in rows}
+    for what in ("blockwise, 1 a row, forward", "blockwise, 4 a row, forward and gradients", "jax.nn causal, forward"):
+        assert named[what]["TFLOP_a_s"] > 0
+    assert [row["part"] for row in rows if row["what"] == "the whole part"] == ["attention", "torch"]
+    assert len(capsys.readouterr().out.splitlines()) == len(rows)
+
+
+def test_a_part_that_takes_too_long_ends_and_the_next_has_its_turn(tmp_path, monkeypatch):
+    monkeypatch.setattr(accelerator, "LIMITS", {"products": 0.1})
+    assert accelerator.main(["--tiny", "--parts", "products", "torch", "--json", str(tmp_path / "rows")]) == 1
+    rows = json.loads((tmp_path / "rows").read_text())["rows"]
+    assert [(row["part"], row["failed"]) for row in rows if "failed" in row] == [("products", "more than 0 s")]
+    assert rows[-1]["part"] == "torch"
+
+
+def test_the_stack_and_the_steps_of_an_accelerator_give_rates_and_the_same_hashes(capsys):
+    whole_models.stack(accelerator.Options(tiny=True, experts=("blocked",)))
+    whole_models.again(accelerator.Options(tiny=True, experts=()))
+    whole_models.again(accelerator.Options(tiny=True, experts=()))
+    *stack, first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert [row["what"].split(", ", 2)[2] for row in stack] == [
+        f"{documents} a row, forward{more}" for documents in (1, 4) for more in ("", " and gradients")
+    ]
+    assert all(row["TFLOP_a_s"] > 0 for row in [*stack, first])
+    assert first["state"] == second["state"]
+    assert first["losses"] == second["losses"]

@@ -146,11 +146,12 @@ def _read(directory: Path | None, facts: dict[str, Any] | None) -> Differences |
         found = json.loads(_file(directory, facts).read_text())
     except (OSError, ValueError):
         return None
-    good = isinstance(found, dict) and found == _sealed(facts, found.get("differences"))
-    return found["differences"] if good else None
+    if not isinstance(found, dict) or found != _sealed(facts, found.get("differences", {})):
+        return None
+    return found["differences"]
 
 
-Case = tuple[Callable[..., Array], Callable[..., Array], tuple[str, ...], list[tuple[int, ...]]]
+Case = tuple[Callable[..., Array], Callable[..., Array], tuple[str, ...], Sequence[tuple[int, ...]]]
 
 
 def _attention_case(config: Config, runtime: Runtime) -> Case:
@@ -199,11 +200,9 @@ def _experts_case(config: Config, runtime: Runtime) -> Case:
 
     def kernel(*arrays: Array) -> Array:
         blocks = runtime.block_sizes or choose_block_sizes(rows, experts)
-        settings = {"block_sizes": blocks, "interpret": runtime.platform == "cpu"}
-        eight_bit = runtime.precision.experts
-        out = expert_ffn(
-            arrays[0], jnp.asarray(sizes), *arrays[1:], backend=runtime.experts, eight_bit=eight_bit, **settings
-        )
+        settings: dict[str, Any] = {"block_sizes": blocks, "interpret": runtime.platform == "cpu"}
+        settings |= {"backend": runtime.experts, "eight_bit": runtime.precision.experts}
+        out = expert_ffn(arrays[0], jnp.asarray(sizes), *arrays[1:], **settings)
         return jnp.where(used, out, 0)
 
     def reference(x: Array, w_gate: Array, w_up: Array, w_down: Array) -> Array:

@@ -77,3 +77,35 @@ def test_a_wrong_kernel_stops_the_run_with_its_figures(monkeypatch, name, backen
     monkeypatch.setattr(admission, name, wrong(getattr(admission, name), mend, backend))
     with pytest.raises(UserError, match=f"{backend} does not compute what it should.*{figure}"):
         admit("precision.compute=bfloat16")
+
+
+def test_what_was_found_is_kept_for_the_same_device_kernels_and_shapes(monkeypatch, tmp_path):
+    monkeypatch.setattr(admission, "_kept_in", lambda: tmp_path)
+    bfloat16 = "precision.compute=bfloat16"
+    said = admit(bfloat16, experts="blocked")
+    kept = next(tmp_path.iterdir())
+    monkeypatch.setattr(admission, "_differences", None)  # nothing is computed
+    assert admit(bfloat16, experts="blocked").split()[-1] == said.split()[-1]
+    with pytest.raises(TypeError):
+        admit("precision.compute=float32", experts="blocked")
+    with pytest.raises(TypeError):
+        admit(bfloat16, "train.batch_size=4", experts="blocked")
+
+    good = kept.read_text()
+    for damaged in (good[:-9], good.replace("0.00", "0.01", 1), "[]", "{}", good.replace("sha256", "sha")):
+        assert damaged != good
+        kept.write_text(damaged)
+        with pytest.raises(TypeError):
+            admit(bfloat16, experts="blocked")
+    kept.write_text(good)
+    monkeypatch.setattr(admission, "PACKAGES", ("numpy",))
+    with pytest.raises(TypeError):
+        admit(bfloat16, experts="blocked")
+
+
+def test_a_wrong_kernel_is_not_kept_as_good(monkeypatch, tmp_path):
+    monkeypatch.setattr(admission, "_kept_in", lambda: tmp_path)
+    monkeypatch.setattr(admission, "expert_ffn", wrong(admission.expert_ffn, not_finite, "blocked"))
+    with pytest.raises(UserError):
+        admit("precision.compute=bfloat16", experts="blocked")
+    assert not list(tmp_path.iterdir())
