@@ -12,14 +12,15 @@ from benchmarks.accelerator import Options
 from benchmarks.measure import machine
 from benchmarks.timing import normal, report, time_it
 from mixtral_jax.compiled import keep_compiled
-from mixtral_jax.config import Config
+from mixtral_jax.config import Config, MeshConfig
 from mixtral_jax.config_loading import parse_config
 from mixtral_jax.config_loading import replace as changed
 from mixtral_jax.hardware import GIB, find_chip
 from mixtral_jax.inference.decoding import make_generator
 from mixtral_jax.metrics import flops_per_token
 from mixtral_jax.model.mixtral import Architecture
-from mixtral_jax.runtime import make_runtime
+from mixtral_jax.runtime import Runtime, make_runtime
+from mixtral_jax.sharding import make_mesh
 from mixtral_jax.training.admission import admit_kernels
 from mixtral_jax.training.step import Trainable
 
@@ -30,7 +31,6 @@ model: {d_model: 512, d_ff: 1792, num_layers: 8, num_heads: 8, num_kv_heads: 2, 
 data: {seq_len: 512}
 train: {steps: 1000, batch_size: 64}
 precision: {compute: bfloat16}
-mesh: {fsdp: 1}
 """
 MIXTRAL = {"d_model": 4096, "d_ff": 14336, "num_layers": 3, "num_heads": 32, "num_kv_heads": 8, "head_dim": 128}
 TINY = {"d_model": 32, "d_ff": 48, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "vocab_size": 64}
@@ -53,13 +53,18 @@ def wide_config(tiny: bool, *overrides: str) -> Config:
     return changed(config, model=model, data={"seq_len": 4096}, train={"batch_size": rows})
 
 
+def one_device(config: Config) -> Runtime:
+    """Runs a model on the first device alone."""
+    return make_runtime(config, make_mesh(MeshConfig(), jax.devices()[:1]))
+
+
 def admission(options: Options) -> None:
     """Seconds of admission in every type, the first time and the second; its differences."""
     report("machine", is_=machine())
     for make in (wide_config, small_config):
         for experts in ("compute", *["fp8", "int8"] * (not options.tiny)):
             config = make(options.tiny, f"precision.experts={experts}")
-            runtime = make_runtime(config)
+            runtime = one_device(config)
             keep_compiled("")
             for turn in ("first", "second"):
                 begin = time.perf_counter()
@@ -80,7 +85,7 @@ def stack(options: Options) -> None:
     keep_compiled("")
     chip = find_chip(jax.devices()[0].device_kind)
     for backend in options.experts or ("auto",):
-        architecture = Architecture(model, make_runtime(changed(config, kernels={"experts": backend})))
+        architecture = Architecture(model, one_device(changed(config, kernels={"experts": backend})))
         arrays = architecture.init(0)
         forward, gradients = passes(architecture, arrays["selection_bias"])
         tokens = jax.random.randint(jax.random.key(1), (batch, seq_len), 0, model.vocab_size)
@@ -134,7 +139,7 @@ def wide(options: Options) -> None:
 def train(title: str, config: Config, steps: int) -> None:
     """Trains from the start without looking, and tells rate, last loss and hashes of losses and state."""
     keep_compiled("")
-    runtime = make_runtime(config)
+    runtime = one_device(config)
     trainable = Trainable(Architecture(config.model, runtime), config)
     begin = time.perf_counter()
     state = trainable.start(trainable.architecture.init(0))
@@ -188,7 +193,7 @@ def decoding(options: Options) -> None:
     keep_compiled("")
     for title, make in (("small", small_config), ("layers of 8x7B", wide_config)):
         config = make(options.tiny, "precision.params=bfloat16")
-        architecture = Architecture(config.model, make_runtime(config))
+        architecture = Architecture(config.model, one_device(config))
         generate = make_generator(architecture)(architecture.init(0))
         rows, prompt, new = (2, 8, 16) if options.tiny else (32, 64, 128)
         prompts = [[1 + (row + i) % 50 for i in range(prompt)] for row in range(rows)]
