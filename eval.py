@@ -34,7 +34,9 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"one mode at a time: {', '.join([*named, *['tasks'] * bool(tasks)])}")
     if named == ["tasks"] and not tasks:
         raise UserError("the mode tasks needs --tasks with one or more files or names of tasks")
-    with joined(distributed_config(overrides)):
+    distributed = distributed_config(overrides)
+    cli.prepare(distributed)
+    with joined(distributed):
         measure(options, named[0], tasks, overrides)
 
 

@@ -15,6 +15,7 @@ def main(arguments: list[str]) -> None:
     """Trains, or resumes, the run that the arguments describe."""
     named = arguments and "=" not in arguments[0]
     config = load_config(arguments[0] if named else DEFAULT, arguments[1:] if named else arguments)
+    cli.prepare(config.distributed)
     with joined(config.distributed):
         # Heavy imports come after the cheap checks, so that a typing error is told at once.
         from mixtral_jax.training.summary import summarize

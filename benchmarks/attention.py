@@ -19,8 +19,9 @@ import numpy as np
 from benchmarks.measure import Report, interleaved, median_ratio
 from mixtral_jax.config import MeshConfig, PrecisionConfig
 from mixtral_jax.kernels.attention import attention
+from mixtral_jax.kernels.backends import choose, names
 from mixtral_jax.precision import make_precision
-from mixtral_jax.runtime import choose_attention, choose_products
+from mixtral_jax.runtime import target
 from mixtral_jax.sharding import make_mesh
 
 HEADS, KV_HEADS, HEAD_DIM = 8, 2, 64
@@ -31,9 +32,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048, 8192, 32768])
     parser.add_argument("--tokens", type=int, default=2048, help="of all rows together, at least one row")
     parser.add_argument("--packed", type=int, help="tokens of a document; default: a row is one document")
-    parser.add_argument(
-        "--backends", nargs="+", choices=("blockwise", "amx", "cudnn", "splash"), help="default: what auto chooses"
-    )
+    parser.add_argument("--backends", nargs="+", choices=names("attention"), help="default: what auto chooses")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
@@ -72,8 +71,9 @@ def pieces(options: argparse.Namespace, length: int) -> dict[str, Callable[[], A
     segment_ids = jnp.asarray(np.tile(document, (rows, 1)), jnp.int32)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     precision = make_precision(PrecisionConfig(compute=options.dtype))
-    products = choose_products("auto", mesh, precision)
-    auto = choose_attention("auto", mesh.devices.flat[0].platform, products, precision, HEAD_DIM)
+    platform = mesh.devices.flat[0].platform
+    matmul = choose("matmul", "auto", target(platform, mesh.size, precision))
+    auto = choose("attention", "auto", target(platform, mesh.size, precision, HEAD_DIM, matmul))
     work: dict[str, Callable[[], Any]] = {}
     for backend in options.backends or [auto]:
         arrays = [jnp.asarray(x, options.dtype) for x in (q, k, v, d_out)]

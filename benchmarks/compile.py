@@ -41,7 +41,7 @@ def main() -> None:
             types = {key: bool if key == "loss_mask" else "int32" for key in BATCH_KEYS}
             batch = {key: jax.ShapeDtypeStruct(shape, dtype) for key, dtype in types.items()}
             begin = time.perf_counter()
-            lowered = trainable.lower(trainable.abstract(), batch)
+            lowered = trainable.step.lower(trainable.abstract(), batch)
             traced = time.perf_counter()
             program = lowered.compile()
             memory = program.memory_analysis()

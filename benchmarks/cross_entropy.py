@@ -15,9 +15,10 @@ import numpy as np
 
 from benchmarks.measure import Report, interleaved
 from mixtral_jax.config import MeshConfig, PrecisionConfig
+from mixtral_jax.kernels.backends import choose
 from mixtral_jax.kernels.cross_entropy import cross_entropy_sum
 from mixtral_jax.precision import make_precision
-from mixtral_jax.runtime import choose_products
+from mixtral_jax.runtime import target
 from mixtral_jax.sharding import make_mesh
 
 
@@ -39,10 +40,10 @@ def main() -> None:
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     mask = jnp.ones(targets.shape, bool)
     precision = make_precision(PrecisionConfig(params=options.dtype, compute=options.dtype))
-    products = choose_products("auto", mesh, precision)
+    backend = choose("matmul", "auto", target(mesh.devices.flat[0].platform, mesh.size, precision))
 
     def chunked(chunk):
-        settings: dict[str, Any] = {"mesh": mesh, "products": products, "chunk": chunk}
+        settings: dict[str, Any] = {"mesh": mesh, "backend": backend, "chunk": chunk}
         return lambda x, head: cross_entropy_sum(x, head, jnp.asarray(targets), mask, **settings)
 
     def whole(x, head):

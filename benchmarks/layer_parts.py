@@ -12,19 +12,24 @@ from benchmarks.accelerator import Options
 from benchmarks.timing import normal, report, time_it, uneven_sizes
 from mixtral_jax.config import MeshConfig, PrecisionConfig
 from mixtral_jax.kernels.attention import attention as attend
-from mixtral_jax.kernels.blocked import choose_block_sizes
-from mixtral_jax.kernels.expert_ffn import expert_ffn
+from mixtral_jax.kernels.backends import Target, choose
+from mixtral_jax.kernels.expert_ffn import ExpertWeights, expert_ffn
+from mixtral_jax.kernels.grouped_blocks import choose_block_sizes
 from mixtral_jax.kernels.permutation import combine_rows, dispatch_rows
 from mixtral_jax.model.layers import RMSNorm, rotary_tables, rotate
 from mixtral_jax.model.routing import choose_experts, dropless_plan
 from mixtral_jax.precision import make_precision
-from mixtral_jax.runtime import AUTO_ATTENTION, AUTO_EIGHT_BIT, AUTO_EXPERTS
 from mixtral_jax.sharding import make_mesh
 
 BFLOAT16 = jnp.bfloat16
 EXPERTS, PER_TOKEN = 8, 2
 # Backends whose gmm, tgmm and swiglu can be called alone.
 GROUPED = {"triton": "mixtral_jax.kernels.gpu.triton_grouped"}
+
+
+def automatic(operation: str, **where: bool) -> str:
+    """What `auto` is here in bfloat16."""
+    return choose(operation, "auto", Target(jax.devices()[0].platform, full_compute=False, **where))
 
 
 def sizes(tiny: bool) -> tuple[int, int, int, int, int, int]:
@@ -47,7 +52,7 @@ def products(options: Options) -> None:
     up = time_it("dense rows x d_model x d_ff", product, x, w_up[0], flops=flops)
     down = time_it("dense rows x d_ff x d_model", product, y, w_down[0], flops=flops)
     sums = time_it("dense d_model x rows x d_ff", across, x, y, flops=flops)
-    backends = options.experts or (AUTO_EXPERTS[platform],)
+    backends = options.experts or (automatic("experts"),)
     for name in [*backends, *["triton"] * options.tiny]:
         if name in GROUPED:
             module = importlib.import_module(GROUPED[name])
@@ -74,7 +79,7 @@ def eight_bit(options: Options) -> None:
     product = jax.jit(jnp.matmul)
     dense = time_it("dense rows x d_model x d_ff", product, x, weights[0][0], flops=2 * rows * d * f)
     for factors in ("fp8", "int8"):
-        swiglu(AUTO_EIGHT_BIT[jax.devices()[0].platform], factors, load, (x, *weights), dense)
+        swiglu(automatic("experts", eight_bit=True), factors, load, (x, *weights), dense)
 
 
 def swiglu(name: str, factors: str, load: Array, arrays: tuple[Array, ...], dense: float) -> None:
@@ -85,7 +90,7 @@ def swiglu(name: str, factors: str, load: Array, arrays: tuple[Array, ...], dens
         interpret=jax.devices()[0].platform == "cpu",
         eight_bit=make_precision(PrecisionConfig(experts=factors)).experts,
     )  # fmt: skip
-    layer = lambda x, *w: run(x, load, *w)  # noqa: E731
+    layer = lambda x, *w: run(x, load, ExpertWeights(*w))  # noqa: E731
     forward, gradients = jax.jit(layer), jax.jit(lambda d_out, *a: jax.vjp(layer, *a)[1](d_out))
     title = f"{name if factors == 'compute' else f'{name} {factors}'}, SwiGLU forward"
     flops = 6 * x.size * w_gate.shape[2]
@@ -108,8 +113,8 @@ def attention(options: Options) -> None:
 
     for documents in (1, 4):
         ids = jnp.tile(jnp.arange(seq_len) * documents // seq_len + 1, (batch, 1)).astype(jnp.int32)
-        run = partial(attend, segment_ids=ids, mesh=mesh, backend=AUTO_ATTENTION[platform])
-        measure(f"{AUTO_ATTENTION[platform]}, {documents} a row", run, useful / documents)
+        run = partial(attend, segment_ids=ids, mesh=mesh, backend=automatic("attention"))
+        measure(f"{automatic('attention')}, {documents} a row", run, useful / documents)
     peer = partial(jax.nn.dot_product_attention, is_causal=True)
     if platform == "gpu":
         peer = partial(peer, implementation="cudnn")

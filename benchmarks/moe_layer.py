@@ -19,30 +19,28 @@ import numpy as np
 from benchmarks.measure import Report, interleaved, median_ratio
 from benchmarks.timing import normal
 from mixtral_jax.config import PrecisionConfig
-from mixtral_jax.kernels.blocked import choose_block_sizes
-from mixtral_jax.kernels.cpu.matmul import ENGINES, available
-from mixtral_jax.kernels.expert_ffn import expert_ffn
+from mixtral_jax.kernels.backends import Target, available, choose, names
+from mixtral_jax.kernels.expert_ffn import ExpertWeights, expert_ffn
+from mixtral_jax.kernels.grouped_blocks import choose_block_sizes
 from mixtral_jax.kernels.permutation import combine_rows, dispatch_rows
 from mixtral_jax.model.routing import dropless_plan
 from mixtral_jax.precision import make_precision
-from mixtral_jax.runtime import AUTO_EXPERTS
 
-BACKENDS = ("blocked", "amx", "mkl", "ragged_dot", "megablox", "triton")
 SMALL = {"tokens": 2048, "d_model": 512, "layers": ["8x1792", "32x448", "128x112"], "dtype": "float32"}
 MIXTRAL = {"tokens": 16384, "d_model": 4096, "layers": ["8x14336"], "dtype": "bfloat16"}
 
 
 def main(arguments: list[str] | None = None) -> None:
     platform = jax.devices()[0].platform
-    on_host = [engine for engine in ENGINES if platform == "cpu" and available(engine)]
-    backends = [*on_host, AUTO_EXPERTS[platform]]
+    engines = [engine for engine in ("amx", "mkl") if platform == "cpu" and available(engine)]
+    backends = [*engines, choose("experts", "auto", Target(platform))]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--d-model", type=int)
     parser.add_argument("--per-token", type=int, default=2, help="experts per token")
     parser.add_argument("--layers", nargs="+", help="experts x d_ff")
-    parser.add_argument("--backends", nargs="+", default=backends, choices=BACKENDS)
-    parser.add_argument("--block-sizes", type=int, nargs="+", help="rows of the blocks of `blocked`, largest first")
+    parser.add_argument("--backends", nargs="+", default=backends, choices=names("experts"))
+    parser.add_argument("--block-sizes", type=int, nargs="+", help="rows of `grouped_blocks`, largest first")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
     parser.add_argument("--experts", nargs="+", default=["compute"], choices=("compute", "int8", "fp8"),
                         help="factors of the products, as of precision.experts")  # fmt: skip
@@ -100,7 +98,7 @@ def pieces(options: argparse.Namespace, experts: int, d_ff: int):
         def layer(rows, *w):
             sizes = jnp.bincount(routing.reshape(-1), length=experts)
             settings = {"backend": backend, "block_sizes": blocks, "interpret": interpret, "eight_bit": eight_bit}
-            return expert_ffn(rows, sizes, *w, **settings)
+            return expert_ffn(rows, sizes, ExpertWeights(*w), **settings)
 
         return layer
 

@@ -81,9 +81,9 @@ def ours(config: Config) -> None:
     import jax
     import numpy as np
 
-    from mixtral_jax.compiled import return_memory
     from mixtral_jax.hardware import measured_matmul_peak
-    from mixtral_jax.model.layers import contract
+    from mixtral_jax.kernels.cpu.memory import return_memory
+    from mixtral_jax.kernels.matmul import contract
     from mixtral_jax.model.mixtral import Architecture
     from mixtral_jax.runtime import make_runtime
     from mixtral_jax.training.step import Trainable
@@ -109,7 +109,7 @@ def ours(config: Config) -> None:
         state, metrics = trainable.step(state, batch)
         jax.block_until_ready((state, metrics))
 
-    multiply = partial(contract, axes=1, runtime=runtime)
+    multiply = partial(contract, axes=1, backend=runtime.matmul)
     serve(step, lambda: {"product": measured_matmul_peak(config.precision.compute, multiply)})
 
 

@@ -3,6 +3,8 @@
 import ast
 from pathlib import Path
 
+from mixtral_jax.kernels.backends import BACKENDS
+
 ROOT = Path(__file__).parent.parent
 HEAD = """# Every key of the configuration
 
@@ -36,6 +38,23 @@ def sections_of(classes: dict[str, ast.ClassDef], node: ast.ClassDef, prefix: st
     return sections
 
 
+def backends_table() -> list[str]:
+    """Renders the table of backends, in the order in which `auto` tries them."""
+    lines = [
+        "## Backends",
+        "",
+        "`auto` takes the first that runs on the platform and whose needs are met.",
+        "",
+    ]
+    lines += ["| operation | backend | platforms | if asked for | needs | what it is |", "|---|---|---|---|---|---|"]
+    for operation, backends in BACKENDS.items():
+        for b in backends:
+            needs = ", ".join(need.short or need.problem for need in b.needs)
+            places = f"{', '.join(b.platforms)} | {', '.join(b.if_asked)}"
+            lines.append(f"| `{operation}` | `{b.name}` | {places} | {needs} | {b.what} |")
+    return [*lines, ""]
+
+
 def make_page(page: str = "config.md") -> str:
     """Renders a page."""
     module, top, members = PAGES[page]
@@ -61,6 +80,8 @@ def make_page(page: str = "config.md") -> str:
             name = entry.target.id  # type: ignore[union-attr]
             out.append(f"| `{prefix}{name}` | {kind} | `{default}` | {comment_of(lines, entry)} |")
         out.append("")
+    if page == "config.md":
+        out += backends_table()
     return "\n".join(out)
 
 

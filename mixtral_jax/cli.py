@@ -4,10 +4,9 @@ import os
 import sys
 from collections.abc import Callable
 
-from mixtral_jax.config import UserError
-from mixtral_jax.distributed.processes import speaks
-
-TUNABLES = "GLIBC_TUNABLES"
+from mixtral_jax.config import DistributedConfig, UserError
+from mixtral_jax.distributed.processes import may_be_several, speaks
+from mixtral_jax.kernels.cpu.memory import restart_with_huge_pages
 
 
 def run(main: Callable[[list[str]], None], *, several: bool = False) -> None:
@@ -17,8 +16,6 @@ def run(main: Callable[[list[str]], None], *, several: bool = False) -> None:
         main: the program.
         several: the processes that a launcher starts run it together, so one tells of a mistake that all make.
     """
-    if several:
-        _ask_for_huge_pages()
     # Nothing here uses a hub unless a source names one; libraries must not wait for a network at start.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
@@ -34,14 +31,7 @@ def run(main: Callable[[list[str]], None], *, several: bool = False) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _ask_for_huge_pages() -> None:
-    """Starts the program again with huge pages for large memory, which Linux gives to who asks.
-
-    XLA for CPU takes its temporaries anew for every step; page by page of 4 KiB that is a tenth of its time. The C
-    library reads the wish at start alone.
-    """
-    if sys.platform != "linux" or TUNABLES in os.environ:
-        return
-    os.environ[TUNABLES] = "glibc.malloc.hugetlb=1"
-    sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+def prepare(distributed: DistributedConfig) -> None:
+    """Prepares a program that may compute on this machine's CPU; call it before anything heavy is imported."""
+    if not may_be_several(distributed, os.environ):
+        restart_with_huge_pages()

@@ -1,11 +1,9 @@
-"""Compiled programs on disk, so that a second start compiles nothing, and the memory that compilers leave behind.
+"""Compiled programs on disk, so that a second start compiles nothing.
 
 JAX keeps and finds them, by program, compiler options, versions and devices; here is decided where, and when not.
 """
 
 import contextlib
-import ctypes
-import functools
 import hashlib
 import os
 import platform
@@ -17,15 +15,16 @@ import jax
 from mixtral_jax.config import UserError
 from mixtral_jax.data.cache_files import cache_directory
 from mixtral_jax.distributed.processes import is_alone, is_main
+from mixtral_jax.kernels.cpu.memory import return_memory
 
 LIMIT = 4 << 30  # bytes; a program of a large model takes some 10 MiB
-COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX's event, also for a program found on disk
-LONG = 0.1  # seconds of a compilation that leaves something behind
 CPU_FACTS = ("model name", "flags", "CPU implementer", "CPU part", "Features")  # of /proc/cpuinfo, x86 and ARM
 
 
 def keep_compiled(configured: str) -> None:
     """Lets JAX keep what it compiles from here on below the directory of caches; call it once the devices are known.
+
+    On a CPU alone, memory that compilers leave is returned, too.
 
     Nothing changes where JAX's own variables (JAX_COMPILATION_CACHE_DIR, JAX_ENABLE_COMPILATION_CACHE) have decided,
     where the directory cannot be written, or for several processes with GPUs: these tune kernels together while they
@@ -34,10 +33,12 @@ def keep_compiled(configured: str) -> None:
     Args:
         configured: `data.cache_dir`.
     """
+    backend = jax.default_backend()
+    if backend == "cpu" and is_alone():
+        return_memory()
     settings: Any = jax.config  # its attributes are made as it is loaded
     if settings.jax_compilation_cache_dir is not None or not settings.jax_enable_compilation_cache:
         return
-    backend = jax.default_backend()
     if backend == "gpu" and not is_alone():
         return
     try:
@@ -53,18 +54,6 @@ def keep_compiled(configured: str) -> None:
     settings.update("jax_compilation_cache_dir", str(directory))
     # A start compiles dozens of small programs, which take longer together than they do on disk.
     settings.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-
-
-@functools.cache
-def return_memory() -> None:
-    """Lets the C library give back to Linux what compilers have freed, and it would keep: 0.3 GiB of a peak."""
-    trim_heap = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-
-    def after(event: str, duration_secs: float, **_: str | int) -> None:
-        if event == COMPILED and duration_secs > LONG and trim_heap:
-            trim_heap(0)
-
-    jax.monitoring.register_event_duration_secs_listener(after)
 
 
 def trim(directory: Path, limit: int) -> None:

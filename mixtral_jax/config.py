@@ -178,20 +178,16 @@ class PrecisionConfig:
 
 @dataclass(frozen=True)
 class KernelsConfig:
-    """Backends; `auto` chooses by platform, and what was chosen is printed at start."""
+    """Backends; `auto` chooses by platform, and what was chosen is printed at start.
 
-    # Portable blocks, cuDNN on CUDA, splash on TPU; with products by amx, an own kernel by the same arithmetic.
-    attention: Literal["auto", "blockwise", "amx", "cudnn", "splash"] = "auto"
-    # Dense matrix products: XLA's own, or for float32 on one CPU oneMKL's, or those of x86's matrix units (amx), which
-    # take a number as a sum of two of bfloat16: errors of 4e-6. auto: `amx`, `mkl` or `xla`, the first that is there.
-    products: Literal["auto", "xla", "amx", "mkl"] = "auto"
-    # Products over rows sorted by expert: blocks with a dynamic count, those of amx or mkl, XLA's ragged_dot, or a
-    # grouped kernel: megablox for TPU, triton for GPUs from compute capability 8.0, in float32 with TF32, as XLA's.
-    experts: Literal["auto", "blocked", "amx", "mkl", "ragged_dot", "megablox", "triton"] = "auto"
-    # How rows reach the experts of other devices, the same numbers from each: just those rows (`ragged`, not on CPU),
-    # blocks of one size (`padded`), or all tokens to all and sums back (`gather`). auto: gather on CPU, else ragged.
-    exchange: Literal["auto", "ragged", "padded", "gather"] = "auto"
-    block_size: int = 0  # rows of a block of the blocked expert products; 0: several sizes, from the expected load
+    The values are those of `kernels/backends.py`, which says where each runs.
+    """
+
+    matmul: str = "auto"  # dense products, the loss and, beside `xla`, the update of the parameters
+    attention: str = "auto"
+    experts: str = "auto"  # products over rows sorted by expert
+    exchange: str = "auto"  # how rows reach the experts of other devices, the same numbers from each
+    block_size: int = 0  # rows of a block of kernels.experts=grouped_blocks; 0: several sizes, from the expected load
     loss_chunk: int = 512  # tokens of a device whose logits exist at once
     admission: bool = True  # on an accelerator, compare kernels with float32 references before training
 

@@ -14,8 +14,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mixtral_jax.config import Config, DistributedConfig, MeshConfig, SourceConfig, UserError
+from mixtral_jax.kernels.backends import check_name
 
 T = TypeVar("T")
+RENAMED = {"kernels.products": "kernels.matmul"}
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -117,7 +119,9 @@ def _sentence(error: Exception, schema: type, where: str = "") -> str:
         head = "a list is given as a whole, such as data.sources=[{name: mine, path: mine.txt}]"
     elif "missing mandatory value" in head:
         head = "a value is needed"
-    if "not in" in head and "Did you mean" not in head and full_key:
+    if full_key in RENAMED:
+        head = f"this key is {RENAMED[full_key]} now: rename it"
+    elif "not in" in head and "Did you mean" not in head and full_key:
         close = difflib.get_close_matches(full_key, all_keys(schema), n=1, cutoff=0.5)
         head += f". Did you mean: '{close[0]}'?" if close else ". The keys are listed in docs/config.md"
     return head if not full_key or full_key == where else f"{full_key}: {head}"
@@ -188,6 +192,8 @@ def validate(config: Config) -> None:
     for section, names in positive:
         for key, value in _values(section, names):
             _require(0 < value < float("inf"), f"{key} is {value}: it must be greater than 0")
+    for operation in ("matmul", "attention", "experts", "exchange"):
+        check_name(operation, getattr(config.kernels, operation))
     not_negative: tuple[tuple[Any, tuple[str, ...]], ...] = (
         (train, ("eval_every",)),
         (config.optimizer, ("warmup_steps", "decay_steps", "weight_decay", "clip_norm", "final_learning_rate_ratio")),

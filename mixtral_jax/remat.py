@@ -1,29 +1,29 @@
-"""What a layer keeps for its backward pass; the rest is computed again there."""
+"""What a layer saves for its backward pass; the rest is computed again there."""
 
 from typing import Any
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from mixtral_jax.kernels.cpu.matmul import is_multiply
-
-KEPT = "kept"
+SAVED, DENSE_PRODUCT = "saved", "dense_product"
 
 
-def keep(tree: Any) -> Any:
-    """Marks arrays that take long to compute again; a layer keeps them where XLA itself does not choose."""
-    return jax.tree.map(lambda x: checkpoint_name(x, KEPT), tree)
+def save_for_backward(tree: Any) -> Any:
+    """Names arrays that take long to compute again, for the policy `named`."""
+    return jax.tree.map(lambda x: checkpoint_name(x, SAVED), tree)
 
 
-def _is_dense_product(primitive: Any, *arguments: Any, **parameters: Any) -> bool:
-    if primitive.name == "ffi_call":
-        return is_multiply(parameters["target_name"])
-    return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *arguments, **parameters)
+def name_dense_product(x: jax.Array) -> jax.Array:
+    """Names a product that is no operation of XLA's, for the policy `dots`."""
+    return checkpoint_name(x, DENSE_PRODUCT)
 
 
-# By `train.remat`; `none` where products are the host's.
+# By `Runtime.remat`; `none` leaves the choice to XLA.
 REMAT_POLICIES = {
-    "none": jax.checkpoint_policies.save_only_these_names(KEPT),
-    "dots": _is_dense_product,
+    "named": jax.checkpoint_policies.save_only_these_names(SAVED),
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(DENSE_PRODUCT),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }

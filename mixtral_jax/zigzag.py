@@ -10,35 +10,35 @@ import numpy as np
 from jaxtyping import Array, Int, Shaped
 
 
-def column_order(seq_len: int, ways: int) -> Int[np.ndarray, " seq"]:
+def column_order(seq_len: int, devices: int) -> Int[np.ndarray, " seq"]:
     """Returns the position that each column holds; with one device, all in order.
 
     Args:
-        seq_len: a multiple of 2 * ways, unless ways is 1.
-        ways: devices that share a sequence.
+        seq_len: a multiple of 2 * devices, unless devices is 1.
+        devices: devices that share a sequence.
     """
-    if ways == 1:
+    if devices == 1:
         return np.arange(seq_len)
-    chunks = np.arange(seq_len).reshape(2 * ways, -1)
-    return np.stack([chunks[:ways], chunks[::-1][:ways]], axis=1).reshape(-1)
+    chunks = np.arange(seq_len).reshape(2 * devices, -1)
+    return np.stack([chunks[:devices], chunks[::-1][:devices]], axis=1).reshape(-1)
 
 
-def chunk_starts(seq_len: int, ways: int, me: Int[Array, ""] | int) -> Int[Array, " chunks"]:
+def chunk_starts(seq_len: int, devices: int, me: Int[Array, ""] | int) -> Int[Array, " chunks"]:
     """Returns the first positions of the runs of positions that device `me` holds, ascending."""
-    if ways == 1:
+    if devices == 1:
         return jnp.zeros(1, jnp.int32)
-    return jnp.stack([jnp.asarray(me), 2 * ways - 1 - me]).astype(jnp.int32) * (seq_len // (2 * ways))
+    return jnp.stack([jnp.asarray(me), 2 * devices - 1 - me]).astype(jnp.int32) * (seq_len // (2 * devices))
 
 
-def in_order(x: Shaped[Array, "batch seq *rest"], ways: int) -> Shaped[Array, "batch seq *rest"]:
+def in_order(x: Shaped[Array, "batch seq *rest"], devices: int) -> Shaped[Array, "batch seq *rest"]:
     """Puts whole sequences from the order of the columns into that of the positions."""
-    if ways == 1:
+    if devices == 1:
         return x
-    chunks = x.reshape(x.shape[0], ways, 2, -1, *x.shape[2:])
+    chunks = x.reshape(x.shape[0], devices, 2, -1, *x.shape[2:])
     # Halves and a reversal, not indices, whose gradient would be a scatter.
     return jnp.concatenate([chunks[:, :, 0], jnp.flip(chunks[:, :, 1], axis=1)], axis=1).reshape(x.shape)
 
 
-def sequence_multiple(ways: int) -> int:
+def sequence_multiple(devices: int) -> int:
     """Returns what the length of a sequence is a multiple of."""
-    return 2 * ways if ways > 1 else 1
+    return 2 * devices if devices > 1 else 1

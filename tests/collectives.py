@@ -9,15 +9,15 @@ def ragged_all_to_all(operand, output, input_offsets, send_sizes, output_offsets
 
     All is NaN where a receiver expects another size than is sent, or a slice leaves its buffer.
     """
-    ways, me = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
+    devices, me = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
     assert input_offsets.shape == send_sizes.shape == output_offsets.shape == recv_sizes.shape
-    each = input_offsets.size // ways
-    assert each * ways == input_offsets.size
+    each = input_offsets.size // devices
+    assert each * devices == input_offsets.size
     rows, offsets, sizes, landing = (
         jax.lax.all_gather(a, axis_name) for a in (operand, input_offsets, send_sizes, output_offsets)
     )
     sound = jnp.array(True)
-    for source in range(ways):
+    for source in range(devices):
         for i in range(each):
             there = me * each + i
             start, size, to = offsets[source, there], sizes[source, there], landing[source, there]

@@ -11,7 +11,7 @@ def rows_of(capsys) -> list[dict]:
     return json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
 
 
-@pytest.mark.parametrize("backend", ["blocked", "triton"])
+@pytest.mark.parametrize("backend", ["grouped_blocks", "triton"])
 def test_an_expert_layer_is_compared_with_a_dense_one(capsys, backend):
     sizes = ["--tokens", "24", "--d-model", "8", "--layers", "4x16", "--rounds", "2"]
     moe_layer.main([*sizes, "--backends", backend])
@@ -40,7 +40,7 @@ def test_a_part_that_takes_too_long_ends_and_the_next_has_its_turn(tmp_path, mon
 
 
 def test_the_stack_and_the_steps_of_an_accelerator_give_rates_and_the_same_hashes(capsys):
-    whole_models.stack(accelerator.Options(tiny=True, experts=("blocked",)))
+    whole_models.stack(accelerator.Options(tiny=True, experts=("grouped_blocks",)))
     whole_models.again(accelerator.Options(tiny=True, experts=()))
     whole_models.again(accelerator.Options(tiny=True, experts=()))
     *stack, first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())

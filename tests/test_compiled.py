@@ -1,5 +1,6 @@
 """Compiled programs on disk: a second start finds every one, and what must not share one does not."""
 
+import fnmatch
 import os
 import subprocess
 import sys
@@ -8,8 +9,11 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from mixtral_jax import compiled
-from mixtral_jax.compiled import keep_compiled, return_memory, trim
+from mixtral_jax import cli, compiled
+from mixtral_jax.compiled import keep_compiled, trim
+from mixtral_jax.config import DistributedConfig
+from mixtral_jax.distributed.processes import LAUNCHERS
+from mixtral_jax.kernels.cpu import memory
 from tests.small_run import run, write_config
 
 MISS = "PERSISTENT COMPILATION CACHE MISS"
@@ -70,14 +74,41 @@ def test_gpus_of_several_processes_tune_together_and_keep_nothing(
 
 def test_memory_goes_back_after_a_compilation_that_takes_long(monkeypatch):
     calls = []
-    monkeypatch.setattr(compiled.ctypes, "CDLL", lambda _: SimpleNamespace(malloc_trim=calls.append))
-    return_memory.__wrapped__()  # as if nobody had called it in this process
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda _: SimpleNamespace(malloc_trim=calls.append))
+    memory.return_memory.__wrapped__()  # as if nobody had called it in this process
     for limit, expected in ((1e9, []), (0, [0])):
-        monkeypatch.setattr(compiled, "LONG", limit)
+        monkeypatch.setattr(memory, "LONG", limit)
         program = jax.jit(lambda x, limit=limit: x + limit).lower(1.0)
         calls.clear()
         program.compile()
         assert calls == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "devices", "restarts"),
+    [
+        ({}, [], True),
+        ({"JAX_PLATFORMS": "cpu"}, ["/dev/nvidia0"], True),
+        ({"JAX_PLATFORMS": "tpu,cpu"}, [], False),
+        ({}, ["/dev/nvidia0"], False),
+        ({}, ["/dev/accel0"], False),
+        ({"SLURM_STEP_NODELIST": "a,b"}, [], False),
+        ({"GLIBC_TUNABLES": "glibc.malloc.check=3"}, [], False),
+    ],
+)
+def test_only_a_lone_process_on_a_cpu_starts_itself_again_for_huge_pages(monkeypatch, environment, devices, restarts):
+    started = []
+    for name in ("GLIBC_TUNABLES", "JAX_PLATFORMS", *LAUNCHERS):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(memory.glob, "glob", lambda pattern: fnmatch.filter(devices, pattern))
+    monkeypatch.setattr(os, "execv", lambda *arguments: started.append(arguments))
+    cli.prepare(DistributedConfig())
+    assert bool(started) == restarts
+    if restarts:
+        assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
 
 
 def test_the_limit_takes_what_was_not_used_for_longest(tmp_path):

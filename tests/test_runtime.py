@@ -1,14 +1,19 @@
 """What runs where: the mesh, the table of axes, the choice of kernels, and sentences for what cannot be."""
 
+import importlib.util
+import itertools
+import os
+import subprocess
+import sys
+
 import jax
 import pytest
 from jax.sharding import PartitionSpec
 
-from mixtral_jax import runtime
-from mixtral_jax.config import MeshConfig, PrecisionConfig, UserError
-from mixtral_jax.kernels.cpu.matmul import ENGINES, available
-from mixtral_jax.precision import make_precision
-from mixtral_jax.runtime import choose_attention, choose_exchange, choose_experts, make_runtime
+from mixtral_jax.config import MeshConfig, UserError
+from mixtral_jax.kernels import backends
+from mixtral_jax.kernels.backends import BACKENDS, Target, choose, names
+from mixtral_jax.runtime import make_runtime
 from mixtral_jax.sharding import MESH_AXES, RULES, axis_size, make_mesh, spec
 from tests.tiny import mesh_of, tiny_config, tiny_trainable
 
@@ -69,111 +74,122 @@ def test_shapes_that_the_mesh_does_not_divide_are_refused(changes, sizes, senten
 
 
 @pytest.mark.parametrize(
-    ("platform", "products", "compute", "head_dim", "backend"),
+    ("operation", "chosen", "where"),
     [
-        ("cpu", "xla", "float32", 64, "blockwise"),
-        ("cpu", "mkl", "float32", 64, "blockwise"),
-        ("cpu", "amx", "float32", 256, "amx"),
-        ("cpu", "amx", "float32", 258, "blockwise"),
-        ("gpu", "xla", "bfloat16", 64, "cudnn"),
-        ("gpu", "xla", "float32", 64, "blockwise"),  # cuDNN's attention has no float32
-        ("tpu", "xla", "bfloat16", 64, "splash"),
+        ("attention", "blockwise", Target("cpu", head_dim=64)),
+        ("attention", "blockwise", Target("cpu", head_dim=64, matmul="mkl")),
+        ("attention", "amx", Target("cpu", head_dim=256, matmul="amx")),
+        ("attention", "blockwise", Target("cpu", head_dim=258, matmul="amx")),
+        ("attention", "cudnn", Target("gpu", full_compute=False)),
+        ("attention", "blockwise", Target("gpu")),  # cuDNN's attention has no float32
+        ("attention", "splash", Target("tpu", full_compute=False)),
+        ("experts", "grouped_blocks", Target("cpu")),
+        ("experts", "mkl", Target("cpu", matmul="mkl")),
+        ("experts", "amx", Target("cpu", matmul="amx")),
+        ("experts", "triton", Target("gpu")),
+        ("experts", "megablox", Target("tpu")),
+        ("experts", "grouped_blocks", Target("cpu", matmul="mkl", eight_bit=True)),
+        ("experts", "ragged_dot", Target("gpu", eight_bit=True)),
+        ("experts", "megablox", Target("tpu", eight_bit=True)),
+        ("exchange", "gather", Target("cpu")),
+        ("exchange", "ragged", Target("gpu")),
+        ("exchange", "ragged", Target("tpu")),
+        ("matmul", "xla", Target("gpu")),
+        ("matmul", "xla", Target("tpu")),
+        ("adamw", "xla", Target("gpu")),
+        ("adamw", "xla", Target("cpu")),
+        ("adamw", "fused", Target("cpu", matmul="mkl")),
+        ("adamw", "xla", Target("cpu", matmul="mkl", full_moments=False)),
     ],
+    ids=str,
 )
-def test_auto_chooses_by_platform_type_and_products(platform, products, compute, head_dim, backend):
-    precision = make_precision(PrecisionConfig(compute=compute))
-    assert choose_attention("auto", platform, products, precision, head_dim) == backend
+def test_auto_takes_the_first_that_fits(operation, chosen, where):
+    assert choose(operation, "auto", where) == chosen
+
+
+@pytest.mark.parametrize("operation", BACKENDS)
+def test_every_platform_has_every_operation(operation):
+    for platform in ("cpu", "gpu", "tpu"):
+        for flags in itertools.product([False, True], repeat=2):
+            where = Target(platform, full_compute=flags[0], eight_bit=flags[1])
+            assert choose(operation, choose(operation, "auto", where), where) in names(operation)
+
+
+def test_the_table_names_modules_that_are_there():
+    for backend in itertools.chain(*BACKENDS.values()):
+        assert importlib.util.find_spec(f"mixtral_jax.kernels.{backend.module}"), backend
 
 
 @pytest.mark.parametrize(
-    ("backend", "platform", "products", "sentence"),
+    ("operation", "name", "where", "sentence"),
     [
-        ("amx", "cpu", "mkl",
-         "kernels.attention=amx needs kernels.products=amx: set both, or use auto or blockwise"),
-        ("amx", "cpu", "amx",
-         "kernels.attention=amx takes a model.head_dim of up to 256, not 300: use auto or blockwise"),
-        ("cudnn", "cpu", "xla", "kernels.attention=cudnn does not run on cpu: use auto or blockwise"),
-        ("splash", "gpu", "xla", "kernels.attention=splash does not run on gpu: use auto or blockwise"),
-        ("cudnn", "gpu", "xla",
-         "kernels.attention=cudnn does not compute in float32: set precision.compute=bfloat16, or use auto"),
+        ("attention", "amx", Target("cpu", matmul="mkl"),
+         "needs kernels.matmul=amx: set both, or use auto or blockwise"),
+        ("attention", "amx", Target("cpu", head_dim=300, matmul="amx"),
+         "takes a model.head_dim of up to 256, not 300: use auto or blockwise"),
+        ("attention", "cudnn", Target("cpu"), "does not run on cpu: use auto or blockwise"),
+        ("attention", "splash", Target("gpu"), "does not run on gpu: use auto or blockwise"),
+        ("attention", "cudnn", Target("gpu"),
+         "does not compute in float32: set precision.compute=bfloat16, or use auto or blockwise"),
+        ("experts", "megablox", Target("gpu"), "does not run on gpu: use auto or triton or ragged_dot"),
+        ("experts", "triton", Target("tpu"), "does not run on tpu: use auto or megablox"),
+        ("experts", "mkl", Target("cpu"), "needs kernels.matmul=mkl: set both, or use auto or grouped_blocks"),
+        ("experts", "amx", Target("cpu", matmul="mkl"),
+         "needs kernels.matmul=amx: set both, or use auto or mkl or grouped_blocks"),
+        ("experts", "mkl", Target("cpu", matmul="mkl", eight_bit=True),
+         "has no products of 8 bits: set precision.experts=compute, or use auto or grouped_blocks"),
+        ("exchange", "ragged", Target("cpu"), "does not run on cpu: use auto or gather"),
+        ("matmul", "mkl", Target("cpu", devices=2), "computes in float32 on one CPU device: use auto or xla"),
+        ("matmul", "amx", Target("gpu"), "does not run on gpu: use auto or xla"),
     ],
+    ids=str,
 )  # fmt: skip
-def test_a_kernel_that_cannot_run_is_refused(backend, platform, products, sentence):
-    assert refusal(choose_attention, backend, platform, products, make_precision(PrecisionConfig()), 300) == sentence
+def test_a_backend_that_cannot_run_is_refused(operation, name, where, sentence):
+    assert refusal(choose, operation, name, where) == f"kernels.{operation}={name} {sentence}"
 
 
 def test_a_forced_kernel_is_checked_before_anything_runs():
     assert "kernels.attention=cudnn" in refusal(make_runtime, tiny_config(kernels={"attention": "cudnn"}), mesh_of())
 
 
-@pytest.mark.parametrize(
-    ("platform", "products", "experts", "backend"),
-    [
-        ("cpu", "xla", "compute", "blocked"),
-        ("cpu", "mkl", "compute", "mkl"),
-        ("cpu", "amx", "compute", "amx"),
-        ("gpu", "xla", "compute", "triton"),
-        ("tpu", "xla", "compute", "megablox"),
-        ("cpu", "mkl", "int8", "blocked"),
-        ("gpu", "xla", "fp8", "ragged_dot"),
-        ("tpu", "xla", "int8", "megablox"),
-    ],
-)
-def test_auto_chooses_the_experts_products(platform, products, experts, backend):
-    assert choose_experts("auto", platform, products, make_precision(PrecisionConfig(experts=experts))) == backend
-
-
-@pytest.mark.parametrize(("backend", "platform"), [("megablox", "gpu"), ("triton", "tpu")])
-def test_a_grouped_kernel_of_another_platform_is_refused(backend, platform):
-    sentence = f"kernels.experts={backend} does not run on {platform}: use auto, ragged_dot or blocked"
-    assert refusal(choose_experts, backend, platform, "xla", make_precision(PrecisionConfig())) == sentence
-
-
-@pytest.mark.parametrize(
-    ("backend", "products", "experts", "sentence"),
-    [
-        ("mkl", "xla", "compute", "kernels.experts=mkl needs kernels.products=mkl: set both, or use auto"),
-        ("amx", "mkl", "compute", "kernels.experts=amx needs kernels.products=amx: set both, or use auto"),
-        ("mkl", "mkl", "int8", "kernels.experts=mkl has no products of 8 bits: use auto, or precision.experts=compute"),
-    ],
-)
-def test_experts_by_host_products_are_refused_where_these_do_not_multiply(backend, products, experts, sentence):
-    precision = make_precision(PrecisionConfig(experts=experts))
-    assert refusal(choose_experts, backend, "cpu", products, precision) == sentence
-
-
 def test_the_fastest_products_that_are_there_multiply_on_one_cpu_device_in_float32(monkeypatch):
-    fastest = next((engine for engine in ENGINES if available(engine)), "xla")
-    assert make_runtime(tiny_config(), mesh_of()).products == fastest
-    assert make_runtime(tiny_config(kernels={"products": "xla"}), mesh_of()).products == "xla"
-    assert make_runtime(tiny_config(), mesh_of(fsdp=2)).products == "xla"
-    assert make_runtime(tiny_config(precision={"compute": "bfloat16"}), mesh_of()).products == "xla"
+    fastest = next((engine for engine in ("amx", "mkl") if backends.available(engine)), "xla")
+    assert make_runtime(tiny_config(), mesh_of()).matmul == fastest
+    assert make_runtime(tiny_config(kernels={"matmul": "xla"}), mesh_of()).matmul == "xla"
+    assert make_runtime(tiny_config(), mesh_of(fsdp=2)).matmul == "xla"
+    assert make_runtime(tiny_config(precision={"compute": "bfloat16"}), mesh_of()).matmul == "xla"
     for there, chosen in (({"amx", "mkl"}, "amx"), ({"mkl"}, "mkl"), (set(), "xla")):
-        monkeypatch.setattr(runtime, "available", there.__contains__)
-        assert make_runtime(tiny_config(), mesh_of()).products == chosen
+        monkeypatch.setattr(backends, "available", there.__contains__)
+        assert make_runtime(tiny_config(), mesh_of()).matmul == chosen
 
 
 @pytest.mark.parametrize(("engine", "remedy"), [("mkl", "pip install mkl"), ("amx", "a processor with AMX")])
 def test_products_that_cannot_be_had_are_refused(monkeypatch, engine, remedy):
-    forced = tiny_config(kernels={"products": engine})
+    forced = tiny_config(kernels={"matmul": engine})
     assert "one CPU device" in refusal(make_runtime, forced, mesh_of(fsdp=2))
-    monkeypatch.setattr(runtime, "available", lambda _: False)
+    monkeypatch.setattr(backends, "available", lambda _: False)
     assert remedy in refusal(make_runtime, forced, mesh_of())
 
 
-@pytest.mark.parametrize(("platform", "exchange"), [("cpu", "gather"), ("gpu", "ragged"), ("tpu", "ragged")])
-def test_auto_chooses_the_exchange_by_platform(platform, exchange):
-    assert choose_exchange("auto", platform) == exchange
-
-
-def test_an_exchange_that_the_platform_lacks_is_refused():
-    sentence = "kernels.exchange=ragged does not run on cpu: use auto, padded or gather"
-    assert refusal(make_runtime, tiny_config(kernels={"exchange": "ragged"}), mesh_of(expert=2)) == sentence
+def test_nothing_for_a_cpu_is_imported_where_nothing_of_it_runs():
+    """An accelerator's installation needs neither Numba nor oneMKL."""
+    script = """
+import sys
+sys.modules["numba"] = None
+from mixtral_jax.training.step import Trainable
+from tests.tiny import mesh_of, tiny_config, tiny_trainable, train
+trainable = tiny_trainable(tiny_config("precision.compute=bfloat16"))
+train(trainable, 1)
+assert not [name for name in sys.modules if name.startswith("mixtral_jax.kernels.cpu.")]
+"""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_choice_is_told_in_a_line():
     runtime = make_runtime(tiny_config("precision.compute=bfloat16"), mesh_of(fsdp=2, expert=2))
     assert runtime.describe() == (
-        f"4 x {jax.devices()[0].device_kind} (fsdp 2 x expert 2); attention: blockwise, experts: blocked, "
+        f"4 x {jax.devices()[0].device_kind} (fsdp 2 x expert 2); attention: blockwise, experts: grouped_blocks, "
         "exchange: gather, compute: bfloat16, remat: none"
     )

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     "config": 0, "config_loading": 0, "console": 0, "cli": 0, "hardware": 0, "distributed": 0,
     "precision": 1, "sharding": 1, "runtime": 1, "kernels": 1, "zigzag": 1, "remat": 1,
+    "kernels.backends": 0, "kernels.cpu.memory": 0,
     "model": 2, "data": 2, "metrics": 2, "compiled": 2,
     "model.mixtral": 3, "training.losses": 3, "training.optimizer": 3, "data.pipeline": 3,
     "runs": 3,
@@ -22,8 +23,9 @@ FLOORS = {
     "verbs": 6, "__main__": 6, "train.py": 6, "eval.py": 6,
 }  # fmt: skip
 
-# An engine of one platform, and the one module of it that others may import.
-DOORS: dict[str, str] = {}
+# An engine of one platform, and the one module of it that others may import; the table of backends loads those that it
+# names when they are used.
+DOORS = {"kernels.cpu": "kernels.cpu.memory", "kernels.gpu": "", "kernels.tpu": ""}
 
 FLOAT_TYPES = {"float16", "bfloat16", "float32", "float64"}
 # The table and the names it is made from; the types that files of weights hold, and their choice on the command line.
@@ -91,8 +93,7 @@ def folders(edges: Mapping[str, set[str]]) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
 
     def folder(name: str) -> str:
-        top = name if name.endswith(".py") else name.split(".")[0]
-        return "kernels" if top == "remat" else top  # which still need each other
+        return name if name.endswith(".py") else name.split(".")[0]
 
     for name, others in edges.items():
         found.setdefault(folder(name), set()).update(set(map(folder, others)) - {folder(name)})

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from mixtral_jax.config import Config, MeshConfig
 from mixtral_jax.config_loading import parse_config, replace
-from mixtral_jax.kernels.cpu.matmul import Engine, available
+from mixtral_jax.kernels.backends import available
 from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.model.moe import MoE, SelectionBias
 from mixtral_jax.runtime import Runtime, make_runtime
@@ -23,7 +23,7 @@ from mixtral_jax.training.step import Trainable
 LIMITS = {"xla": 1e-6, "mkl": 1e-6, "amx": 4e-5}
 
 
-def by_engine(engine: Engine, *values: Any) -> Any:
+def by_engine(engine: str, *values: Any) -> Any:
     """Parameters of a test, which is skipped where the machine has no such products."""
     reason = {"amx": "the processor has no AMX", "mkl": "the package mkl is not there, as on every ARM"}[engine]
     return pytest.param(*values or (engine,), marks=pytest.mark.skipif(not available(engine), reason=reason))
@@ -119,7 +119,7 @@ def moe_layer(config: Config, runtime: Runtime) -> Callable[..., Any]:
     def apply(x, router, w_gate, w_up, w_down, valid):
         named = {"router": router, "w_gate": w_gate, "w_up": w_up, "w_down": w_down}
         state = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(named))
-        y, out, _ = nnx.merge(graph, state, bias)(x, valid)
+        y, out = nnx.merge(graph, state, bias)(x, valid)
         return y, out.dropped
 
     @jax.jit

@@ -21,15 +21,15 @@ def put_batch(batch: dict[str, Any], sharding: NamedSharding, total: int | None 
         total: rows of the global batch; None: `batch` holds them all.
         first: number of the first row that `batch` holds.
     """
-    ways = sharding.mesh.shape["context"]
-    order = column_order(batch["tokens"].shape[1], ways)
+    devices = sharding.mesh.shape["context"]
+    order = column_order(batch["tokens"].shape[1], devices)
 
     def put(array: Any) -> jax.Array:
         rows = len(array) if total is None else total
 
         def part(index: Any) -> Any:
             start, stop, _ = index[0].indices(rows)
-            columns = order[index[1]] if ways > 1 else index[1]  # a slice copies nothing
+            columns = order[index[1]] if devices > 1 else index[1]  # a slice copies nothing
             return array[start - first : stop - first, columns]
 
         return jax.make_array_from_callback((rows, *array.shape[1:]), sharding, part)

@@ -40,7 +40,7 @@ def make_scorer(architecture: Architecture) -> Callable[[dict[str, Any]], Score]
 
     def scores(model: Mixtral, batch: Batch) -> Any:
         x, _ = model(batch["tokens"], batch["segment_ids"], batch["positions"])
-        settings: dict[str, Any] = {"mesh": runtime.mesh, "products": runtime.products, "chunk": runtime.loss_chunk}
+        settings: dict[str, Any] = {"mesh": runtime.mesh, "backend": runtime.matmul, "chunk": runtime.loss_chunk}
         return token_losses(x, model.head(), batch["targets"], **settings)
 
     compiled = _compile(architecture, scores)

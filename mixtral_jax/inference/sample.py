@@ -37,9 +37,9 @@ def sample(
     """
     mesh = architecture.runtime.mesh
     rows, length = axis_size(mesh, "batch"), len(prompt) + new_tokens
-    ways = mesh.shape["context"]
-    length += -length % sequence_multiple(ways)
-    position_of = column_order(length, ways)  # the model's columns are in this order
+    devices = mesh.shape["context"]
+    length += -length % sequence_multiple(devices)
+    position_of = column_order(length, devices)  # the model's columns are in this order
 
     def draw(arrays: dict[str, Any], tokens: jax.Array, key: jax.Array) -> jax.Array:
         model = architecture.bind(arrays)

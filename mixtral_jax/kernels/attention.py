@@ -1,30 +1,33 @@
-"""Causal attention with document masks on a mesh: one function, four backends.
-
-`blockwise` is portable and linear in memory. `amx` is for float32 on one CPU, see `amx_attention`. `cudnn` and
-`splash` are the platforms' kernels. cuDNN takes packed documents as they are on GPUs from Hopper on, see
-`cudnn_packed`; on older ones, and along the mesh axis `context`, where a device has not all queries of a document, it
-takes a mask, a matrix of queries and keys.
+"""Causal attention with document masks on a mesh: one function, whoever computes it; see `backends`.
 
 Along the mesh axis `context` every device computes its own queries, against keys and values of whole sequences that it
 gathers. Columns come in the order of `zigzag`.
 """
 
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from mixtral_jax.kernels.blockwise import blockwise_attention
-from mixtral_jax.kernels.cpu.amx_attention import amx_attention
-from mixtral_jax.kernels.gpu.cudnn_packed import packed_attention
+from mixtral_jax.kernels.backends import load
 from mixtral_jax.sharding import by_device, spec
 from mixtral_jax.zigzag import chunk_starts, in_order
 
 AXIS = "context"  # the mesh axis whose devices share a sequence
-PACKS_FROM = 9.0  # compute capability: Hopper
+UNUSUAL = "unusual"  # names the operations that stand in for a kernel that seldom cannot, for the planner
 MOVES = ("all_gather", "concatenate", "pad", "reshape", "rev", "slice", "squeeze", "transpose")
+
+
+class AttentionInputs(NamedTuple):
+    """One device's queries, and the keys and values that they may see."""
+
+    q: Float[Array, "batch queries heads head_dim"]
+    k: Float[Array, "batch seq kv_heads head_dim"]
+    v: Float[Array, "batch seq kv_heads head_dim"]
+    q_segment_ids: Int[Array, "batch queries"]
+    segment_ids: Int[Array, "batch seq"]
+    starts: Int[Array, " chunks"]  # position of the first query of each chunk; chunks are of one length, and ascend
 
 
 def attention(
@@ -34,7 +37,7 @@ def attention(
     segment_ids: Int[Array, "batch seq"],
     *,
     mesh: Mesh,
-    backend: Literal["blockwise", "amx", "cudnn", "splash"],
+    backend: str,
 ) -> Float[Array, "batch seq heads head_dim"]:
     """Computes softmax(q k / sqrt(head_dim)) v over the earlier positions of the same segment.
 
@@ -44,38 +47,29 @@ def attention(
         segment_ids: number of each position's document; attention stays within equal numbers. A row's numbers never
             decrease with the position, except that padding (0) may follow.
         mesh: where the arrays lie.
-        backend: see the module.
+        backend: of `attention`.
 
     Raises:
         UserError: a length that splash does not take, or more elements than cuDNN does.
     """
-    ways, seq_len = mesh.shape[AXIS], q.shape[1]
-    packs = ways == 1 and backend == "cudnn" and float(mesh.devices.flat[0].compute_capability) >= PACKS_FROM
+    axis_size, seq_len = mesh.shape[AXIS], q.shape[1]
     queries, keys = spec(("batch", "sequence", "heads", None)), spec(("batch", "sequence", "kv_heads", None))
-    kernel = None
-    if backend == "splash":  # takes a second to import
-        from mixtral_jax.kernels.tpu import splash
-
-        kernel = splash.make_splash_kernel(mesh, seq_len, q.shape[2] // mesh.shape["tensor"])
-    splits = kernel and kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, AXIS)))
+    engine: Any = load("attention", backend)
+    kernel = splits = None
+    if backend == "splash":  # its masks are arrays, split over the mesh like the queries
+        kernel, splits = engine.make_kernel(mesh, seq_len, q.shape[2] // mesh.shape["tensor"])
 
     def local(q: Array, k: Array, v: Array, q_ids: Array, kernel: Any) -> Array:
-        ids, starts = q_ids, chunk_starts(seq_len, ways, 0)
-        if ways > 1:
-            k, v, ids = (in_order(jax.lax.all_gather(a, AXIS, axis=1, tiled=True), ways) for a in (k, v, ids))
-            starts = chunk_starts(seq_len, ways, jax.lax.axis_index(AXIS))
-        if backend == "splash":
-            return splash.splash_attention(kernel, q, k, v, q_ids, ids)
-        if backend == "amx":
-            return amx_attention(q, k, v, q_ids)
-        if packs:
-            return packed_attention(q, k, v, q_ids)
-        if backend == "cudnn":
-            return _cudnn(q, k, v, q_ids, ids, starts)
-        return blockwise_attention(q, k, v, q_ids, ids, starts)
+        ids, starts = q_ids, chunk_starts(seq_len, axis_size, 0)
+        if axis_size > 1:
+            k, v, ids = (in_order(jax.lax.all_gather(a, AXIS, axis=1, tiled=True), axis_size) for a in (k, v, ids))
+            starts = chunk_starts(seq_len, axis_size, jax.lax.axis_index(AXIS))
+        inputs = AttentionInputs(q, k, v, q_ids, ids, starts)
+        out: Array = engine.attend(inputs, mesh if kernel is None else kernel)
+        return out
 
     return by_device(
-        jax.checkpoint(local, policy=_all_but_what_moves, prevent_cse=False) if ways > 1 else local,
+        jax.checkpoint(local, policy=_all_but_what_moves, prevent_cse=False) if axis_size > 1 else local,
         mesh,
         (queries, keys, keys, spec(("batch", "sequence")), splits),
         queries,
@@ -85,10 +79,3 @@ def attention(
 def _all_but_what_moves(primitive: Any, *_: Any, **__: Any) -> bool:
     """Says what is kept for the backward pass: not keys and values of whole sequences, in whatever order."""
     return primitive.name not in MOVES
-
-
-def _cudnn(q: Array, k: Array, v: Array, q_ids: Array, ids: Array, starts: Array) -> Array:
-    position = (starts[:, None] + jnp.arange(q.shape[1] // starts.size)).reshape(-1)
-    causal = position[:, None] >= jnp.arange(k.shape[1])
-    mask = causal & (q_ids[:, None, :, None] == ids[:, None, None, :])
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")

@@ -8,32 +8,21 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
 
+from mixtral_jax.kernels.attention import AttentionInputs
 from mixtral_jax.precision import FULL
-from mixtral_jax.remat import keep
+from mixtral_jax.remat import save_for_backward
 
 MASKED = -1e30  # finite, so that a row without any key gives no NaN
 BLOCK = 256  # positions of queries and of keys that meet at once
 SHORT = 512  # up to so many positions half a block, which wastes less beyond the diagonal, is faster
 
 
-def blockwise_attention(
-    q: Float[Array, "batch queries heads head_dim"],
-    k: Float[Array, "batch seq kv_heads head_dim"],
-    v: Float[Array, "batch seq kv_heads head_dim"],
-    q_segment_ids: Int[Array, "batch queries"],
-    segment_ids: Int[Array, "batch seq"],
-    starts: Int[Array, " chunks"],
-) -> Float[Array, "batch queries heads head_dim"]:
-    """Computes `kernels.attention` for some of the queries.
-
-    Args:
-        q: queries, in chunks of one length.
-        k, v: keys and values of all positions.
-        q_segment_ids, segment_ids: documents, see `kernels.attention`.
-        starts: position of the first query of each chunk, ascending.
-    """
+def attend(inputs: AttentionInputs, mesh: Mesh | None = None) -> Float[Array, "batch queries heads head_dim"]:
+    """Computes `kernels.attention` for some of the queries."""
+    q, k, v, q_segment_ids, segment_ids, starts = inputs
     batch, queries, heads, head_dim = q.shape
     kv_heads, chunks = k.shape[2], starts.shape[0]
     length = queries // chunks
@@ -106,7 +95,7 @@ def _blockwise_fwd(
     _, (out, logsumexp) = jax.lax.scan(query_block, None, jnp.arange(starts.size))
     out = jnp.moveaxis(out, 0, -3).reshape(q.shape)
     logsumexp = jnp.moveaxis(logsumexp, 0, -2).reshape(q.shape[:-1])
-    out, logsumexp = keep((out, logsumexp))
+    out, logsumexp = save_for_backward((out, logsumexp))
     return out, (q, k, v, seg_q, seg_k, starts, out, logsumexp)
 
 

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from mixtral_jax.kernels.cpu.matmul import Products, add_product, multiply
-from mixtral_jax.kernels.cpu.softmax import differentiate, summarize
+from mixtral_jax.kernels.backends import load
 from mixtral_jax.precision import FULL
 from mixtral_jax.sharding import VOCAB_AXIS, add_up, by_device, gather, spec
 
@@ -23,7 +22,7 @@ def cross_entropy_sum(
     mask: Bool[Array, "batch seq"],
     *,
     mesh: Mesh,
-    products: Products,
+    backend: str,
     chunk: int,
 ) -> Float[Array, ""]:
     """Sums -log softmax(x head)[target] over the masked positions, in nats; differentiable in x and head.
@@ -34,14 +33,14 @@ def cross_entropy_sum(
         targets: next tokens.
         mask: positions that count.
         mesh: where the arrays lie.
-        products: who multiplies.
+        backend: of `cross_entropy`; it is that of `matmul`.
         chunk: tokens of a device whose logits exist at once.
     """
 
     def local(x: Array, head: Array, targets: Array, mask: Array) -> Array:
         head = gather(head, mesh, "d_model", axis=0)
         flat = (a.reshape(-1, *a.shape[2:]) for a in (x, targets, mask))
-        total = _local_sum(head, *flat, min(chunk, targets.size), products)
+        total = _local_sum(head, *flat, min(chunk, targets.size), backend)
         return add_up(total, mesh, "data", "fsdp", "expert", "context")
 
     tokens = spec(("batch", "sequence"))
@@ -55,7 +54,7 @@ def token_losses(
     targets: Int[Array, "batch seq"],
     *,
     mesh: Mesh,
-    products: Products,
+    backend: str,
     chunk: int,
 ) -> tuple[Float[Array, "batch seq"], Bool[Array, "batch seq"]]:
     """Computes -log softmax(x head)[target] of every position in nats, forward only; see `cross_entropy_sum`.
@@ -67,12 +66,11 @@ def token_losses(
     def local(x: Array, head: Array, targets: Array) -> tuple[Array, Array]:
         head = gather(head, mesh, "d_model", axis=0)
 
+        engine = load("cross_entropy", backend)
+
         def body(inputs: tuple[Array, Array]) -> tuple[Array, Array]:
-            if products == "xla":
-                logits, logsumexp, at_target, _ = _chunk_logits(inputs[0], head, inputs[1])
-                return logsumexp - at_target, at_target >= jax.lax.pmax(jnp.max(logits, axis=-1), VOCAB_AXIS)
-            rows = summarize(multiply(inputs[0], head, products), inputs[1])
-            return rows.log_total - rows.at_target, rows.at_target >= rows.peak
+            nats, greedy = engine.chunk_losses(inputs[0], head, inputs[1], backend)
+            return nats, greedy
 
         size = min(chunk, targets.size)
         chunks = (_split(x.reshape(-1, x.shape[-1]), size), _split(targets.reshape(-1), size))
@@ -106,44 +104,59 @@ def _chunk_logits(x: Array, head: Array, targets: Array) -> tuple[Array, Array, 
     return logits, peak + jnp.log(total), at_target, jnp.where(here, column, -1)
 
 
+def chunk_losses(
+    x: Float[Array, "tokens d_model"], head: Float[Array, "d_model vocab"], targets: Int[Array, " tokens"], backend: str
+) -> tuple[Float[Array, " tokens"], Bool[Array, " tokens"]]:
+    """Computes what `token_losses` does for a chunk, on any platform."""
+    logits, logsumexp, at_target, _ = _chunk_logits(x, head, targets)
+    return logsumexp - at_target, at_target >= jax.lax.pmax(jnp.max(logits, axis=-1), VOCAB_AXIS)
+
+
+def chunk_gradients(
+    x: Float[Array, "tokens d_model"],
+    head: Float[Array, "d_model vocab"],
+    targets: Int[Array, " tokens"],
+    mask: Bool[Array, " tokens"],
+    d_head: Float[Array, "d_model vocab"],
+    backend: str,
+) -> tuple[Float[Array, " tokens"], Float[Array, "tokens d_model"], Float[Array, "d_model vocab"]]:
+    """Computes the losses of a chunk and the gradients of the masked ones' sum; the head's is added to `d_head`."""
+    logits, logsumexp, at_target, column = _chunk_logits(x, head, targets)
+    hit = jnp.arange(head.shape[1]) == column[..., None]
+    d_logits = jnp.where(mask[..., None], jnp.exp(logits - logsumexp[..., None]) - hit, 0).astype(head.dtype)
+    d_head += jnp.einsum("td,tv->dv", x, d_logits, preferred_element_type=FULL)
+    return logsumexp - at_target, jnp.einsum("tv,dv->td", d_logits, head), d_head
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _local_sum(head: Array, x: Array, targets: Array, mask: Array, chunk: int, products: Products) -> Array:
+def _local_sum(head: Array, x: Array, targets: Array, mask: Array, chunk: int, backend: str) -> Array:
+    engine = load("cross_entropy", backend)
+
     def body(total: Array, inputs: tuple[Array, ...]) -> tuple[Array, None]:
         x_c, targets_c, mask_c = inputs
-        if products == "xla":
-            _, logsumexp, at_target, _ = _chunk_logits(x_c, head, targets_c)
-        else:
-            logsumexp, at_target, _ = summarize(multiply(x_c, head, products), targets_c)
-        return total + jnp.sum(jnp.where(mask_c, logsumexp - at_target, 0)), None
+        nats, _ = engine.chunk_losses(x_c, head, targets_c, backend)
+        return total + jnp.sum(jnp.where(mask_c, nats, 0)), None
 
     return jax.lax.scan(body, jnp.zeros((), FULL), tuple(_split(a, chunk) for a in (x, targets, mask)))[0]
 
 
 def _local_fwd(
-    head: Array, x: Array, targets: Array, mask: Array, chunk: int, products: Products
+    head: Array, x: Array, targets: Array, mask: Array, chunk: int, backend: str
 ) -> tuple[Array, tuple[Array, Array]]:
+    engine = load("cross_entropy", backend)
+
     def body(carry: tuple[Array, Array], inputs: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
         total, d_head = carry
         x_c, targets_c, mask_c = inputs
-        if products != "xla":
-            rows, d_logits = differentiate(multiply(x_c, head, products), targets_c, mask_c)
-            total += jnp.sum(jnp.where(mask_c, rows.log_total - rows.at_target, 0))
-            return (total, add_product(d_head, x_c, d_logits, products)), multiply(d_logits, head, products, "nt")
-        logits, logsumexp, at_target, column = _chunk_logits(x_c, head, targets_c)
-        total += jnp.sum(jnp.where(mask_c, logsumexp - at_target, 0))
-        hit = jnp.arange(head.shape[1]) == column[..., None]
-        d_logits = jnp.where(mask_c[..., None], jnp.exp(logits - logsumexp[..., None]) - hit, 0).astype(head.dtype)
-        d_head += jnp.einsum("td,tv->dv", x_c, d_logits, preferred_element_type=FULL)
-        return (total, d_head), jnp.einsum("tv,dv->td", d_logits, head)
+        nats, d_x, d_head = engine.chunk_gradients(x_c, head, targets_c, mask_c, d_head, backend)
+        return (total + jnp.sum(jnp.where(mask_c, nats, 0)), d_head), d_x
 
     start = (jnp.zeros((), FULL), jnp.zeros(head.shape, FULL))
     (total, d_head), d_x = jax.lax.scan(body, start, tuple(_split(a, chunk) for a in (x, targets, mask)))
     return total, (_join(d_x, x.shape[0]).astype(x.dtype), d_head)
 
 
-def _local_bwd(
-    chunk: int, products: Products, residuals: tuple[Array, Array], d_total: Array
-) -> tuple[Array | None, ...]:
+def _local_bwd(chunk: int, backend: str, residuals: tuple[Array, Array], d_total: Array) -> tuple[Array | None, ...]:
     d_x, d_head = residuals
     # The sum is the same on every device of the vocabulary axis; its derivative is the sum of their cotangents.
     scale = jax.lax.psum(d_total, VOCAB_AXIS)

@@ -24,7 +24,7 @@ class Slices(NamedTuple):
     arriving: Int[Array, " slices"]  # rows of each slice that this device receives
 
 
-def expert_slices(counts: Int[Array, "ways experts"], me: Int[Array, ""]) -> tuple[Slices, Slices]:
+def expert_slices(counts: Int[Array, "devices experts"], me: Int[Array, ""]) -> tuple[Slices, Slices]:
     """Computes both directions of the ragged exchange of one device.
 
     Rows leave sorted by expert and arrive sorted by expert, those of one expert by the device they come from.
@@ -36,11 +36,11 @@ def expert_slices(counts: Int[Array, "ways experts"], me: Int[Array, ""]) -> tup
     Returns:
         The way to the experts, and the way back.
     """
-    ways, num_experts = counts.shape
-    local = num_experts // ways
+    devices, num_experts = counts.shape
+    local = num_experts // devices
     first_sent = _exclusive(counts, axis=1)  # [source, expert]
     # On the owner of an expert: the rows of its earlier experts, then those of this expert from earlier devices.
-    by_owner = jnp.sum(counts, axis=0).reshape(ways, local)
+    by_owner = jnp.sum(counts, axis=0).reshape(devices, local)
     landed = _exclusive(by_owner, axis=1).reshape(1, num_experts) + _exclusive(counts, axis=0)  # [source, expert]
     mine = partial(jax.lax.dynamic_slice_in_dim, start_index=me * local, slice_size=local, axis=1)
     received = mine(counts).reshape(-1)  # [source * local]
@@ -92,7 +92,7 @@ def block_exchange(rows: Float[Array, "rows d_model"]) -> Float[Array, "rows d_m
     return jax.lax.all_to_all(rows, AXIS, 0, 0, tiled=True)
 
 
-def sort_arrivals(arriving: Int[Array, "ways local"], block: int) -> tuple[Int[Array, " rows"], Int[Array, " rows"]]:
+def sort_arrivals(arriving: Int[Array, "devices local"], block: int) -> tuple[Int[Array, " rows"], Int[Array, " rows"]]:
     """Maps between the rows of a padded exchange and the same rows sorted by expert.
 
     Args:
@@ -100,21 +100,21 @@ def sort_arrivals(arriving: Int[Array, "ways local"], block: int) -> tuple[Int[A
         block: rows of a device's block, those at its end empty.
 
     Returns:
-        The arrived row of each sorted row, and the sorted row of each arrived one; ways * block where there is none.
+        The arrived row of each sorted row, and the sorted row of each arrived one; devices * block where there is none.
     """
-    ways, local = arriving.shape
-    num_rows = ways * block
-    begins = _exclusive(arriving, axis=1) + jnp.arange(ways, dtype=jnp.int32)[:, None] * block
-    # Segment number s = expert * ways + source: the order of the sorted rows.
+    devices, local = arriving.shape
+    num_rows = devices * block
+    begins = _exclusive(arriving, axis=1) + jnp.arange(devices, dtype=jnp.int32)[:, None] * block
+    # Segment number s = expert * devices + source: the order of the sorted rows.
     sizes, begins = arriving.T.reshape(-1), begins.T.reshape(-1)
     ends = jnp.cumsum(sizes)
     row = jnp.arange(num_rows, dtype=jnp.int32)
-    segment = jnp.minimum(jnp.searchsorted(ends, row, side="right"), ways * local - 1)
+    segment = jnp.minimum(jnp.searchsorted(ends, row, side="right"), devices * local - 1)
     slot_of_row = jnp.where(row < ends[-1], begins[segment] + row - (ends - sizes)[segment], num_rows)
     source, place = row // block, row % block
     within = jnp.cumsum(arriving, axis=1)[source]  # [rows, local]
     expert = jnp.minimum(jnp.sum(place[:, None] >= within, axis=1), local - 1)
-    segment = expert * ways + source
+    segment = expert * devices + source
     row_of_slot = jnp.where(place < within[:, -1], (ends - sizes)[segment] + row - begins[segment], num_rows)
     return slot_of_row.astype(jnp.int32), row_of_slot.astype(jnp.int32)
 

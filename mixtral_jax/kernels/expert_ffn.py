@@ -1,34 +1,44 @@
-"""The SwiGLU experts over rows that are sorted by expert: work for the chosen experts only.
+"""The SwiGLU experts over rows that are sorted by expert: work for the chosen experts only; see `backends`."""
 
-Backends: `blocked` loops over each expert's active blocks with a dynamic trip count and runs anywhere XLA runs;
-`ragged_dot` is XLA's grouped product, dense on CPU and CUDA, and on TPU dense in the gradient of the weights;
-`mkl` is oneMKL's on one CPU, `megablox` JAX's grouped kernel for TPU, `triton` ours for GPUs, forward and both
-gradients. `equal` serves buffers of one size.
-"""
-
-from typing import Literal
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from mixtral_jax.kernels.blocked import blocked_ffn
-from mixtral_jax.kernels.cpu.layers import in_place_ffn
-from mixtral_jax.kernels.cpu.matmul import ENGINES
+from mixtral_jax.kernels.backends import load
 from mixtral_jax.kernels.quantized import EightBitProduct, quantized_ffn
 
-ExpertsKernel = Literal["blocked", "amx", "mkl", "ragged_dot", "megablox", "triton", "equal"]
+
+class ExpertStack(NamedTuple):
+    """The experts of all layers, constant for differentiation, and which layer is meant."""
+
+    w_gate: Float[Array, "layers experts d_model d_ff"]
+    w_up: Float[Array, "layers experts d_model d_ff"]
+    w_down: Float[Array, "layers experts d_ff d_model"]
+    layer: Int[Array, ""]
+
+
+class ExpertWeights(NamedTuple):
+    """The experts of one layer; gradients flow to these arrays.
+
+    A backend that reads the same numbers in the stack, if there is one, leaves the arrays alone: then XLA never cuts
+    them out of the stack.
+    """
+
+    w_gate: Float[Array, "experts d_model d_ff"]
+    w_up: Float[Array, "experts d_model d_ff"]
+    w_down: Float[Array, "experts d_ff d_model"]
+    stack: ExpertStack | None = None
 
 
 def expert_ffn(
     rows: Float[Array, "rows d_model"],
     group_sizes: Int[Array, " experts"],
-    w_gate: Float[Array, "experts d_model d_ff"],
-    w_up: Float[Array, "experts d_model d_ff"],
-    w_down: Float[Array, "experts d_ff d_model"],
+    weights: ExpertWeights,
     *,
-    backend: ExpertsKernel,
+    backend: str,
     block_sizes: tuple[int, ...] = (),
     interpret: bool = False,
     eight_bit: DTypeLike | None = None,
@@ -36,39 +46,36 @@ def expert_ffn(
     """Computes w_down(silu(w_gate x) * w_up x) with each row's expert.
 
     Args:
-        rows: sorted by expert; those beyond the sum of `group_sizes` belong to nobody.
+        rows: sorted by expert; those beyond the sum of `group_sizes` are padding.
         group_sizes: rows of each expert.
-        w_gate, w_up, w_down: the experts.
-        backend: see the module; `equal` requires every group to be rows / experts long.
-        block_sizes: rows of the blocks of `blocked`, largest first; see `choose_block_sizes`.
+        weights: the experts.
+        backend: of the table; or `equal`, which requires every group to be rows / experts long.
+        block_sizes: rows of the blocks of `grouped_blocks`, largest first; see `choose_block_sizes`.
         interpret: run a kernel of the platform step by step, on a CPU.
         eight_bit: type that the products' factors are rounded to, see `quantized`; None: none.
 
     Returns:
-        One output a row; rows of nobody are finite and otherwise unspecified.
+        One output a row; padding rows are finite and otherwise unspecified.
     """
+    sizes = group_sizes.astype(jnp.int32)
+    w_gate, w_up, w_down, _ = weights
     if eight_bit is not None:
-        assert backend not in (*ENGINES, "triton")  # see `choose_experts`
         product = EightBitProduct(eight_bit, backend, block_sizes[0] if block_sizes else 0, interpret)
-        return quantized_ffn(rows, group_sizes, w_gate, w_up, w_down, product)
-    if backend == "blocked":
-        return blocked_ffn(rows, group_sizes, w_gate, w_up, w_down, block_sizes)
-    if backend in ENGINES:
-        stacks = (w_gate[None], w_up[None], w_down[None])
-        sizes, layer, ones = group_sizes.astype(jnp.int32), jnp.zeros((), jnp.int32), jnp.ones(len(rows), rows.dtype)
-        return in_place_ffn(rows, sizes, ones, jax.lax.stop_gradient(stacks), layer, stacks, backend)[0]
+        return quantized_ffn(rows, sizes, w_gate, w_up, w_down, product)
     if backend == "equal":
         x = rows.reshape(w_gate.shape[0], -1, rows.shape[1])
         gate, up = jnp.einsum("ecd,edf->ecf", x, w_gate), jnp.einsum("ecd,edf->ecf", x, w_up)
         return jnp.einsum("ecf,efd->ecd", jax.nn.silu(gate) * up, w_down).reshape(rows.shape)
-    sizes = group_sizes.astype(jnp.int32)
     if backend == "ragged_dot":
         gate, up = jax.lax.ragged_dot(rows, w_gate, sizes), jax.lax.ragged_dot(rows, w_up, sizes)
         return jax.lax.ragged_dot(jax.nn.silu(gate) * up, w_down, sizes)
-    if backend == "triton":
-        from mixtral_jax.kernels.gpu.triton_grouped import grouped_ffn
-
-        return grouped_ffn(rows, sizes, w_gate, w_up, w_down, interpret)
-    from mixtral_jax.kernels.tpu.megablox import megablox_ffn
-
-    return megablox_ffn(rows, sizes, w_gate, w_up, w_down, interpret)
+    engine = load("experts", backend)
+    if backend == "grouped_blocks":
+        out: Array = engine.grouped_blocks_ffn(rows, sizes, w_gate, w_up, w_down, block_sizes)
+    elif backend == "triton":
+        out = engine.grouped_ffn(rows, sizes, w_gate, w_up, w_down, interpret)
+    elif backend == "megablox":
+        out = engine.megablox_ffn(rows, sizes, w_gate, w_up, w_down, interpret)
+    else:
+        out = engine.engine_ffn(rows, sizes, weights, backend)
+    return out

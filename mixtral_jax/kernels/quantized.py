@@ -29,8 +29,8 @@ class EightBitProduct:
     """Products of 8-bit factors by one backend of `expert_ffn`: numbers without their scales in, float32 sums out."""
 
     dtype: DTypeLike  # of the factors
-    backend: str  # blocked, ragged_dot, megablox or equal
-    block_size: int  # rows of a block of `blocked`
+    backend: str  # grouped_blocks, ragged_dot, megablox or equal
+    block_size: int  # rows of a block of `grouped_blocks`
     interpret: bool
 
     def quantize(self, x: Array, axes: tuple[int, ...]) -> Any:
@@ -129,7 +129,7 @@ def quantized_ffn(
     """Computes w_down(silu(w_gate x) * w_up x) with each row's expert in products of 8-bit factors; see `expert_ffn`.
 
     Returns:
-        One output a row; zero for rows of nobody.
+        One output a row; zero for padding rows.
     """
     if product.backend == "equal":
         group_sizes = jnp.full(w_gate.shape[0], rows.shape[0] // w_gate.shape[0], jnp.int32)
@@ -162,7 +162,7 @@ _multiply.defvjp(_forward, _backward)
 
 
 def _used(rows: Array, sizes: Array) -> Array:
-    """Zeros for rows that belong to nobody, whatever they hold."""
+    """Zeros for padding rows, whatever they hold."""
     return jnp.where((jnp.arange(rows.shape[0]) < jnp.sum(sizes))[:, None], rows, 0)
 
 

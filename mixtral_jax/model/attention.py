@@ -7,8 +7,9 @@ from jaxtyping import Array, Float, Int
 
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.kernels.attention import attention
-from mixtral_jax.model.layers import contract, parameter, rotate
-from mixtral_jax.remat import keep
+from mixtral_jax.kernels.matmul import contract
+from mixtral_jax.model.layers import parameter, rotate
+from mixtral_jax.remat import save_for_backward
 from mixtral_jax.runtime import Runtime
 from mixtral_jax.sharding import constrain
 
@@ -36,11 +37,11 @@ class Attention(nnx.Module):
         rotary: tuple[Float[Array, "batch seq half"], Float[Array, "batch seq half"]],
     ) -> Float[Array, "batch seq d_model"]:
         """Attends; `segment_ids` 0 is padding."""
-        mesh, compute = self.runtime.mesh, self.runtime.precision.compute
-        project = lambda w, axes: constrain(contract(x, w[...].astype(compute), 1, self.runtime), mesh, axes)  # noqa: E731
+        mesh, compute, matmul = self.runtime.mesh, self.runtime.precision.compute, self.runtime.matmul
+        project = lambda w, axes: constrain(contract(x, w[...].astype(compute), 1, backend=matmul), mesh, axes)  # noqa: E731
         q = rotate(project(self.wq, HEADS), *rotary)
         k = rotate(project(self.wk, KV_HEADS), *rotary)
         v = project(self.wv, KV_HEADS)
-        q, k, v = keep((q, k, v))
+        q, k, v = save_for_backward((q, k, v))
         out = attention(q, k, v, segment_ids, mesh=mesh, backend=self.runtime.attention)
-        return contract(out, self.wo[...].astype(compute), 2, self.runtime)
+        return contract(out, self.wo[...].astype(compute), 2, backend=matmul)

@@ -1,117 +1,145 @@
-"""How the tokens of an expert group meet the experts: the functions that one device runs, the same numbers from each.
+"""How the tokens of an expert group meet the experts: what one device runs, the same numbers from each exchange.
 
 A group is the devices along the mesh axis `expert`; each has its own tokens and its own experts. `gather` brings all
 tokens of the group to every device; `ragged` and `padded` send each assignment's row to its expert and its result back.
+A layer is `gather_tokens`, `dispatch`, `exchange`, the experts, `exchange_back`, `combine`, `scatter_sums`.
 """
 
-from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mixtral_jax.kernels.exchange import AXIS, block_exchange, expert_slices, ragged_exchange, sort_arrivals
-from mixtral_jax.kernels.permutation import collect_rows, combine_rows, dispatch_rows
+from mixtral_jax.kernels.exchange import (
+    AXIS,
+    Slices,
+    block_exchange,
+    expert_slices,
+    ragged_exchange,
+    sort_arrivals,
+)
+from mixtral_jax.kernels.permutation import combine_rows, dispatch_rows
 from mixtral_jax.model.routing import RowPlan, capacity_plan, dropless_plan
 from mixtral_jax.precision import FULL
-from mixtral_jax.remat import keep
-from mixtral_jax.runtime import Exchange
+from mixtral_jax.remat import save_for_backward
 from mixtral_jax.zigzag import chunk_starts, in_order
 
-# (rows sorted by expert, rows of each expert) -> one output a row: this device's experts. What is `weighted` takes each
-# row's weight as a third argument and applies it itself.
-RunExperts = Callable[..., Array]
+
+@dataclass(frozen=True)
+class ExpertGroup:
+    """The devices that share the experts, and how much room each has."""
+
+    num_experts: int  # of the group
+    devices: int
+    exchange: str
+    quota: int  # assignments that a device may have for one device of the group; at most so many there are
+    capacity: int | None = None  # assignments of a sequence to an expert, in buffers of one size; None: as many as come
+
+    @property
+    def local_experts(self) -> int:
+        """Experts of one device."""
+        return self.num_experts // self.devices
+
+    @property
+    def gathers(self) -> bool:
+        """Whether tokens move, and not rows."""
+        return self.devices > 1 and self.exchange == "gather"
 
 
-def compute_dropless(
-    x: Float[Array, "tokens d_model"],
-    experts: Int[Array, "tokens k"],
-    weights: Float[Array, "tokens k"],
-    run: RunExperts,
-    *,
-    num_experts: int,
-    ways: int,
-    quota: int,
-    exchange: Exchange,
-    weighted: bool = False,
-) -> Float[Array, "tokens d_model"]:
-    """Computes every assignment to an expert and sums the weighted results of each token.
+class RoutedTokens(NamedTuple):
+    """Tokens and where they go."""
 
-    Args:
-        x: activations of this device's tokens.
-        experts: experts of the group, by number; `num_experts` marks an assignment that nobody computes.
-        weights: of the choices.
-        run: this device's experts.
-        num_experts: experts of the group.
-        ways: devices of the group.
-        quota: assignments that this device may have for one device of the group; at most so many there are.
-        exchange: see the module.
-        weighted: see `RunExperts`; for one device.
-    """
-    tokens, k = experts.shape
-    local, assignments = num_experts // ways, tokens * k
-    if ways == 1:
-        return _through(dropless_plan(experts, num_experts, assignments), x, weights, run, weighted)
-    if exchange == "gather":
-        x, experts, weights = (_gather(a) for a in (x, experts, weights))
-        return _scatter(_through(dropless_plan(own_experts(experts, local), local, ways * quota), x, weights, run))
+    x: Float[Array, "batch seq d_model"]
+    experts: Int[Array, "batch seq k"]  # of the group; its number of experts marks an assignment that nobody computes
+    weights: Float[Array, "batch seq k"]
 
-    plan = dropless_plan(experts, num_experts, assignments)
+
+class RoutedRows(NamedTuple):
+    """Rows sorted by expert, and what brings them to the experts and back to their tokens."""
+
+    rows: Float[Array, "rows d_model"]
+    group_sizes: Int[Array, " experts"]  # rows of each expert
+    plan: RowPlan  # between rows and assignments on the device of the tokens
+    weights: Float[Array, "tokens k"]
+    slices: tuple[Slices, Slices] | None = None  # `ragged`: there and back
+    order: tuple[Int[Array, " rows"], Int[Array, " rows"]] | None = None  # `padded`: arrived row of each, and inverse
+
+
+def gather_tokens(tokens: RoutedTokens, group: ExpertGroup) -> RoutedTokens:
+    """Where tokens move: brings those of the group to this device, and keeps what its own experts compute."""
+    if not group.gathers:
+        return tokens
+    x, experts, weights = (jax.lax.all_gather(a, AXIS, axis=0, tiled=True) for a in tokens)
+    mine = experts - jax.lax.axis_index(AXIS) * group.local_experts
+    return RoutedTokens(x, jnp.where((mine >= 0) & (mine < group.local_experts), mine, group.local_experts), weights)
+
+
+def dispatch(tokens: RoutedTokens, group: ExpertGroup) -> RoutedRows:
+    """Makes a row of every assignment, sorted by expert."""
+    here = group.local_experts if group.gathers else group.num_experts
+    x, experts, weights = (a.reshape(-1, a.shape[-1]) for a in tokens)
+    if group.capacity is not None:
+        plan = capacity_plan(tokens.experts, here, group.capacity)
+    else:
+        plan = dropless_plan(experts, here, group.devices * group.quota if group.gathers else experts.size)
+    if group.devices > 1 and group.exchange == "padded" and group.capacity is None:
+        plan = in_blocks(plan, group.devices, group.quota)
+    plan = save_for_backward(plan)
+    return RoutedRows(dispatch_rows(x, plan.source, plan.row_of), plan.group_sizes, plan, weights)
+
+
+def exchange(sent: RoutedRows, group: ExpertGroup) -> RoutedRows:
+    """Brings every row to the device of its expert, sorted by its experts."""
+    if group.devices == 1 or group.gathers:
+        return sent
+    if group.capacity is not None:  # rows are [device, its expert, row], and arrive as [source, expert, row]
+        rows = _swap(block_exchange(sent.rows), group.devices, group.local_experts)
+        return sent._replace(rows=rows, group_sizes=group.devices * sent.group_sizes[: group.local_experts])
     me = jax.lax.axis_index(AXIS)
-    counts = jax.lax.all_gather(plan.group_sizes, AXIS)
-    arriving = jax.lax.dynamic_slice_in_dim(counts, me * local, local, axis=1)
-    group_sizes = jnp.sum(arriving, axis=0)
-    if exchange == "ragged":
+    counts = jax.lax.all_gather(sent.plan.group_sizes, AXIS)
+    arriving = jax.lax.dynamic_slice_in_dim(counts, me * group.local_experts, group.local_experts, axis=1)
+    sizes = jnp.sum(arriving, axis=0)
+    if group.exchange == "ragged":
         there, back = expert_slices(counts, me)
-        rows = ragged_exchange(dispatch_rows(x, plan.source, plan.row_of), there, back, ways * quota)
-        returned = ragged_exchange(run(rows, group_sizes), back, there, assignments)
-        return combine_rows(returned, weights, plan.source, plan.row_of)
-
-    plan = _in_blocks(plan, ways, quota)
-    slot_of_row, row_of_slot = sort_arrivals(arriving, quota)
-    arrived = block_exchange(dispatch_rows(x, plan.source, plan.row_of))
-    results = run(dispatch_rows(arrived, slot_of_row, row_of_slot[:, None]), group_sizes)
-    returned = block_exchange(dispatch_rows(results, row_of_slot, slot_of_row[:, None]))
-    return combine_rows(returned, weights, plan.source, plan.row_of)
+        rows = ragged_exchange(sent.rows, there, back, group.devices * group.quota)
+        return sent._replace(rows=rows, group_sizes=sizes, slices=(there, back))
+    slot_of_row, row_of_slot = sort_arrivals(arriving, group.quota)
+    rows = dispatch_rows(block_exchange(sent.rows), slot_of_row, row_of_slot[:, None])
+    return sent._replace(rows=rows, group_sizes=sizes, order=(slot_of_row, row_of_slot))
 
 
-def compute_capacity(
-    x: Float[Array, "batch seq d_model"],
-    experts: Int[Array, "batch seq k"],
-    weights: Float[Array, "batch seq k"],
-    run: RunExperts,
-    *,
-    num_experts: int,
-    ways: int,
-    capacity: int,
-    exchange: Exchange,
-    weighted: bool = False,
-) -> tuple[Float[Array, "batch seq d_model"], Float[Array, ""]]:
-    """Computes at most `capacity` assignments of each sequence to each expert; buffers are of one size.
+def exchange_back(results: RoutedRows, group: ExpertGroup) -> RoutedRows:
+    """Brings every result to the device and the place that its row came from."""
+    rows = results.rows
+    if results.slices is not None:
+        there, back = results.slices
+        rows = ragged_exchange(rows, back, there, results.plan.row_of.size)
+    elif results.order is not None:
+        slot_of_row, row_of_slot = results.order
+        rows = block_exchange(dispatch_rows(rows, row_of_slot, slot_of_row[:, None]))
+    elif group.devices > 1 and not group.gathers:
+        rows = block_exchange(_swap(rows, group.local_experts, group.devices))
+    return results._replace(rows=rows)
 
-    Arguments as of `compute_dropless`; blocks of one size need no padding, so `ragged` and `padded` are the same here.
 
-    Returns:
-        The weighted sums, and how many assignments were dropped.
-    """
-    local, shape = num_experts // ways, x.shape
-    gathers = exchange == "gather" and ways > 1
-    if gathers:
-        x, experts, weights = (_gather(a) for a in (x, experts, weights))
-        experts, num_experts = own_experts(experts, local), local
-    plan = capacity_plan(experts, num_experts, capacity)
+def combine(returned: RoutedRows) -> Float[Array, "tokens d_model"]:
+    """Sums the weighted results of each token."""
+    return combine_rows(returned.rows, returned.weights, returned.plan.source, returned.plan.row_of)
 
-    def across(rows: Array, group_sizes: Array) -> Array:
-        """Rows are [device, its expert, row]: what arrives is [source, expert, row] and goes in by expert."""
-        arrived = _swap(block_exchange(rows), ways, local)
-        return block_exchange(_swap(run(arrived, ways * group_sizes[:local]), local, ways))
 
-    flat, flat_weights = x.reshape(-1, shape[-1]), weights.reshape(-1, weights.shape[-1])
-    y = _through(plan, flat, flat_weights, run if gathers or ways == 1 else across, weighted)
-    dropped = jnp.sum(
-        (experts < num_experts).reshape(plan.row_of.shape) & (plan.row_of >= plan.source.size), dtype=FULL
-    )
-    return (_scatter(y) if gathers else y).reshape(shape), dropped
+def scatter_sums(y: Float[Array, "tokens d_model"], group: ExpertGroup) -> Float[Array, "own_tokens d_model"]:
+    """Where tokens moved: adds up what the devices computed of each, and brings it back to its device."""
+    return jax.lax.psum_scatter(y, AXIS, scatter_dimension=0, tiled=True) if group.gathers else y
+
+
+def count_dropped(tokens: RoutedTokens, rows: RoutedRows, group: ExpertGroup) -> Float[Array, ""]:
+    """Counts assignments to this device's choice of experts for which buffers of one size had no room."""
+    here = group.local_experts if group.gathers else group.num_experts
+    plan = rows.plan
+    wanted = (tokens.experts < here).reshape(plan.row_of.shape)
+    return jnp.sum(wanted & (plan.row_of >= plan.source.size), dtype=FULL)
 
 
 def drop_beyond_capacity(
@@ -134,43 +162,20 @@ def drop_beyond_capacity(
     return jnp.where(earlier < capacity, chunks, num_experts).reshape(experts.shape)
 
 
-def own_experts(experts: Int[Array, "*tokens k"], local: int) -> Int[Array, "*tokens k"]:
-    """Numbers this device's experts from 0; `local` marks all others."""
-    mine = experts - jax.lax.axis_index(AXIS) * local
-    return jnp.where((mine >= 0) & (mine < local), mine, local)
-
-
-def _through(plan: RowPlan, x: Array, weights: Array, run: RunExperts, weighted: bool = False) -> Array:
-    plan = keep(plan)
-    rows = dispatch_rows(x, plan.source, plan.row_of)
-    if not weighted:
-        return combine_rows(run(rows, plan.group_sizes), weights, plan.source, plan.row_of)
-    (of_rows,) = dispatch_rows(weights.reshape(-1, 1), plan.source, plan.row_of.reshape(-1, 1)).T
-    return collect_rows(run(rows, plan.group_sizes, of_rows), plan.source, plan.row_of)
-
-
-def _in_blocks(plan: RowPlan, ways: int, block: int) -> RowPlan:
+def in_blocks(plan: RowPlan, devices: int, block: int) -> RowPlan:
     """Moves the rows of every device to the beginning of a block of their own."""
     tokens, k = plan.row_of.shape
-    sizes = jnp.sum(plan.group_sizes.reshape(ways, -1), axis=1)
+    sizes = jnp.sum(plan.group_sizes.reshape(devices, -1), axis=1)
     ends = jnp.cumsum(sizes)
-    device = jnp.searchsorted(ends, plan.row_of, side="right")  # `ways` for what is sent to nobody
+    device = jnp.searchsorted(ends, plan.row_of, side="right")  # `devices` for what is sent nowhere
     begins = jnp.append(ends - sizes, 0)
-    row_of = jnp.where(device < ways, device * block + plan.row_of - begins[device], ways * block).astype(jnp.int32)
-    row = jnp.arange(ways * block, dtype=jnp.int32)
+    row_of = jnp.where(device < devices, device * block + plan.row_of - begins[device], devices * block)
+    row = jnp.arange(devices * block, dtype=jnp.int32)
     filled = row % block < sizes[row // block]
     sorted_row = jnp.where(filled, begins[row // block] + row % block, 0)
     source = jnp.where(filled, plan.source[sorted_row], tokens * k).astype(jnp.int32)
-    return RowPlan(source, row_of, plan.group_sizes)
+    return RowPlan(source, row_of.astype(jnp.int32), plan.group_sizes)
 
 
 def _swap(rows: Array, first: int, second: int) -> Array:
     return rows.reshape(first, second, -1, rows.shape[-1]).swapaxes(0, 1).reshape(rows.shape)
-
-
-def _gather(x: Array) -> Array:
-    return jax.lax.all_gather(x, AXIS, axis=0, tiled=True)
-
-
-def _scatter(x: Array) -> Array:
-    return jax.lax.psum_scatter(x, AXIS, scatter_dimension=0, tiled=True)

@@ -1,6 +1,5 @@
 """Parameters with logical axes, normalisation and rotary embedding."""
 
-import math
 from functools import partial
 from typing import Any
 
@@ -9,7 +8,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from mixtral_jax.kernels.cpu.layers import matmul
 from mixtral_jax.kernels.lookup import look_up
 from mixtral_jax.precision import FULL, Precision
 from mixtral_jax.runtime import Runtime
@@ -22,20 +20,10 @@ def parameter(
     axes: Axes,
     std: float,
     precision: Precision,
-    kind: type[nnx.Param] = nnx.Param,
 ) -> nnx.Param:
     """Declares a normally distributed parameter together with its logical axes."""
     assert len(shape) == len(axes), (shape, axes)
-    return kind(std * jax.random.normal(rngs.params(), shape, precision.params), axes=axes)
-
-
-def contract(x: Array, w: Array, axes: int, runtime: Runtime) -> Array:
-    """Sums products over the last axes of x and the first ones of w."""
-    if runtime.products == "xla":
-        return jnp.tensordot(x, w, axes)
-    outer = w.shape[axes:]
-    out = matmul(x.reshape(-1, math.prod(w.shape[:axes])), w.reshape(-1, math.prod(outer)), runtime.products)
-    return out.reshape(*x.shape[: x.ndim - axes], *outer)
+    return nnx.Param(std * jax.random.normal(rngs.params(), shape, precision.params), axes=axes)
 
 
 class RMSNorm(nnx.Module):

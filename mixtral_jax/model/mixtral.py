@@ -8,12 +8,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.kernels.cpu.layers import Stacks, collect
+from mixtral_jax.kernels.expert_ffn import ExpertStack
 from mixtral_jax.model.attention import Attention
 from mixtral_jax.model.layers import RMSNorm, embed, parameter, rotary_tables
-from mixtral_jax.model.moe import ExpertWeight, InPlace, MoE, RouterOutput, SelectionBias
+from mixtral_jax.model.moe import MoE, RouterOutput, SelectionBias
 from mixtral_jax.precision import FULL
-from mixtral_jax.remat import REMAT_POLICIES, keep
+from mixtral_jax.remat import REMAT_POLICIES, save_for_backward
 from mixtral_jax.runtime import Runtime
 from mixtral_jax.sharding import Axes, constrain, named_sharding
 
@@ -36,12 +36,13 @@ class DecoderLayer(nnx.Module):
         segment_ids: Array,
         attention_ids: Array,
         rotary: tuple[Array, Array],
-        place: InPlace | None = None,
-    ) -> tuple[Array, RouterOutput, Stacks | None]:
-        """Runs the layer; `attention_ids` say who may see whom, `segment_ids` 0 marks padding; `place`: see `MoE`."""
-        x = keep(x + constrain(self.attention(self.attention_norm(x), attention_ids, rotary), self.mesh, RESIDUAL))
-        y, router, carried = self.moe(self.moe_norm(x), segment_ids > 0, place)
-        return constrain(x + y, self.mesh, RESIDUAL), router, carried
+        stack: ExpertStack | None = None,
+    ) -> tuple[Array, RouterOutput]:
+        """Runs the layer; `attention_ids` say who may see whom, `segment_ids` 0 marks padding; `stack`: see `MoE`."""
+        attended = self.attention(self.attention_norm(x), attention_ids, rotary)
+        x = save_for_backward(x + constrain(attended, self.mesh, RESIDUAL))
+        y, router = self.moe(self.moe_norm(x), segment_ids > 0, stack)
+        return constrain(x + y, self.mesh, RESIDUAL), router
 
 
 class Mixtral(nnx.Module):
@@ -67,7 +68,6 @@ class Mixtral(nnx.Module):
         tokens: Int[Array, "batch seq"],
         segment_ids: Int[Array, "batch seq"],
         positions: Int[Array, "batch seq"],
-        memory: Stacks | None = None,
     ) -> tuple[Float[Array, "batch seq d_model"], RouterOutput]:
         """Runs the decoder up to the final norm; columns are in the order of `zigzag` where the mesh splits sequences.
 
@@ -75,7 +75,6 @@ class Mixtral(nnx.Module):
             tokens: token ids.
             segment_ids: document of each position, 1 and up; 0 is padding.
             positions: place of each token in its document, for the rotary embedding.
-            memory: arrays like the experts', over which their gradients are written where `in_place` holds.
 
         Returns:
             Final activations, and what every layer's router decided, stacked over layers.
@@ -84,29 +83,21 @@ class Mixtral(nnx.Module):
         x = embed(self.embedding[...], tokens, runtime)
         rotary = rotary_tables(positions, config.head_dim, config.rope_theta)
         attention_ids = (segment_ids > 0).astype(segment_ids.dtype) if config.attend_across_documents else segment_ids
-        split: Any = nnx.split(self.layers, ExpertWeight, ...)
-        graph, experts, others = split
-        carried, whole = None, None
-        if runtime.in_place:  # read the experts where they lie in the stack, see `in_place_ffn`
-            moe = self.layers.moe
-            carried = (moe.w_gate[...], moe.w_up[...], moe.w_down[...])
-            whole, experts = jax.lax.stop_gradient(experts), None
+        graph, params = nnx.split(self.layers)
+        moe, stacked = self.layers.moe, None
+        if runtime.reads_stack:
+            stacked = jax.lax.stop_gradient((moe.w_gate[...], moe.w_up[...], moe.w_down[...]))
 
-        def body(carry: tuple[Array, Any], inputs: Any) -> tuple[tuple[Array, Any], RouterOutput]:
-            x, carried = carry
-            number, experts, others = inputs
-            layer = nnx.merge(graph, experts if carried is None else whole, others)
-            place = None if carried is None else (carried, number)
-            x, router, carried = layer(x, segment_ids, attention_ids, rotary, place)
-            return (x, carried), router
+        def body(x: Array, inputs: Any) -> tuple[Array, RouterOutput]:
+            number, params = inputs
+            stack = None if stacked is None else ExpertStack(*stacked, number)
+            y, router = nnx.merge(graph, params)(x, segment_ids, attention_ids, rotary, stack)
+            return y, router
 
-        # XLA for CPU writes every array that is kept into a stack over layers, even one array three times.
-        if runtime.remat != "none" or carried is not None:
+        if runtime.remat != "none":
             body = jax.checkpoint(body, policy=REMAT_POLICIES[runtime.remat], prevent_cse=False)
         numbers = jnp.arange(config.num_layers, dtype=jnp.int32)
-        (x, carried), router = jax.lax.scan(body, (x, carried), (numbers, experts, others))
-        if carried is not None and memory is not None:
-            x = collect(x, carried, memory)
+        x, router = jax.lax.scan(body, x, (numbers, params))
         return self.final_norm(x), router
 
     def head(self) -> Float[Array, "d_model vocab"]:
@@ -166,11 +157,6 @@ class Architecture:
         return jax.tree.map(
             lambda axes: named_sharding(mesh, axes), self.axes(), is_leaf=lambda x: isinstance(x, tuple)
         )
-
-    def expert_stacks(self, params: dict[str, Any]) -> Any:
-        """Picks what `in_place` carries out of a tree like the parameters; None where it does not hold."""
-        moe = params["layers"]["moe"]
-        return (moe["w_gate"], moe["w_up"], moe["w_down"]) if self.runtime.in_place else None
 
     def bind(self, arrays: dict[str, Any]) -> Mixtral:
         """Puts arrays into a model that can be called."""

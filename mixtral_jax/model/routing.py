@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mixtral_jax.precision import EXACT_PRODUCT
-from mixtral_jax.remat import keep
+from mixtral_jax.remat import save_for_backward
 
 
 class RowPlan(NamedTuple):
@@ -35,7 +35,7 @@ def choose_experts(
     Source: arXiv 2401.04088 §2.1; arXiv 2408.15664 for the bias.
     """
     scores = jax.nn.softmax(router_logits, axis=-1) + selection_bias
-    indices = keep(jax.lax.top_k(jax.lax.stop_gradient(scores), k)[1])
+    indices = save_for_backward(jax.lax.top_k(jax.lax.stop_gradient(scores), k)[1])
     # A sum over a one-hot instead of a gather: its backward pass is a product, not a scatter-add.
     chosen = jax.nn.one_hot(indices, router_logits.shape[-1], dtype=router_logits.dtype)
     kept = jnp.einsum("...ke,...e->...k", chosen, router_logits, precision=EXACT_PRODUCT)
@@ -60,22 +60,22 @@ def dropless_plan(experts: Int[Array, "tokens k"], num_experts: int, num_rows: i
     return RowPlan(source, row_of.reshape(experts.shape), group_sizes)
 
 
-def device_quota(tokens: int, k: int, num_experts: int, ways: int, factor: float) -> int:
-    """Rows that one device may send to one of the `ways` devices that share the experts.
+def device_quota(tokens: int, k: int, num_experts: int, devices: int, factor: float) -> int:
+    """Rows that one device may send to one of the `devices` devices that share the experts.
 
     Args:
         tokens: of the sending device.
         k: experts per token.
         num_experts: of all devices together.
-        ways: devices.
-        factor: multiple of the balanced load, tokens * k / ways; 0: the worst case, in which nothing is ever dropped.
+        devices: that share the experts.
+        factor: multiple of the balanced load, tokens * k / devices; 0: the worst case, nothing is dropped.
     """
-    worst = tokens * min(k, num_experts // ways)
-    return min(worst, math.ceil(factor * tokens * k / ways)) if factor else worst
+    worst = tokens * min(k, num_experts // devices)
+    return min(worst, math.ceil(factor * tokens * k / devices)) if factor else worst
 
 
 def drop_beyond_quota(
-    experts: Int[Array, "batch seq k"], num_experts: int, ways: int, quota: int
+    experts: Int[Array, "batch seq k"], num_experts: int, devices: int, quota: int
 ) -> Int[Array, "batch seq k"]:
     """Keeps the first `quota` assignments to each device and marks the others with `num_experts`.
 
@@ -84,7 +84,7 @@ def drop_beyond_quota(
     """
     batch, seq_len, k = experts.shape
     in_order = experts.swapaxes(0, 1).reshape(-1)
-    hits = (in_order // (num_experts // ways))[:, None] == jnp.arange(ways)
+    hits = (in_order // (num_experts // devices))[:, None] == jnp.arange(devices)
     earlier = jnp.sum((jnp.cumsum(hits, axis=0) - 1) * hits, axis=-1)
     kept = jnp.where(earlier < quota, in_order, num_experts)
     return kept.reshape(seq_len, batch, k).swapaxes(0, 1)

@@ -81,7 +81,7 @@ def compile_step(config: Config, topology: Topology) -> Program:
     state = trainable.abstract()
     try:
         with quiet():
-            compiled = trainable.lower(state, abstract_batch(trainable)).compile()
+            compiled = trainable.step.lower(state, abstract_batch(trainable)).compile()
     except jax.errors.JaxRuntimeError as error:
         raise _explained(error) from None
     return Program(

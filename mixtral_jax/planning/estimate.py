@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixtral_jax.config import Config, MeshConfig
+from mixtral_jax.kernels.backends import choose
 from mixtral_jax.metrics import flops_per_token
 from mixtral_jax.model.routing import device_quota
 from mixtral_jax.planning.collectives import Collective
 from mixtral_jax.planning.network import Seconds, network_time
 from mixtral_jax.planning.topology import Topology
 from mixtral_jax.precision import FULL, make_precision
-from mixtral_jax.runtime import choose_exchange, choose_experts
+from mixtral_jax.runtime import target
 from mixtral_jax.sharding import MESH_AXES
 
 WIDE = jnp.dtype(FULL).itemsize
@@ -141,10 +142,11 @@ def _rows_computed(config: Config, topology: Topology, dense: float) -> float:
         config: names the kernel.
         topology: says which one `auto` is.
         dense: what the whole buffer with every local expert comes to. XLA's grouped product computes that on CUDA, and
-            on TPU for the gradient of the weights, a third of the work; the other kernels skip rows of nobody.
+            on TPU for the gradient of the weights, a third of the work; the other kernels skip padding rows.
     """
     platform = PLATFORMS[topology.platform]
-    if choose_experts(config.kernels.experts, platform, "xla", make_precision(config.precision)) != "ragged_dot":
+    place = target(platform, len(topology.devices), make_precision(config.precision))
+    if choose("experts", config.kernels.experts, place) != "ragged_dot":
         return 1.0
     return dense if platform == "gpu" else (2 + dense) / 3
 
@@ -161,7 +163,8 @@ def _weights(mesh: dict[str, int], axes: tuple[str, ...], payload: float, runs: 
 
 def _exchange(config: Config, topology: Topology, tokens: float, buffer: float, runs: int) -> list[Move]:
     """Rows to their experts and back, in bytes of this device's tokens and of its buffer."""
-    exchange = choose_exchange(config.kernels.exchange, PLATFORMS[topology.platform])
+    place = target(PLATFORMS[topology.platform], len(topology.devices), make_precision(config.precision))
+    exchange = choose("exchange", config.kernels.exchange, place)
     if exchange == "gather":
         whole = tokens * config.mesh.expert
         return [("all-gather", ("expert",), whole, runs), ("reduce-scatter", ("expert",), whole, runs)]

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 
-from mixtral_jax.kernels.gpu.cudnn_packed import UNUSUAL
+from mixtral_jax.kernels.attention import UNUSUAL
 
 BITS = {"pred": 8, "c64": 64, "c128": 128, "token": 0, "opaque": 0}
 SHAPE = re.compile(r"\b(pred|token|opaque|[a-z]{1,4}\d+[a-z0-9]*)\[([\d,<=]*)\](\{[^}]*\})?")

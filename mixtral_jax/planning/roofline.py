@@ -4,7 +4,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from mixtral_jax.config import Config
-from mixtral_jax.kernels.blocked import choose_block_sizes
+from mixtral_jax.kernels.grouped_blocks import choose_block_sizes
 from mixtral_jax.metrics import flops_per_token
 from mixtral_jax.planning.collectives import Collective, find_collectives
 from mixtral_jax.planning.compile import Memory, Program
@@ -78,7 +78,7 @@ def make_plan(program: Program, topology: Topology) -> Plan:
     # Every device of an expert group computes its experts' part of the group's assignments.
     expert_rows = part * mesh.shape["tensor"] * model.num_experts_per_tok
     turns = 1
-    if program.runtime.experts == "blocked":  # one loop for each size of block, largest first
+    if program.runtime.experts == "grouped_blocks":  # one loop for each size of block, largest first
         local = model.num_experts // mesh.shape["expert"]
         sizes = program.runtime.block_sizes or choose_block_sizes(int(expert_rows), local)
         turns = max(1, round(expert_rows / local / sum(sizes)))

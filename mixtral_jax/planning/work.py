@@ -19,7 +19,7 @@ ATTENTION_PRODUCTS = {
 }  # fmt: skip
 
 GROUPED = re.compile(r"(t?gmm|ragged-dot-none)\b")  # kernels of grouped products: megablox's two and XLA's for TPU
-# Those of `kernels.grouped`. They leave rows of nobody alone; only the results of `gmm` are filled there.
+# Those of `kernels.grouped`. They leave padding rows alone; only the results of `gmm` are filled there.
 ON_GPU = re.compile(r'[{ ]name = "(t?gmm|gmm_unfilled|swiglu)"')
 
 
@@ -29,7 +29,7 @@ class Work:
 
     dense: float  # FLOPs of XLA's products; rows of padding count, being computed
     attention: float  # FLOPs of the platform's attention kernels, the causal half
-    grouped: float  # FLOPs of grouped expert products that skip rows of nobody, at a balanced load
+    grouped: float  # FLOPs of grouped expert products that skip padding rows, at a balanced load
     memory_bytes: float  # that the operations read from and write to the device's memory
 
     @property

@@ -25,8 +25,8 @@ from mixtral_jax import kernels
 from mixtral_jax.config import Config, MeshConfig, UserError
 from mixtral_jax.data.cache_files import write_file
 from mixtral_jax.kernels.attention import attention
-from mixtral_jax.kernels.blocked import choose_block_sizes
-from mixtral_jax.kernels.expert_ffn import expert_ffn
+from mixtral_jax.kernels.expert_ffn import ExpertWeights, expert_ffn
+from mixtral_jax.kernels.grouped_blocks import choose_block_sizes
 from mixtral_jax.precision import EXACT_PRODUCT, FULL
 from mixtral_jax.runtime import Runtime
 from mixtral_jax.sharding import axis_size, make_mesh
@@ -198,11 +198,11 @@ def _experts_case(config: Config, runtime: Runtime) -> Case:
     w_in, w_out = (experts, model.d_model, d_ff), (experts, d_ff, model.d_model)
     shapes = [(rows, model.d_model), w_in, w_in, w_out, (rows, model.d_model)]
 
-    def kernel(*arrays: Array) -> Array:
+    def kernel(x: Array, w_gate: Array, w_up: Array, w_down: Array) -> Array:
         blocks = runtime.block_sizes or choose_block_sizes(rows, experts)
-        settings: dict[str, Any] = {"block_sizes": blocks, "interpret": runtime.platform == "cpu"}
+        settings: dict[str, Any] = {"block_sizes": blocks, "interpret": runtime.interpret}
         settings |= {"backend": runtime.experts, "eight_bit": runtime.precision.experts}
-        out = expert_ffn(arrays[0], jnp.asarray(sizes), *arrays[1:], **settings)
+        out = expert_ffn(x, jnp.asarray(sizes), ExpertWeights(w_gate, w_up, w_down), **settings)
         return jnp.where(used, out, 0)
 
     def reference(x: Array, w_gate: Array, w_up: Array, w_down: Array) -> Array:

@@ -12,7 +12,6 @@ from jaxtyping import Array, Float
 
 from mixtral_jax.config import LossesConfig
 from mixtral_jax.data.batch import Batch
-from mixtral_jax.kernels.cpu.layers import Stacks
 from mixtral_jax.kernels.cross_entropy import cross_entropy_sum
 from mixtral_jax.model.mixtral import Mixtral
 from mixtral_jax.model.moe import RouterOutput
@@ -95,7 +94,6 @@ def compute_losses(
     counts: Counts,
     load: Float[Array, "layers experts"] | None,
     config: LossesConfig,
-    memory: Stacks | None = None,
 ) -> tuple[Losses, RouterSums]:
     """Computes this part of the batch's share of every loss.
 
@@ -105,9 +103,8 @@ def compute_losses(
         counts: of the whole batch.
         load: f over the whole batch; None counts it over this part.
         config: coefficients.
-        memory: see `Mixtral`.
     """
-    x, router = model(batch["tokens"], batch["segment_ids"], batch["positions"], memory)
+    x, router = model(batch["tokens"], batch["segment_ids"], batch["positions"])
     runtime = model.runtime
     nats = cross_entropy_sum(
         x,
@@ -115,7 +112,7 @@ def compute_losses(
         batch["targets"],
         batch["loss_mask"],
         mesh=runtime.mesh,
-        products=runtime.products,
+        backend=runtime.matmul,
         chunk=runtime.loss_chunk,
     )
     sums = router_sums(router, batch)

@@ -1,16 +1,16 @@
 """AdamW with clipping and the learning-rate schedules."""
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Float
 
 from mixtral_jax.config import OptimizerConfig, UserError
-from mixtral_jax.kernels.cpu.adamw import Numbers, update_in_place
+from mixtral_jax.kernels import adamw
+from mixtral_jax.kernels.adamw import AdamW, Moments
 from mixtral_jax.precision import Precision
 from mixtral_jax.sharding import Axes
 
@@ -65,72 +65,63 @@ def widen(tree: Any, precision: Precision) -> Any:
 
 
 def make_optimizer(config: OptimizerConfig, precision: Precision, axes: Any) -> optax.GradientTransformation:
-    """Builds clipping, Adam and decoupled decay; the step multiplies by the learning rate itself.
-
-    It takes gradients in `precision.full`, see `widen`.
-
-    Source: arXiv 1711.05101.
-    """
-    clip = optax.stateless(partial(_clip, limit=config.clip_norm)) if config.clip_norm else optax.identity()
+    """Builds what makes the state of `update`: Adam's moments, in the places where optax's chains have them."""
     moments = optax.scale_by_adam(config.beta1, config.beta2, config.eps, mu_dtype=precision.optimizer)
     # optax gives the second moment the type of the parameters; ours is `full` whatever they are.
     adam = optax.GradientTransformation(lambda params: moments.init(widen(params, precision)), moments.update)
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     return optax.chain(clip, adam, optax.add_decayed_weights(config.weight_decay, mask=decay_mask(axes)))
 
 
-def _clip(updates: Any, _: Any, limit: float) -> Any:
-    """Scales gradients down to a global norm, by a factor that XLA fuses into what follows.
+class Gradients(NamedTuple):
+    """What a step has to apply."""
 
-    What optax's own function computes, a quotient, XLA for CPU writes to memory first: a gradient more.
-    """
-    factor = _clip_factor(optax.global_norm(updates), limit)
-    return jax.tree.map(lambda x: x * factor, updates)
-
-
-def _clip_factor(norm: Array, limit: float) -> Array:
-    return jnp.minimum(1, limit / jnp.maximum(norm, 1e-30))
+    grads: Any  # a tree like the parameters', in `precision.full`, see `widen`
+    norm: Float[Array, ""]  # over all of them
+    finite: Bool[Array, ""]  # False leaves everything as it is
 
 
-def update_by_host(
+def update(
     config: OptimizerConfig,
     axes: Any,
-    grads: Any,
-    grad_norm: Array,
-    rate: Array,
-    wanted: Array,
+    learning_rate: Array,
+    gradients: Gradients,
     params: Any,
     state: Any,
+    backend: str,
 ) -> tuple[Any, Any]:
-    """Computes what `make_optimizer` and the learning rate give, in place and in one pass; for float32 on one CPU.
+    """Computes parameters and state after a step of AdamW with clipping and decoupled decay.
 
     Args:
-        config: as of `make_optimizer`, whose state `state` is.
-        axes: tree of logical axes of the parameters.
-        grads: gradients.
-        grad_norm: their global norm.
-        rate: learning rate.
-        wanted: False leaves everything as it is.
+        config: of the optimizer.
+        axes: tree of the parameters' logical axes, which says what decays.
+        learning_rate: of this step.
+        gradients: of this step.
         params: parameters.
-        state: of the optimizer.
+        state: as `make_optimizer` makes it.
+        backend: of `adamw`.
 
-    Returns:
-        Parameters and state.
+    Source: arXiv 1711.05101.
     """
     place, adam = next((i, part) for i, part in enumerate(state) if hasattr(part, "mu"))
-    count = adam.count + wanted
-    clip = _clip_factor(grad_norm, config.clip_norm) if config.clip_norm else 1.0
+    count = adam.count + gradients.finite
     beta1, beta2 = config.beta1, config.beta2
-    of_mean, of_square = (1 / (1 - beta**count) for beta in (beta1, beta2))
-    numbers = Numbers(
-        rate, clip, of_mean, of_square, beta1, beta2, 1 - beta1, 1 - beta2, config.eps, config.weight_decay
-    )
+    # A factor, and no quotient: XLA for CPU writes that to memory first, a gradient more.
+    clip = jnp.minimum(1, config.clip_norm / jnp.maximum(gradients.norm, 1e-30)) if config.clip_norm else 1.0
+    mean_correction, square_correction = (1 / (1 - beta**count) for beta in (beta1, beta2))
+    factors = AdamW(
+        learning_rate, clip, mean_correction, square_correction, beta1, beta2, 1 - beta1, 1 - beta2,
+        config.eps, config.weight_decay,
+    )  # fmt: skip
 
-    def update(p: Array, g: Array, mean: Array, square: Array, decays: bool) -> tuple[Array, ...]:
-        return update_in_place(p, g, mean, square, numbers if decays else numbers._replace(decay=0.0), wanted)
+    def of_array(p: Array, grad: Array, mean: Array, square: Array, decays: bool) -> Moments:
+        own = factors if decays else factors._replace(weight_decay=0.0)
+        return adamw.update(Moments(p, mean, square), grad, own, gradients.finite, backend=backend)
 
-    results = jax.tree.map(update, params, grads, adam.mu, adam.nu, decay_mask(axes))
-    params, mean, square = jax.tree.transpose(jax.tree.structure(params), jax.tree.structure((0, 0, 0)), results)
-    return params, (*state[:place], adam._replace(count=count, mu=mean, nu=square), *state[place + 1 :])
+    results = jax.tree.map(of_array, params, gradients.grads, adam.mu, adam.nu, decay_mask(axes))
+    one = jax.tree.structure(Moments(learning_rate, learning_rate, learning_rate))
+    new: Any = jax.tree.transpose(jax.tree.structure(params), one, results)
+    return new.params, (*state[:place], adam._replace(count=count, mu=new.mean, nu=new.square), *state[place + 1 :])
 
 
 def optimizer_shardings(optimizer: optax.GradientTransformation, params: Any, replicated: Any) -> Any:

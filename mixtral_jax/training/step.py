@@ -4,17 +4,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from mixtral_jax.config import Config
 from mixtral_jax.data.batch import BATCH_KEYS, Batch, put_batch
-from mixtral_jax.kernels.cpu.adamw import global_norm
-from mixtral_jax.kernels.cpu.layers import Stacks
+from mixtral_jax.kernels.adamw import global_norm
 from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.precision import FULL
-from mixtral_jax.runtime import Runtime, check_divides, check_sequence
+from mixtral_jax.runtime import check_divides, check_sequence
 from mixtral_jax.sharding import named_sharding
 from mixtral_jax.training.losses import (
     Counts,
@@ -26,27 +24,16 @@ from mixtral_jax.training.losses import (
     router_sums,
 )
 from mixtral_jax.training.optimizer import (
+    Gradients,
     make_optimizer,
     make_schedule,
     optimizer_shardings,
-    update_by_host,
+    update,
     widen,
 )
 
 TrainState = dict[str, Any]
 Metrics = dict[str, Array]
-CompilerOptions = dict[str, bool | int | float | str]
-# Without it, XLA for CPU copies half of the state before it overwrites it.
-ON_CPU: CompilerOptions = {"xla_cpu_copy_insertion_use_region_analysis": True}
-# Operations and products that give the same bits every time, chosen without timing them; cuDNN's backward pass, too.
-DETERMINISTIC: CompilerOptions = {"xla_gpu_exclude_nondeterministic_ops": True}
-
-
-def compiler_options(runtime: Runtime) -> CompilerOptions | None:
-    """Returns what XLA is told about the programs that train."""
-    if runtime.deterministic:
-        return DETERMINISTIC
-    return ON_CPU if runtime.platform == "cpu" else None
 
 
 class Trainable:
@@ -63,27 +50,14 @@ class Trainable:
         check_sequence(mesh, "data.seq_len", config.data.seq_len)
         self.replicated = NamedSharding(mesh, PartitionSpec())
         self.batch_sharding = named_sharding(mesh, ("batch", "sequence"))
-        memory = architecture.expert_stacks(self.shardings()["params"])
-        self._compute = jax.jit(
+        # The state after a batch, in the memory of the one before, and statistics.
+        self.step: Any = jax.jit(
             self._step,
-            in_shardings=(self.shardings(), memory, {key: self.batch_sharding for key in BATCH_KEYS}),
-            out_shardings=(self.shardings(), memory, self.replicated),
-            donate_argnums=(0, 1),
-            compiler_options=compiler_options(architecture.runtime),
+            in_shardings=(self.shardings(), {key: self.batch_sharding for key in BATCH_KEYS}),
+            out_shardings=(self.shardings(), self.replicated),
+            donate_argnums=0,
+            compiler_options=architecture.runtime.compiler_options,
         )
-        self._memory: Stacks | None = None
-
-    def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        """Computes the state after a batch, in the memory of the one before, and statistics."""
-        memory, self._memory = self._memory, None  # of the experts' gradients; it stays for the next step
-        if memory is None:
-            memory = jax.tree.map(jnp.zeros_like, self.architecture.expert_stacks(state["params"]))
-        state, self._memory, metrics = self._compute(state, memory, batch)
-        return state, metrics
-
-    def lower(self, state: TrainState, batch: dict[str, Any]) -> jax.stages.Lowered:
-        """Traces the step for arrays or for shapes of them."""
-        return self._compute.lower(state, self.architecture.expert_stacks(state["params"]), batch)
 
     def shardings(self) -> TrainState:
         """Returns the state's tree of shardings."""
@@ -118,16 +92,22 @@ class Trainable:
         """Spreads a global batch, of which `batch` holds the given rows (None: all), over the devices."""
         return put_batch(batch, self.batch_sharding, self.config.train.batch_size, rows.start if rows else 0)
 
-    def _step(
-        self, state: TrainState, memory: Stacks | None, batch: Batch
-    ) -> tuple[TrainState, Stacks | None, Metrics]:
-        grads, memory, losses, sums, counts = self._gradients(state, memory, batch)
-        grads = widen(grads, self.architecture.runtime.precision)
-        grad_norm = global_norm(jax.tree.leaves(grads)) if self._by_host else optax.global_norm(grads)
+    def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        runtime = self.architecture.runtime
+        grads, losses, sums, counts = self._gradients(state, batch)
+        grads = widen(grads, runtime.precision)
+        grad_norm = global_norm(jax.tree.leaves(grads), backend=runtime.adamw)
         finite = jnp.isfinite(losses.total) & jnp.isfinite(grad_norm)
         learning_rate = jnp.asarray(self.schedule(state["step"]), FULL)
-
-        params, opt_state = self._update(grads, grad_norm, learning_rate, finite, state)
+        params, opt_state = update(
+            self.config.optimizer,
+            self.architecture.axes()["params"],
+            learning_rate,
+            Gradients(grads, grad_norm, finite),
+            state["params"],
+            state["opt_state"],
+            runtime.adamw,
+        )
         load = expert_load(sums.assignments)
         bias = _choose(finite, self._move_bias(state["selection_bias"], load), state["selection_bias"])
         skip = 1 - finite.astype(jnp.int32)
@@ -150,68 +130,42 @@ class Trainable:
             "skipped_in_a_row": state["skipped_in_a_row"],
             **router_metrics(sums, counts, load),
         }
-        return state, memory, metrics
+        return state, metrics
 
-    @property
-    def _by_host(self) -> bool:
-        """Whether passes over the gradients are functions of this process."""
-        runtime = self.architecture.runtime
-        return runtime.products != "xla" and runtime.precision.optimizer == runtime.precision.full
-
-    def _update(
-        self, grads: Any, grad_norm: Array, learning_rate: Array, finite: Array, state: TrainState
-    ) -> tuple[Any, Any]:
-        """Computes parameters and the optimizer's state after the step, or leaves both where it is not finite."""
-        params, opt_state = state["params"], state["opt_state"]
-        if self._by_host:
-            axes = self.architecture.axes()["params"]
-            return update_by_host(
-                self.config.optimizer, axes, grads, grad_norm, learning_rate, finite, params, opt_state
-            )
-        updates, new_state = self.optimizer.update(grads, opt_state, params)
-        new = jax.tree.map(lambda p, u: (p - learning_rate * u).astype(p.dtype), params, updates)
-        return _choose(finite, (new, new_state), (params, opt_state))
-
-    def _gradients(
-        self, state: TrainState, memory: Stacks | None, batch: Batch
-    ) -> tuple[Any, Stacks | None, Losses, RouterSums, Counts]:
+    def _gradients(self, state: TrainState, batch: Batch) -> tuple[Any, Losses, RouterSums, Counts]:
         """Sums losses and gradients over the microbatches."""
-        config, bias, stacks = self.config, state["selection_bias"], self.architecture.expert_stacks
+        config, bias = self.config, state["selection_bias"]
         counts = count(batch)
 
-        def loss(
-            params: Any, memory: Stacks | None, part: Batch, load: Array | None
-        ) -> tuple[Array, tuple[Losses, RouterSums]]:
+        def loss(params: Any, part: Batch, load: Array | None) -> tuple[Array, tuple[Losses, RouterSums]]:
             model = self.architecture.bind({"params": params, "selection_bias": bias})
-            losses, sums = compute_losses(model, part, counts, load, config.losses, memory)
+            losses, sums = compute_losses(model, part, counts, load, config.losses)
             return losses.total, (losses, sums)
 
         gradient = jax.grad(loss, has_aux=True)
         if config.train.microbatches == 1:
-            grads, (losses, sums) = gradient(state["params"], memory, batch, None)
-            return grads, stacks(grads), losses, sums, counts
+            grads, (losses, sums) = gradient(state["params"], batch, None)
+            return grads, losses, sums, counts
 
         parts = {key: self._split(value) for key, value in batch.items()}
         load = None
         if config.losses.balance_over == "batch" and config.losses.load_balance > 0:
             load = self._whole_load(state, parts)
 
-        def body(carry: Any, part: Batch) -> tuple[Any, None]:
-            totals, memory = carry
+        def body(totals: Any, part: Batch) -> tuple[Any, None]:
             # Behind the barrier the sums over devices stay in the loop: XLA would keep what is not summed yet, whole
             # gradients on every device, and its pass for TPU fails on some of them.
-            new = jax.lax.optimization_barrier(gradient(state["params"], memory, part, load))
-            totals = jax.tree.map(lambda total, x: total + x.astype(total.dtype), totals, new)
-            return (totals, stacks(new[0])), None
+            new = jax.lax.optimization_barrier(gradient(state["params"], part, load))
+            return jax.tree.map(lambda total, x: total + x.astype(total.dtype), totals, new), None
 
-        shapes = jax.eval_shape(gradient, state["params"], memory, jax.tree.map(lambda x: x[0], parts), load)
+        shapes = jax.eval_shape(gradient, state["params"], jax.tree.map(lambda x: x[0], parts), load)
         dtype = self.architecture.runtime.precision.gradients
         zeros = (
             jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), shapes[0]),
             jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[1]),
         )
-        ((grads, (losses, sums)), memory), _ = jax.lax.scan(body, (zeros, memory), parts)
-        return grads, memory, losses, sums, counts
+        (grads, (losses, sums)), _ = jax.lax.scan(body, zeros, parts)
+        return grads, losses, sums, counts
 
     def _whole_load(self, state: TrainState, parts: Batch) -> Array:
         """Counts the experts' load over all microbatches: the price of balancing over the batch is a forward pass."""

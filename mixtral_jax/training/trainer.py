@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mixtral_jax.compiled import keep_compiled, return_memory
+from mixtral_jax.compiled import keep_compiled
 from mixtral_jax.config import Config, DistributedConfig, UserError
 from mixtral_jax.config_loading import to_yaml
 from mixtral_jax.data.batch import Batch
@@ -25,8 +25,8 @@ from mixtral_jax.distributed import processes
 from mixtral_jax.evaluation.perplexity import measure
 from mixtral_jax.evaluation.scoring import make_scorer
 from mixtral_jax.hardware import memory_in_use, peak_flops
+from mixtral_jax.kernels.matmul import contract
 from mixtral_jax.metrics import flops_per_token, speed
-from mixtral_jax.model.layers import contract
 from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.runs.checkpoint import Checkpoints, find_checkpoint
 from mixtral_jax.runs.logger import MetricsLogger
@@ -66,7 +66,6 @@ class Trainer:
         self.say = say
         self.runtime = make_runtime(config)
         keep_compiled(config.data.cache_dir)
-        return_memory()
         self.trainable = Trainable(Architecture(config.model, self.runtime), config)
         self.score = make_scorer(self.trainable.architecture)
 
@@ -80,7 +79,7 @@ class Trainer:
             self.say(self.runtime.describe())
             processes.check_same(to_yaml(self.config), "this process has another configuration than process 0: "
                                    "give all processes the same command line and files")  # fmt: skip
-            if self.config.kernels.admission and self.runtime.platform != "cpu":
+            if self.config.kernels.admission and not self.runtime.interpret:
                 self.say(admit_kernels(self.config, self.runtime))
             self.tokenizer, training, self.heldout = processes.main_first(lambda: open_documents(self.config))
             self.data = TrainingData(self.config, training)
@@ -125,32 +124,31 @@ class Trainer:
         return self.trainable.start(arrays), 0
 
     def _train(self, path: Path, state: TrainState, step: int) -> tuple[TrainState, int]:
-        """Opens the log and loops; the log closes before anything else is said."""
-        config = self.config
-        self.peak = peak_flops(self.runtime.precision.compute, partial(contract, axes=1, runtime=self.runtime))
-        self.flops = flops_per_token(config.model, config.data.seq_len)
-        work = f"{self.flops / 1e6:,.1f} MFLOP a token"
-        mfu = f"model FLOP/s / (devices * peak FLOP/s of one); {work}; peak {self.peak.source}"
-        self.say(f"MFU = {mfu}")
-        with MetricsLogger(
-            path, config.train.steps, resume_step=step, descriptions={"mfu": mfu}, is_main=processes.is_main()
-        ) as self.logger:
-            return self._loop(state, step)
-
-    def _loop(self, state: TrainState, step: int) -> tuple[TrainState, int]:
+        """Loops over batches; the log closes before anything else is said."""
         config = self.config
         last = min(config.train.steps, config.train.stop_at_step or config.train.steps)
         if step >= last:
             return state, step
-        self.clock, self.clock_step = time.monotonic(), step
-        pending: deque[tuple[int, dict[str, Any]]] = deque()
+        self.peak = peak_flops(self.runtime.precision.compute, partial(contract, axes=1, backend=self.runtime.matmul))
+        self.flops = flops_per_token(config.model, config.data.seq_len)
+        work = f"{self.flops / 1e6:,.1f} MFLOP a token"
+        mfu = f"model FLOP/s / (devices * peak FLOP/s of one); {work}; peak {self.peak.source}"
+        self.say(f"MFU = {mfu}")
         rows = self.trainable.host_rows()
 
         def place(step: int) -> Batch:
             """In the thread of the prefetcher: to put a host's own rows on its own devices takes no other process."""
             return self.trainable.put(self.data.batch(step, rows), rows)
 
-        with StopRequest() as stop, Prefetcher(place, step, last) as batches:
+        pending: deque[tuple[int, dict[str, Any]]] = deque()
+        with (
+            MetricsLogger(
+                path, config.train.steps, resume_step=step, descriptions={"mfu": mfu}, is_main=processes.is_main()
+            ) as self.logger,
+            StopRequest() as stop,
+            Prefetcher(place, step, last) as batches,
+        ):
+            self.clock, self.clock_step = time.monotonic(), step
             for batch in batches:
                 processes.begin(step + 1)
                 state, metrics = self.trainable.step(state, batch)

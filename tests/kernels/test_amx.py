@@ -5,11 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixtral_jax.kernels.cpu.matmul import available, grouped
-from mixtral_jax.kernels.cpu.matmul import multiply as multiply_by
+from mixtral_jax.kernels.backends import available
 from tests.tiny import host_threads
 
 pytestmark = pytest.mark.skipif(not available("amx"), reason="the processor has no AMX")
+amx = pytest.importorskip("mixtral_jax.kernels.cpu.amx_matmul", reason="Numba is not there, as on every ARM")
+matmul = pytest.importorskip("mixtral_jax.kernels.cpu.matmul")
+thread_pool = pytest.importorskip("mixtral_jax.kernels.cpu.thread_pool")
 SHAPES = [(1, 1, 1), (16, 16, 32), (17, 33, 31), (31, 48, 33), (100, 70, 45), (530, 1040, 1030)]
 
 
@@ -22,15 +24,12 @@ def factors(rows, columns, inner, turn_a, turn_b):
 
 def run(a, b, out, turn_a, turn_b, add, stream=False):
     """Computes in the memory of `out`, in this thread."""
-    from mixtral_jax.kernels.cpu.amx_matmul import LEAST, multiply_blocks
-    from mixtral_jax.kernels.cpu.thread_pool import WORKSPACE
-
     inner = a.shape[0] if turn_a else a.shape[1]
     arrays = (a, b, out)
     table = [*(x.ctypes.data for x in arrays), *(x.strides[0] // 4 for x in arrays), *out.shape, inner]
-    workspace, counter = np.zeros(WORKSPACE + 64, np.uint8), np.zeros(1, np.int64)
+    workspace, counter = np.zeros(thread_pool.WORKSPACE + 64, np.uint8), np.zeros(1, np.int64)
     place = workspace.ctypes.data + -workspace.ctypes.data % 64
-    multiply_blocks(np.array([table]), turn_a, turn_b, add, stream, LEAST, counter.ctypes.data, place)
+    amx.multiply_blocks(np.array([table]), turn_a, turn_b, add, stream, amx.LEAST, counter.ctypes.data, place)
 
 
 def multiply(a, b, out, turn_a, turn_b, add):
@@ -83,7 +82,7 @@ def test_the_same_bits_with_any_number_of_threads(threads):
     expected = multiply(a, b, out, False, True, False)
     with host_threads(threads):
         for _ in range(10):
-            np.testing.assert_array_equal(multiply_by(jnp.asarray(a), jnp.asarray(b), "amx", "nt"), expected)
+            np.testing.assert_array_equal(matmul.multiply(jnp.asarray(a), jnp.asarray(b), "amx", "nt"), expected)
 
 
 def test_a_call_ends_when_all_of_its_work_is_done():
@@ -94,7 +93,9 @@ def test_a_call_ends_when_all_of_its_work_is_done():
 
     @jax.jit
     def work(rows):
-        return jax.lax.scan(lambda x, _: (grouped(x, sizes, layer, [stack], "amx")[0] / 30, None), rows, length=20)[0]
+        return jax.lax.scan(
+            lambda x, _: (matmul.grouped(x, sizes, layer, [stack], "amx")[0] / 30, None), rows, length=20
+        )[0]
 
     with host_threads(1):
         expected = np.asarray(work(rows))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mixtral_jax.kernels.attention import attention
-from mixtral_jax.kernels.cpu.matmul import available
+from mixtral_jax.kernels.backends import available
 from tests import oracles
 from tests.tiny import host_threads, mesh_of, packed_ids
 

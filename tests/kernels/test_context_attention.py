@@ -71,19 +71,19 @@ def test_a_length_that_splash_does_not_take_is_refused():
         compare("splash", {"context": 2}, [[384]], 2, 1, 128, seq_len=384)
 
 
-@pytest.mark.parametrize("ways", [1, 2, 3, 8])
-def test_every_device_holds_two_chunks_with_the_same_work(ways):
+@pytest.mark.parametrize("devices", [1, 2, 3, 8])
+def test_every_device_holds_two_chunks_with_the_same_work(devices):
     seq_len = 48
-    order = column_order(seq_len, ways)
-    shares = order.reshape(ways, -1)
+    order = column_order(seq_len, devices)
+    shares = order.reshape(devices, -1)
     np.testing.assert_array_equal(np.sort(order), np.arange(seq_len))
     assert len({share.sum() for share in shares}) == 1  # keys before the queries
     for me, share in enumerate(shares):
-        starts = np.asarray(chunk_starts(seq_len, ways, me))
+        starts = np.asarray(chunk_starts(seq_len, devices, me))
         np.testing.assert_array_equal(
-            share.reshape(starts.size, -1), starts[:, None] + np.arange(seq_len // ways // starts.size)
+            share.reshape(starts.size, -1), starts[:, None] + np.arange(seq_len // devices // starts.size)
         )
-    np.testing.assert_array_equal(in_order(jnp.asarray(order)[None], ways)[0], np.arange(seq_len))
+    np.testing.assert_array_equal(in_order(jnp.asarray(order)[None], devices)[0], np.arange(seq_len))
 
 
 def lowered(seq_len: int, context: int):

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixtral_jax.kernels.blocked import BLOCK_SIZES, choose_block_sizes
-from mixtral_jax.kernels.expert_ffn import expert_ffn
+from mixtral_jax.kernels.expert_ffn import ExpertWeights, expert_ffn
+from mixtral_jax.kernels.grouped_blocks import BLOCK_SIZES, choose_block_sizes
 from tests import oracles
 from tests.tiny import LIMITS, by_engine
 
@@ -16,12 +16,12 @@ GROUPS = {
     "empty ones": [0, 30, 0, 9],
     "one has all": [0, 0, 47, 0],
     "multiples of blocks": [8, 16, 4, 12],
-    "nobody": [0, 0, 0, 0],
+    "only padding": [0, 0, 0, 0],
 }
 BACKENDS = [
-    ("blocked", (8, 4, 3)),
-    ("blocked", (64,)),
-    ("blocked", (1,)),
+    ("grouped_blocks", (8, 4, 3)),
+    ("grouped_blocks", (64,)),
+    ("grouped_blocks", (1,)),
     ("ragged_dot", ()),
     ("megablox", ()),
     ("triton", ()),
@@ -31,7 +31,7 @@ BACKENDS = [
 
 
 def by_row(rows, w_gate, w_up, w_down, expert_of_row):
-    """Each row with its expert's matrices; rows of nobody are left out."""
+    """Each row with its expert's matrices; padding rows are left out."""
     gate, up, down = (w[expert_of_row] for w in (w_gate, w_up, w_down))
     x = rows[: len(expert_of_row)]
     inner = jax.nn.silu(jnp.einsum("rd,rdf->rf", x, gate)) * jnp.einsum("rd,rdf->rf", x, up)
@@ -51,7 +51,12 @@ def test_equals_the_loop_over_rows(backend, block_sizes, groups):
 
     def run(*arrays):
         return expert_ffn(
-            arrays[0], jnp.asarray(sizes), *arrays[1:], backend=backend, block_sizes=block_sizes, interpret=True
+            arrays[0],
+            jnp.asarray(sizes),
+            ExpertWeights(*arrays[1:]),
+            backend=backend,
+            block_sizes=block_sizes,
+            interpret=True,
         )
 
     out, pull = jax.vjp(jax.jit(run), *arrays)

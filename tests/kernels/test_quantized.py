@@ -6,14 +6,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mixtral_jax.kernels.expert_ffn import expert_ffn
+from mixtral_jax.kernels.expert_ffn import ExpertWeights, expert_ffn
 from mixtral_jax.precision import make_precision
 from tests import oracles
 from tests.kernels.test_expert_ffn import D_FF, D_MODEL, EXPERTS, GROUPS, ROWS
 from tests.tiny import mesh_of, tiny_config, tiny_trainable, train
 
 KINDS = {name: make_precision(tiny_config(f"precision.experts={name}").precision).experts for name in ("int8", "fp8")}
-BACKENDS = [("blocked", (8, 4)), ("blocked", (64,)), ("ragged_dot", ()), ("megablox", ())]
+BACKENDS = [("grouped_blocks", (8, 4)), ("grouped_blocks", (64,)), ("ragged_dot", ()), ("megablox", ())]
 
 
 def rounded(x, kind, axes):
@@ -71,7 +71,7 @@ def arrays_of(sizes, seed=0):
     shapes = [(ROWS, D_MODEL), *[(EXPERTS, D_MODEL, D_FF)] * 2, (EXPERTS, D_FF, D_MODEL), (ROWS, D_MODEL)]
     arrays = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
     used = sum(sizes)
-    arrays[0][used:], arrays[-1][used:] = np.nan, np.nan  # of nobody: must touch nothing
+    arrays[0][used:], arrays[-1][used:] = np.nan, np.nan  # padding: must touch nothing
     if used:
         arrays[0][used // 2] = 0  # scales of zeros
         arrays[1][int(np.argmax(sizes)), :, 3] = 0
@@ -80,7 +80,9 @@ def arrays_of(sizes, seed=0):
 
 def run_and_pull(arrays, sizes, **settings):
     def run(*arrays):
-        return expert_ffn(arrays[0], jnp.asarray(sizes, jnp.int32), *arrays[1:], interpret=True, **settings)
+        return expert_ffn(
+            arrays[0], jnp.asarray(sizes, jnp.int32), ExpertWeights(*arrays[1:]), interpret=True, **settings
+        )
 
     out, pull = jax.vjp(jax.jit(run), *arrays[:-1])
     return np.asarray(out), [np.asarray(grad) for grad in jax.jit(pull)(arrays[-1])]
@@ -138,13 +140,18 @@ def test_is_as_far_from_exact_products_as_rounding_makes_it(kind):
         assert 0.9 < np.sqrt(np.mean((error / predicted) ** 2)) < 1.1
 
 
-@pytest.mark.parametrize("backend", ["blocked", "ragged_dot"])
+@pytest.mark.parametrize("backend", ["grouped_blocks", "ragged_dot"])
 def test_products_are_of_whole_numbers(backend):
     arrays = arrays_of(GROUPS["uneven"])
 
     def run(*a):
         return expert_ffn(
-            a[0], jnp.asarray(GROUPS["uneven"]), *a[1:], backend=backend, block_sizes=(8,), eight_bit=KINDS["int8"]
+            a[0],
+            jnp.asarray(GROUPS["uneven"]),
+            ExpertWeights(*a[1:]),
+            backend=backend,
+            block_sizes=(8,),
+            eight_bit=KINDS["int8"],
         )
 
     program = jax.jit(lambda a: jax.vjp(run, *a[:-1])[1](a[-1])).lower(arrays).as_text()

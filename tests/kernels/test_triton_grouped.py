@@ -16,7 +16,7 @@ GROUPS = {
     "one has all": [0, 0, 90, 0],
     "multiples of blocks": [8, 16, 40, 24],
     "more than blocks": [1] * 40,
-    "nobody": [0, 0, 0, 0],
+    "only padding": [0, 0, 0, 0],
     "one group": [77],
 }
 BLOCKS = {"small": (8, 16, 8), "dividing": (30, 37, 11), "larger than all": (128, 64, 32)}
@@ -43,7 +43,7 @@ def arrays_of(sizes, dtype=np.float32):
     w_in, w_out = (sizes.size, D_MODEL, D_FF), (sizes.size, D_FF, D_MODEL)
     shapes = [(ROWS, D_MODEL), w_in, w_in, w_out, (ROWS, D_MODEL)]
     arrays = [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
-    # What nobody's rows hold must reach nothing.
+    # What padding rows hold must reach nothing.
     used = int(sizes.sum())
     return [a.at[used:].set(jnp.nan) if a.ndim == 2 else a for a in arrays]
 
@@ -95,8 +95,8 @@ def test_blocks_cover_every_row_once(block):
             mine = np.arange(start, max(start, min(start + block, stop)))
             assert np.all(owner[mine] == -1)
             owner[mine] = g
-        nobody = ROWS - sum(sizes)
-        np.testing.assert_array_equal(owner, np.repeat(np.arange(len(sizes) + 1), [*sizes, nobody]))
+        padding = ROWS - sum(sizes)
+        np.testing.assert_array_equal(owner, np.repeat(np.arange(len(sizes) + 1), [*sizes, padding]))
 
 
 @pytest.mark.parametrize(("first", "second"), [(1, 1), (20, 3), (8, 8), (3, 50)])

@@ -63,15 +63,15 @@ def chosen(arrays, valid, k):
     return np.where(valid[..., None], indices, EXPERTS)
 
 
-def which_run(experts, ways, quota):
+def which_run(experts, devices, quota):
     """[batch, seq, experts]: the assignments that run, one by one: positions first, then sequences, of every device."""
     ran = np.zeros((BATCH, SEQ, EXPERTS), bool)
-    for rows in np.split(np.arange(BATCH), ways):
-        sent = np.zeros(ways, int)
+    for rows in np.split(np.arange(BATCH), devices):
+        sent = np.zeros(devices, int)
         for t in range(SEQ):
             for b in rows:
                 for e in experts[b, t][experts[b, t] < EXPERTS]:
-                    device = e // (EXPERTS // ways)
+                    device = e // (EXPERTS // devices)
                     ran[b, t, e] = sent[device] < quota
                     sent[device] += ran[b, t, e]
     return ran
@@ -105,7 +105,7 @@ def test_dropless_drops_nothing(exchange, k, scenario):
 
 @pytest.mark.parametrize(
     ("axes", "experts"),
-    [((("expert", 8),), "blocked"), ((("fsdp", 2), ("expert", 2), ("tensor", 2)), "ragged_dot")],
+    [((("expert", 8),), "grouped_blocks"), ((("fsdp", 2), ("expert", 2), ("tensor", 2)), "ragged_dot")],
     ids=str,
 )
 @pytest.mark.parametrize("exchange", EXCHANGES)
@@ -155,17 +155,19 @@ def test_a_later_token_takes_no_earlier_ones_room():
     assert (kept == EXPERTS).any()
 
 
-@pytest.mark.parametrize("ways", [1, 2, 4])
+@pytest.mark.parametrize("devices", [1, 2, 4])
 @pytest.mark.parametrize("seed", range(3))
-def test_the_slices_are_a_permutation_of_all_rows(seed, ways):
+def test_the_slices_are_a_permutation_of_all_rows(seed, devices):
     """Moves rows in numpy as the collective's documentation says and finds them sorted by expert, then by device."""
-    counts = np.random.default_rng(seed).integers(0, 4, (ways, 4)) * (np.random.default_rng(9).random((ways, 4)) < 0.7)
-    plans = [expert_slices(jnp.asarray(counts), jnp.asarray(me)) for me in range(ways)]
-    local = 4 // ways
+    counts = np.random.default_rng(seed).integers(0, 4, (devices, 4)) * (
+        np.random.default_rng(9).random((devices, 4)) < 0.7
+    )
+    plans = [expert_slices(jnp.asarray(counts), jnp.asarray(me)) for me in range(devices)]
+    local = 4 // devices
 
     def move(rows, direction, sizes):
         out = [np.full(size, -1) for size in sizes]
-        for source in range(ways):
+        for source in range(devices):
             there = plans[source][direction]
             for i in range(4):
                 target, back = i // local, source * local + i % local
@@ -177,8 +179,8 @@ def test_the_slices_are_a_permutation_of_all_rows(seed, ways):
         return out
 
     # A row's number tells its expert, its source and its place.
-    sent = [np.concatenate([100 * e + 10 * s + np.arange(counts[s, e]) for e in range(4)]) for s in range(ways)]
-    arrived = move(sent, 0, counts.sum(axis=0).reshape(ways, local).sum(axis=1))
+    sent = [np.concatenate([100 * e + 10 * s + np.arange(counts[s, e]) for e in range(4)]) for s in range(devices)]
+    arrived = move(sent, 0, counts.sum(axis=0).reshape(devices, local).sum(axis=1))
     np.testing.assert_array_equal(np.concatenate(arrived), np.sort(np.concatenate(sent)))
     returned = move(arrived, 1, counts.sum(axis=1))
     jax.tree.map(np.testing.assert_array_equal, returned, sent)

@@ -96,7 +96,7 @@ def test_the_program_does_not_grow_with_depth():
     def lines(num_layers):
         trainable = tiny_trainable(tiny_config(model={"num_layers": num_layers}))
         state, batch = trainable.abstract(), jax.eval_shape(lambda: tiny_batch(trainable.config))
-        return len(trainable.lower(state, batch).as_text().splitlines())
+        return len(trainable.step.lower(state, batch).as_text().splitlines())
 
     assert lines(2) == lines(8)
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mixtral_jax.kernels.cpu.matmul import ENGINES
 from mixtral_jax.model.moe import MoE
 from mixtral_jax.model.routing import choose_experts, expert_capacity
 from mixtral_jax.runtime import make_runtime
@@ -18,9 +17,9 @@ from tests.tiny import LIMITS, by_engine, mesh_of, moe_layer, tiny_config
 BATCH, SEQ, D_MODEL, D_FF, EXPERTS = 3, 11, 8, 12, 4
 ROOMY = ("capacity", "auto", 0, float(EXPERTS))
 KERNELS = [
-    ("dropless", "blocked", 1, 1.0),
-    ("dropless", "blocked", 5, 1.0),
-    ("dropless", "blocked", 0, 1.0),
+    ("dropless", "grouped_blocks", 1, 1.0),
+    ("dropless", "grouped_blocks", 5, 1.0),
+    ("dropless", "grouped_blocks", 0, 1.0),
     ("dropless", "ragged_dot", 0, 1.0),
     ("dropless", "megablox", 0, 1.0),
     ("dropless", "triton", 0, 1.0),
@@ -39,7 +38,7 @@ def layer(k: int, dispatch: str, experts: str, block_size: int, factor: float):
         model={"d_model": D_MODEL, "d_ff": D_FF, "num_heads": 2, "num_kv_heads": 1, "head_dim": 4, "num_layers": 1,
                "num_experts": EXPERTS, "num_experts_per_tok": k, "dispatch": dispatch, "capacity_factor": factor},
         kernels={"experts": experts, "block_size": block_size,
-                 "products": experts if experts in ENGINES else "xla"},
+                 "matmul": experts if experts in ("amx", "mkl") else "xla"},
     )  # fmt: skip
     return moe_layer(config, make_runtime(config, mesh_of()))
 

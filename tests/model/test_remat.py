@@ -1,4 +1,4 @@
-"""What a layer keeps for its backward pass where its products are the host's."""
+"""What a layer saves for its backward pass where the policy is to save what has a name."""
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,9 @@ LAYERS = 3
 
 @pytest.mark.parametrize("d_ff", [32, 48])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_layer_keeps_once_what_takes_long_to_compute(engine, d_ff):
+def test_a_layer_saves_once_what_takes_long_to_compute(engine, d_ff):
     """What the experts compute first only where it is no wider than the model."""
-    config = tiny_config(model={"num_layers": LAYERS, "d_ff": d_ff}, kernels={"products": engine})
+    config = tiny_config(model={"num_layers": LAYERS, "d_ff": d_ff}, kernels={"matmul": engine})
     architecture, batch = tiny_architecture(config), tiny_batch(config)
     arrays = architecture.init(0)
 
@@ -30,6 +30,7 @@ def test_a_layer_keeps_once_what_takes_long_to_compute(engine, d_ff):
     chosen = tokens * m.num_experts_per_tok
     floats = [
         *[tokens * m.d_model] * 2,  # before attention and after
+        chosen * m.d_model,  # results of the experts
         *[tokens * m.num_heads * m.head_dim] * 2,  # queries, what attention gives
         *[tokens * m.num_kv_heads * m.head_dim] * 2,  # keys, values
         tokens * m.num_heads,  # sums of the softmax

@@ -172,7 +172,7 @@ ENTRY %main (l: bf16[64,32], r: bf16[1,32,16], p: pred[]) -> bf16[64,16] {
 """
     work = count_work(parse(text), attention_product=100.0, expert_rows=10.0)
     assert (work.attention, work.grouped) == (700.0, 4 * 2 * 10 * 32 * 16)  # unfilled makes two products
-    # Rows of nobody are neither read nor written, but for the zeros of gmm; the flash call and the next take all.
+    # Padding rows are neither read nor written, but for the zeros of gmm; the flash call and the next take all.
     somebody = 2 * 10 * (2 * 32 + 3 * 32 + (2 * 32 + 16) + 32) + 2 * 32 * 16 * (1 + 2 + 1) + 2 * 64 * 16
     assert work.memory_bytes == somebody + 2 * 2 * 2 * 64 * 32
 

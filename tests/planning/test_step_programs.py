@@ -20,7 +20,7 @@ def step(layers=2, experts=4, exchange="gather", microbatches=1, **sizes):
     config = tiny_config(f"kernels.exchange={exchange}", f"train.microbatches={microbatches}", "train.batch_size=16")
     config = replace(config, model={"num_layers": layers, "num_experts": experts}, train={"remat": "full"})
     trainable = tiny_trainable(config, mesh_of(**sizes))
-    compiled = trainable.lower(trainable.abstract(), abstract_batch(trainable)).compile()
+    compiled = trainable.step.lower(trainable.abstract(), abstract_batch(trainable)).compile()
     module = parse(compiled.as_text())
     return find_collectives(module, trainable.architecture.runtime.mesh), compiled.memory_analysis(), trainable
 

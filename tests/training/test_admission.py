@@ -51,13 +51,13 @@ def across_documents(real, q, k, v, ids, **settings):
     return real(q, k, v, jnp.ones_like(ids), **settings)
 
 
-def one_expert_for_all(real, rows, sizes, *weights, **settings):
-    return real(rows, jnp.zeros_like(sizes).at[0].set(jnp.sum(sizes)), *weights, **settings)
+def one_expert_for_all(real, rows, sizes, weights, **settings):
+    return real(rows, jnp.zeros_like(sizes).at[0].set(jnp.sum(sizes)), weights, **settings)
 
 
-def gradient_of_weights_halved(real, rows, sizes, *weights, **settings):
-    halved = [w / 2 + jax.lax.stop_gradient(w / 2) for w in weights]
-    return real(rows, sizes, *halved, **settings)
+def gradient_of_weights_halved(real, rows, sizes, weights, **settings):
+    halved = jax.tree.map(lambda w: w / 2 + jax.lax.stop_gradient(w / 2), weights)
+    return real(rows, sizes, halved, **settings)
 
 
 def not_finite(real, rows, sizes, *weights, **settings):
@@ -82,30 +82,30 @@ def test_a_wrong_kernel_stops_the_run_with_its_figures(monkeypatch, name, backen
 def test_what_was_found_is_kept_for_the_same_device_kernels_and_shapes(monkeypatch, tmp_path):
     monkeypatch.setattr(admission, "_kept_in", lambda: tmp_path)
     bfloat16 = "precision.compute=bfloat16"
-    said = admit(bfloat16, experts="blocked")
+    said = admit(bfloat16, experts="grouped_blocks")
     kept = next(tmp_path.iterdir())
     monkeypatch.setattr(admission, "_differences", None)  # nothing is computed
-    assert admit(bfloat16, experts="blocked").split()[-1] == said.split()[-1]
+    assert admit(bfloat16, experts="grouped_blocks").split()[-1] == said.split()[-1]
     with pytest.raises(TypeError):
-        admit("precision.compute=float32", experts="blocked")
+        admit("precision.compute=float32", experts="grouped_blocks")
     with pytest.raises(TypeError):
-        admit(bfloat16, "train.batch_size=4", experts="blocked")
+        admit(bfloat16, "train.batch_size=4", experts="grouped_blocks")
 
     good = kept.read_text()
     for damaged in (good[:-9], good.replace("0.00", "0.01", 1), "[]", "{}", good.replace("sha256", "sha")):
         assert damaged != good
         kept.write_text(damaged)
         with pytest.raises(TypeError):
-            admit(bfloat16, experts="blocked")
+            admit(bfloat16, experts="grouped_blocks")
     kept.write_text(good)
     monkeypatch.setattr(admission, "PACKAGES", ("numpy",))
     with pytest.raises(TypeError):
-        admit(bfloat16, experts="blocked")
+        admit(bfloat16, experts="grouped_blocks")
 
 
 def test_a_wrong_kernel_is_not_kept_as_good(monkeypatch, tmp_path):
     monkeypatch.setattr(admission, "_kept_in", lambda: tmp_path)
-    monkeypatch.setattr(admission, "expert_ffn", wrong(admission.expert_ffn, not_finite, "blocked"))
+    monkeypatch.setattr(admission, "expert_ffn", wrong(admission.expert_ffn, not_finite, "grouped_blocks"))
     with pytest.raises(UserError):
-        admit("precision.compute=bfloat16", experts="blocked")
+        admit("precision.compute=bfloat16", experts="grouped_blocks")
     assert not list(tmp_path.iterdir())

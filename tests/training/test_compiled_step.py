@@ -27,7 +27,7 @@ def compile_step(trainable: Trainable):
         key: jax.ShapeDtypeStruct(shape, bool if key == "loss_mask" else np.int32, sharding=trainable.batch_sharding)
         for key in BATCH_KEYS
     }
-    return trainable.lower(trainable.abstract(), batch).compile()
+    return trainable.step.lower(trainable.abstract(), batch).compile()
 
 
 @functools.cache

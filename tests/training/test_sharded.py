@@ -23,7 +23,7 @@ DISPATCH = {
     "capacity": ("model.dispatch=capacity", "model.capacity_factor=0.8"),  # some assignments are dropped
 }
 # One device multiplies as each of several does.
-OPTIONS = ("losses.load_balance=0.1", "losses.router_z=0.01", "model.init_std=0.1", "kernels.products=xla")
+OPTIONS = ("losses.load_balance=0.1", "losses.router_z=0.01", "model.init_std=0.1", "kernels.matmul=xla")
 SINGLE_AND_PAIRS = [(axis,) for axis in MESH_AXES] + list(itertools.combinations(MESH_AXES, 2))
 EXCHANGES = {"dropless": ("gather", "padded", "ragged"), "capacity": ("gather", "padded")}
 CASES = [
@@ -79,7 +79,7 @@ def test_loss_and_gradients_are_those_of_one_device(monkeypatch, dispatch, axes,
 @pytest.mark.slow
 def test_a_row_of_32768_tokens_over_eight_devices():
     model = {"num_layers": 1, "num_heads": 1, "num_kv_heads": 1, "head_dim": 32, "init_std": 0.1}
-    config = tiny_config(model=model, data={"seq_len": 32768}, train={"batch_size": 1}, kernels={"products": "xla"})
+    config = tiny_config(model=model, data={"seq_len": 32768}, train={"batch_size": 1}, kernels={"matmul": "xla"})
     arrays = jax.tree.map(np.asarray, tiny_architecture(config).init(0))
     assert_close(gradient_of(config, arrays, {"context": 8}), gradient_of(config, arrays, {}))
 

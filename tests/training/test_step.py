@@ -55,7 +55,7 @@ def largest_error(tree, reference) -> float:
 @pytest.mark.parametrize(("parts", "dispatch"), [(2, "dropless"), (4, "dropless"), (4, "capacity")])
 def test_microbatches_give_the_same_update(parts, dispatch):
     """Rows of the batch differ in documents, padding and targets, so a mean of means would not do."""
-    options = (*LOUD, "kernels.products=xla", f"model.dispatch={dispatch}", "model.capacity_factor=0.7")
+    options = (*LOUD, "kernels.matmul=xla", f"model.dispatch={dispatch}", "model.capacity_factor=0.7")
     whole, whole_metrics = one_step(*options)
     split, split_metrics = one_step(*options, f"train.microbatches={parts}")
     for name, value in whole_metrics.items():
@@ -199,6 +199,6 @@ def test_the_state_is_overwritten_in_place():
     """Nothing of it is copied first: that would take its memory again, and the time to move it."""
     trainable = tiny_trainable(tiny_config())
     batch = trainable.put(tiny_batch(trainable.config))
-    program = trainable.lower(trainable.abstract(), batch).compile().as_text()
+    program = trainable.step.lower(trainable.abstract(), batch).compile().as_text()
     assert "%state" in program
     assert not re.findall(r"= f32\S+ copy\(%state\S*\)", program)

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 from mixtral_jax.config import FloatName, ModelConfig
-from mixtral_jax.kernels.cpu.matmul import Products
 from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.runtime import Runtime, make_runtime
 from tests.tiny import mesh_of, tiny_config
@@ -24,7 +23,7 @@ def runtime(
     params: FloatName = "float32",
     seq_len: int = 16,
     batch: int = 8,
-    products: Products = "xla",
+    matmul: str = "xla",
     **mesh: int,
 ) -> Runtime:
     """A runtime on as many of the simulated devices as the mesh has; without sizes, on one."""
@@ -33,7 +32,7 @@ def runtime(
         data={"seq_len": seq_len},
         train={"batch_size": batch},
         precision={"params": params},
-        kernels={"products": products},
+        kernels={"matmul": matmul},
     )
     return make_runtime(config, mesh_of(**mesh))
 

@@ -22,7 +22,7 @@ from mixtral_jax.kernels.cpu.amx_softmax import (
     shrink_block,
 )
 from mixtral_jax.kernels.cpu.amx_tiles import STEP, configure, release
-from mixtral_jax.kernels.cpu.intrinsics import CONFIGURATIONS, add_to_counter, compiled, known
+from mixtral_jax.kernels.cpu.intrinsics import CONFIGURATIONS, add_to_counter, compiled, read_state
 from mixtral_jax.kernels.cpu.simd import dot_row
 from mixtral_jax.kernels.cpu.thread_pool import take_next, wait
 
@@ -43,7 +43,7 @@ def keys_of_task(parts: int) -> int:
 
 @compiled
 @no_type_check
-def attend(
+def attend_blocks(
     q: int,
     k: int,
     v: int,
@@ -75,7 +75,7 @@ def attend(
     packed_values = packed + batch * kv_heads * blocks * size
     scores, edge = workspace, workspace + GROUP * STEP
     states, state_size = edge + STEP, 2 * size + 3 * ALL
-    configure(known(CONFIGURATIONS) + 32 * 64)
+    configure(read_state(CONFIGURATIONS) + 32 * 64)
 
     runs = (blocks + PACKED - 1) // PACKED
     while True:
@@ -260,7 +260,7 @@ def differentiate_attention(
     tasks take their turns by rising keys. Tasks are begun in that order, so one waits for running ones only.
 
     Args:
-        q, k, v, spans, out, log_totals, shape, factors, workspace: see `attend`.
+        q, k, v, spans, out, log_totals, shape, factors, workspace: see `attend_blocks`.
         d_out, d_q, d_k, d_v: addresses of gradients.
         sums: address of memory for d_q in blocks.
         progress: int64 zeros, [batch * kv_heads, seq in squares]: tasks that have added theirs.
@@ -274,7 +274,7 @@ def differentiate_attention(
     keys, values, turned_keys = workspace, workspace + most * size, workspace + 2 * most * size
     d_keys, d_values, own = workspace + 3 * most * size, workspace + 4 * most * size, workspace + 5 * most * size
     edge = own + 4 * SQUARE * size + 3 * SQUARE * SQUARE * STEP + SQUARE * ALL
-    configure(known(CONFIGURATIONS) + 32 * 64)
+    configure(read_state(CONFIGURATIONS) + 32 * 64)
     while True:
         task = take_next(counter)
         run, pair = task // (batch * kv_heads), task % (batch * kv_heads)

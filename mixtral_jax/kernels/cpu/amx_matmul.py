@@ -17,10 +17,19 @@ from mixtral_jax.kernels.cpu.amx_tiles import (
     release,
     store,
 )
-from mixtral_jax.kernels.cpu.intrinsics import CONFIGURATIONS, MULTIPLY, THREADS, compiled, known, read, view, write
-from mixtral_jax.kernels.cpu.matmul_calls import ENTRIES, TABLE
+from mixtral_jax.kernels.cpu.intrinsics import (
+    CONFIGURATIONS,
+    MULTIPLY,
+    THREADS,
+    compiled,
+    read,
+    read_state,
+    view,
+    write,
+)
+from mixtral_jax.kernels.cpu.matmul import ENTRIES, TABLE
 from mixtral_jax.kernels.cpu.simd import stream_square
-from mixtral_jax.kernels.cpu.thread_pool import ARGUMENTS, COUNTER, argument, begin, end, share, take_next
+from mixtral_jax.kernels.cpu.thread_pool import ARGUMENTS, COUNTER, argument, begin, end, run_by_all_threads, take_next
 
 DEPTH, WIDTH = 256, 512  # inner dimension and columns of the second factor's part that stays in the L2 cache
 TALLEST, LEAST = 1024, 128  # rows of a block of a product
@@ -69,7 +78,7 @@ def multiply_blocks(
         workspace: address of memory of this thread's own, a multiple of 64.
     """
     first, second, edge = workspace + FIRST, workspace + SECOND, workspace + EDGE
-    configurations = known(CONFIGURATIONS)
+    configurations = read_state(CONFIGURATIONS)
     configure(configurations + 32 * 64)
     product, passed = 0, 0
     while True:
@@ -130,18 +139,18 @@ def multiply_blocks(
 
 @no_type_check
 def multiply_all(job: int) -> int:
-    """Computes the products of a job, see `matmul_calls`, by all threads; the bits do not depend on how many."""
+    """Computes the products of a job, see `matmul`, by all threads; the bits do not depend on how many."""
     table, height = job + TABLE, TALLEST
     while True:
         blocks = 0
         for i in range(argument(job, 0)):
             row = table + 8 * ENTRIES * i
             blocks += -(-read(row + 48) // height) * -(-read(row + 56) // WIDTH)
-        if blocks >= known(THREADS) or height == LEAST:
+        if blocks >= read_state(THREADS) or height == LEAST:
             break
         height //= 2
     write(job + ARGUMENTS + 40, height)
-    share(job, known(MULTIPLY), blocks)
+    run_by_all_threads(job, read_state(MULTIPLY), blocks)
     return 0
 
 

@@ -27,7 +27,7 @@ settings: Any = numba_config  # Numba makes its attributes when it is imported
 Builder = Any
 Code = tuple[Any, Callable[..., Any]]  # a signature, and what writes LLVM's instructions
 
-# What compiled functions know of the process, which may not stand in them: they are kept on disk.
+# Addresses and numbers of this process, which may not stand in compiled functions: these are kept on disk.
 state = np.zeros(64, np.int64)
 binding.add_symbol(STATE, state.ctypes.data)
 
@@ -65,7 +65,7 @@ def entry(function: Callable[[int], int]) -> Any:
     return _kept(lambda: cfunc(NUMBER(NUMBER), **OPTIONS)(function))
 
 
-def know(place: int, value: Any) -> None:
+def set_state(place: int, value: Any) -> None:
     """Sets an entry of `state`, to a number or to the address of a function, which becomes an `entry`."""
     if callable(value):
         _held.append(entry(value))
@@ -137,7 +137,7 @@ def view(address: int, rows: int, columns: int, dtype: Any) -> np.ndarray:
 
 
 @intrinsic
-def known(_: Any, place: Any) -> Code:
+def read_state(_: Any, place: Any) -> Code:
     """Reads an entry of `state`."""
 
     def generate(b: Builder, place: Any) -> Any:

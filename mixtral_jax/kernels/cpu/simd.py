@@ -213,37 +213,31 @@ def _sigmoid(b: Builder, x: Any) -> Any:
 
 
 @intrinsic
-def swiglu_row(_: Any, gate: Any, up: Any, weight: Any, out: Any, count: Any) -> Code:
-    """Writes silu(gate) * up * weight."""
+def swiglu_row(_: Any, gate: Any, up: Any, out: Any, count: Any) -> Code:
+    """Writes silu(gate) * up."""
 
-    def write(b: Builder, gate: Any, up: Any, weight: Any, out: Any, count: Any) -> None:
-        weights = spread(b, weight, FLOATS)
+    def write(b: Builder, gate: Any, up: Any, out: Any, count: Any) -> None:
         with chunks_of(b, count) as (offset, there):
             x, y = (load_masked(b, b.add(row, offset), there, 0.0) for row in (gate, up))
             silu = b.fmul(x, _sigmoid(b, x))
-            store_masked(b, b.fmul(b.fmul(silu, y), weights), b.add(out, offset), there)
+            store_masked(b, b.fmul(silu, y), b.add(out, offset), there)
 
-    return returns_nothing(write, NUMBER, NUMBER, REAL, NUMBER, NUMBER)
+    return returns_nothing(write, NUMBER, NUMBER, NUMBER, NUMBER)
 
 
 @intrinsic
-def differentiate_swiglu_row(_: Any, gate: Any, up: Any, weight: Any, d_out: Any, count: Any) -> Code:
-    """Replaces gate and up by their gradients and the result's gradient by the result; gives the weight's gradient."""
+def differentiate_swiglu_row(_: Any, gate: Any, up: Any, d_out: Any, count: Any) -> Code:
+    """Replaces gate and up by their gradients and the result's gradient by the result."""
 
-    def generate(_: Any, b: Builder, __: Any, values: Any) -> Any:
-        gate, up, weight, d_out, count = values
-        weights, d_weight = spread(b, weight, FLOATS), variable(b, splat(FLOATS, 0.0))
+    def write(b: Builder, gate: Any, up: Any, d_out: Any, count: Any) -> None:
         with chunks_of(b, count) as (offset, there):
             places = [b.add(row, offset) for row in (gate, up, d_out)]
             x, y, d = (load_masked(b, place, there, 0.0) for place in places)
             sigmoid = _sigmoid(b, x)
             silu = b.fmul(x, sigmoid)
-            product, weighted = b.fmul(silu, y), b.fmul(d, weights)
             slope = call(b, "fma", silu, b.fsub(splat(FLOATS, 1.0), sigmoid), sigmoid)
-            b.store(call(b, "fma", d, product, b.load(d_weight)), d_weight)
-            results = (b.fmul(b.fmul(weighted, y), slope), b.fmul(weighted, silu), b.fmul(product, weights))
+            results = (b.fmul(b.fmul(d, y), slope), b.fmul(d, silu), b.fmul(silu, y))
             for place, value in zip(places, results, strict=True):
                 store_masked(b, value, place, there)
-        return reduce_lanes(b, b.load(d_weight), b.fadd)
 
-    return REAL(NUMBER, NUMBER, REAL, NUMBER, NUMBER), generate
+    return returns_nothing(write, NUMBER, NUMBER, NUMBER, NUMBER)

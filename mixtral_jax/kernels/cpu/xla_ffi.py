@@ -28,7 +28,7 @@ def register(name: str, function: Callable[[int], int]) -> None:
 
     Args:
         name: of the target, unique in the process.
-        function: takes the address of a frame, of which `asked` or the functions below tell more, and returns 0.
+        function: takes the address of a frame, which the functions below read, and returns 0.
     """
     handler = entry(function)
     _registered.append(handler)
@@ -40,7 +40,7 @@ _registered: list[Any] = []  # XLA keeps addresses only
 
 @compiled
 @no_type_check
-def asked(frame: int) -> bool:
+def answer_version_query(frame: int) -> bool:
     """Answers if this is no call but XLA's question for the version, and says whether it was."""
     extension = read(frame + EXTENSION)
     if extension == 0 or read_short(extension + EXTENSION_TYPE) != METADATA:

@@ -20,11 +20,11 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int
 
 from mixtral_jax.config import UserError
-from mixtral_jax.kernels.blockwise import blockwise_attention
+from mixtral_jax.kernels.attention import UNUSUAL, AttentionInputs
+from mixtral_jax.kernels.blockwise import attend
 from mixtral_jax.precision import FULL
 
 LEAST_ROOM, TOKENS_OF_A_DOCUMENT = 16, 512
-UNUSUAL = "unusual"  # names the operations of the portable blocks in the compiled program, for the planner
 STATUS_RETURNING = 2  # version of the custom call's interface
 HEAD_DIM_MULTIPLE, LARGEST_HEAD_DIM = 8, 256
 LARGEST_OFFSET = 2**31 - 1  # offsets are 32-bit integers
@@ -113,7 +113,7 @@ packed_attention.defvjp(_fwd, _bwd)
 
 @jax.named_scope(UNUSUAL)
 def _portable(segment_ids: Array, q: Array, k: Array, v: Array) -> Array:
-    return _as_cudnn(blockwise_attention(q, k, v, segment_ids, segment_ids, jnp.zeros(1, jnp.int32)))
+    return _as_cudnn(attend(AttentionInputs(q, k, v, segment_ids, segment_ids, jnp.zeros(1, jnp.int32))))
 
 
 def _as_cudnn(x: Array) -> Array:

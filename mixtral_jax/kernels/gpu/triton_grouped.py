@@ -1,7 +1,7 @@
 """SwiGLU experts over rows sorted by expert, for GPUs: Pallas kernels that Triton compiles.
 
 An expert's rows are cut into blocks that begin at its first row; what a block reaches beyond the expert's last row is
-neither read nor written, so no two blocks write the same row and no expert needs padding. Rows of nobody cost no
+neither read nor written, so no two blocks write the same row and no expert needs padding. Padding rows cost no
 products and, but for zeros in the results, no traffic: in between, their memory stays as it was found.
 """
 
@@ -43,7 +43,7 @@ def grouped_ffn(
         interpret: run the kernels step by step, on a CPU.
 
     Returns:
-        One output a row, zeros in rows of nobody.
+        One output a row, zeros in padding rows.
     """
     return _fwd(rows, group_sizes, w_gate, w_up, w_down, interpret)[0]
 
@@ -83,7 +83,7 @@ def gmm(
         pairs: rows sorted by group, and matrices [groups, inner, outer], all pairs of the same shapes.
         sizes: rows of each group.
         transposed: whether the matrices are [groups, outer, inner].
-        fill: whether rows of nobody are zeros; otherwise they are what the memory held.
+        fill: whether padding rows are zeros; otherwise they are what the memory held.
         interpret: run the kernel step by step, on a CPU.
     """
     (num_rows, inner), (groups, *shape), dtype = pairs[0][0].shape, pairs[0][1].shape, pairs[0][0].dtype
@@ -207,7 +207,7 @@ def _block(dtype: Any) -> tuple[int, int, int]:
 
 
 def _row_blocks(sizes: Array, num_rows: int, block: int) -> tuple[Array, Array, Array]:
-    """Finds group, first row and end of the rows of every block; the last group, of nobody, takes what is left."""
+    """Finds group, first row and end of the rows of every block; the last group, of padding, takes what is left."""
     sizes = jnp.concatenate([sizes, num_rows - jnp.sum(sizes, keepdims=True)])
     ends, counts = jnp.cumsum(sizes), -(-sizes // block)
     last = jnp.cumsum(counts)

@@ -19,8 +19,8 @@ def megablox_ffn(
     w_down: Float[Array, "experts d_ff d_model"],
     interpret: bool,
 ) -> Float[Array, "rows d_model"]:
-    """Computes `expert_ffn`; rows of nobody become zero."""
-    # Megablox leaves the memory of rows that belong to nobody as it finds it, in outputs and in gradients.
+    """Computes `expert_ffn`; padding rows become zero."""
+    # Megablox leaves the memory of padding rows as it finds it, in outputs and in gradients.
     used = (jnp.arange(rows.shape[0]) < jnp.sum(sizes))[:, None]
     x = jnp.pad(jnp.where(used, rows, 0), ((0, -rows.shape[0] % _tiling(rows, w_gate)[0]), (0, 0)))
     gate, up = _megablox(x, w_gate, sizes, interpret), _megablox(x, w_up, sizes, interpret)

@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from mixtral_jax.config import LossesConfig
-from mixtral_jax.kernels.cpu.matmul import Products
 from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.training.losses import compute_losses, count
 from mixtral_jax.weights.exporting import export_weights
@@ -40,10 +39,10 @@ ALL_KINDS = {"fsdp": 2, "expert": 2, "tensor": 2}
 
 
 def imported(
-    directory: Path, mesh: dict[str, int], batch: int, length: int, products: Products = "xla"
+    directory: Path, mesh: dict[str, int], batch: int, length: int, matmul: str = "xla"
 ) -> tuple[Architecture, dict[str, Any]]:
     released = open_released(directory)
-    where = runtime(released.config, batch=batch, seq_len=length, products=products, **mesh)
+    where = runtime(released.config, batch=batch, seq_len=length, matmul=matmul, **mesh)
     architecture = Architecture(released.config, where)
     return architecture, import_weights(released, architecture.runtime)
 
@@ -82,15 +81,15 @@ def test_logits(name: str, batch: int, length: int, mesh: dict[str, int], tmp_pa
     np.testing.assert_array_equal(actual.argmax(-1), expected.argmax(-1))
 
 
-@pytest.mark.parametrize(("products", "limit"), [by_engine("mkl", "mkl", 1e-4), by_engine("amx", "amx", 5e-4)])
-def test_logits_by_other_products(products: Products, limit: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("matmul", "limit"), [by_engine("mkl", "mkl", 1e-4), by_engine("amx", "amx", 5e-4)])
+def test_logits_by_other_products(matmul: str, limit: float, tmp_path: Path) -> None:
     config = SHAPES["one kv head, top 3 of 8"]
     oracle = make_oracle(config)
     save(oracle, tmp_path / "hf")
     tokens = random_tokens(config, 3, 17)
     with torch.no_grad():
         expected = oracle(torch.from_numpy(tokens).long()).logits.numpy()
-    actual = logits_of(*imported(tmp_path / "hf", ONE_DEVICE, 3, 17, products), tokens)
+    actual = logits_of(*imported(tmp_path / "hf", ONE_DEVICE, 3, 17, matmul), tokens)
     np.testing.assert_allclose(actual, expected, atol=limit, rtol=0)
     np.testing.assert_array_equal(actual.argmax(-1), expected.argmax(-1))
 

@@ -38,7 +38,7 @@ def _over_blocks(count: Array, sizes: tuple[int, ...], body: Callable[..., Any],
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
-def blocked_ffn(
+def grouped_blocks_ffn(
     rows: Float[Array, "rows d_model"],
     group_sizes: Int[Array, " experts"],
     w_gate: Float[Array, "experts d_model d_ff"],
@@ -140,4 +140,4 @@ def _bwd(sizes: tuple[int, ...], residuals: tuple[Array, ...], d_out: Array) -> 
     return d_rows[:num_rows], None, *d_weights
 
 
-blocked_ffn.defvjp(_fwd, _bwd)
+grouped_blocks_ffn.defvjp(_fwd, _bwd)

@@ -1,0 +1,182 @@
+"""THE table of backends: which an operation has, where each runs, and what `auto` takes, which is the first that fits.
+
+The configuration's values, errors, `Runtime.describe`, docs/config.md and the benchmarks' choices are read from it. An
+engine of one platform is imported through the module that its line names, and by `load` alone.
+"""
+
+import functools
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+from mixtral_jax.config import UserError
+
+LARGEST_AMX_HEAD = 256  # elements; what is made of some blocks of such heads fits the L2 cache
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the choice of a backend depends on."""
+
+    platform: str  # cpu, gpu or tpu
+    devices: int = 1
+    full_compute: bool = True  # activations and products in float32; so the next two
+    full_params: bool = True
+    full_moments: bool = True  # of the optimizer
+    eight_bit: bool = False  # the experts' factors
+    head_dim: int = 0
+    matmul: str = "xla"  # backend of dense products
+
+
+@dataclass(frozen=True)
+class Need:
+    """A condition of a backend, and what an error says when it does not hold."""
+
+    holds: Callable[[Target], bool]
+    problem: str  # may name fields of the target
+    remedy: str = ""
+    short: str = ""  # for the table in the documentation
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One line of the table."""
+
+    name: str
+    platforms: tuple[str, ...]  # where `auto` may take it
+    module: str  # below `kernels`, imported when it is used
+    what: str  # for the documentation
+    needs: tuple[Need, ...] = ()
+    if_asked: tuple[str, ...] = ()  # where it runs too, but slowly or interpreted
+    in_words: str = ""  # `describe` adds it
+    reads_stack: bool = False  # reads the experts' weights where they lie in the stack of all layers
+
+
+@functools.cache
+def available(engine: str) -> bool:
+    """Says whether this machine has an engine for matrix products on CPUs, and makes it ready."""
+    if not sys.platform.startswith("linux") or importlib.util.find_spec("numba") is None:
+        return False
+    loaded: bool = importlib.import_module(f"mixtral_jax.kernels.cpu.{engine}").load()
+    return loaded
+
+
+ALL, CPU, GPU, TPU = ("cpu", "gpu", "tpu"), ("cpu",), ("gpu",), ("tpu",)
+ONE_CPU = Need(
+    lambda t: t.devices == 1 and t.full_compute and t.full_params,
+    "computes in float32 on one CPU device",
+    short="float32, one device",
+)
+NOT_FLOAT32 = Need(
+    lambda t: not t.full_compute, "does not compute in float32", "set precision.compute=bfloat16", "types of two bytes"
+)
+NOT_8_BIT = Need(
+    lambda t: not t.eight_bit, "has no products of 8 bits", "set precision.experts=compute", "no 8-bit factors"
+)
+HEAD = Need(
+    lambda t: t.head_dim <= LARGEST_AMX_HEAD,
+    f"takes a model.head_dim of up to {LARGEST_AMX_HEAD}, not {{head_dim}}",
+    short=f"heads of up to {LARGEST_AMX_HEAD}",
+)
+AMX = Need(lambda _: available("amx"), "needs a processor with AMX, Linux, and pip install numba", short="AMX")
+MKL = Need(lambda _: available("mkl"), "needs packages: pip install mkl numba", short="package mkl")
+
+
+def _with_matmul(*names: str) -> Need:
+    key = f"kernels.matmul={' or '.join(names)}"
+    return Need(lambda t: t.matmul in names, f"needs {key}", "set both", key)
+
+
+BACKENDS: dict[str, tuple[Backend, ...]] = {
+    "matmul": (
+        Backend("amx", CPU, "cpu.matmul", "x86's matrix units, a float32 as a sum of two bfloat16: errors of 4e-6",
+                (ONE_CPU, AMX), in_words=" (a float32 as two bfloat16)"),
+        Backend("mkl", CPU, "cpu.matmul", "oneMKL's float32 products", (ONE_CPU, MKL)),
+        Backend("xla", ALL, "matmul", "XLA's own"),
+    ),
+    "cross_entropy": (
+        Backend("amx", CPU, "cpu.cross_entropy", "a chunk's logits in the cache", (_with_matmul("amx"),)),
+        Backend("mkl", CPU, "cpu.cross_entropy", "the same", (_with_matmul("mkl"),)),
+        Backend("xla", ALL, "cross_entropy", "XLA's loops", (_with_matmul("xla"),)),
+    ),
+    "attention": (
+        Backend("amx", CPU, "cpu.amx_attention", "on x86's matrix units", (_with_matmul("amx"), HEAD)),
+        Backend("cudnn", GPU, "gpu.cudnn", "cuDNN's flash attention", (NOT_FLOAT32,)),
+        Backend("splash", TPU, "tpu.splash", "JAX's splash kernel for TPU", if_asked=CPU),
+        Backend("blockwise", ALL, "blockwise", "portable blocks, linear in memory"),
+    ),
+    "experts": (
+        Backend("amx", CPU, "cpu.experts", "on x86's matrix units", (NOT_8_BIT, _with_matmul("amx")),
+                reads_stack=True),
+        Backend("mkl", CPU, "cpu.experts", "oneMKL's products in one batch", (NOT_8_BIT, _with_matmul("mkl")),
+                reads_stack=True),
+        Backend("triton", GPU, "gpu.triton_grouped", "our grouped kernels, from compute capability 8.0",
+                (NOT_8_BIT,), if_asked=CPU),
+        Backend("megablox", TPU, "tpu.megablox", "JAX's grouped kernel for TPU", if_asked=CPU),
+        Backend("ragged_dot", GPU, "expert_ffn", "XLA's grouped product, dense but on TPU",
+                if_asked=("cpu", "tpu")),
+        Backend("grouped_blocks", CPU, "grouped_blocks", "portable, any number of blocks", if_asked=("gpu", "tpu")),
+    ),
+    "exchange": (
+        Backend("ragged", ("gpu", "tpu"), "exchange", "just the rows that another device needs"),
+        Backend("gather", CPU, "exchange", "all tokens to all devices, and sums back", if_asked=("gpu", "tpu")),
+        Backend("padded", (), "exchange", "blocks of one size", if_asked=ALL),
+    ),
+    "adamw": (
+        Backend("fused", CPU, "cpu.adamw", "one pass over memory, in place",
+                (Need(lambda t: t.full_moments, "computes in float32", short="float32 moments"),
+                 _with_matmul("amx", "mkl"))),
+        Backend("xla", ALL, "adamw", "XLA's loops"),
+    ),
+}  # fmt: skip
+
+
+def find(operation: str, name: str) -> Backend:
+    """Looks up a line of the table."""
+    return next(backend for backend in BACKENDS[operation] if backend.name == name)
+
+
+def names(operation: str) -> list[str]:
+    """Lists the values of `kernels.<operation>` beside `auto`."""
+    return [backend.name for backend in BACKENDS[operation]]
+
+
+def load(operation: str, name: str) -> ModuleType:
+    """Imports the module of a backend."""
+    return importlib.import_module(f"mixtral_jax.kernels.{find(operation, name).module}")
+
+
+def check_name(operation: str, name: str) -> None:
+    """Raises `UserError` for a backend that the operation does not have on any platform."""
+    values = ["auto", *names(operation)]
+    if name not in values:
+        raise UserError(f"kernels.{operation}: Invalid value '{name}', expected one of {values}")
+
+
+def choose(operation: str, name: str, target: Target) -> str:
+    """Resolves `auto`, and checks what is asked for by name.
+
+    Raises:
+        UserError: a backend that does not run on the target; the sentence names those that do.
+    """
+    check_name(operation, name)
+    fitting = [b.name for b in BACKENDS[operation] if target.platform in b.platforms and _unmet(b, target) is None]
+    if name == "auto":
+        return fitting[0]
+    backend = find(operation, name)
+    if target.platform not in backend.platforms + backend.if_asked:
+        problem, remedy = f"does not run on {target.platform}", ""
+    else:
+        unmet = _unmet(backend, target)
+        if unmet is None:
+            return name
+        problem, remedy = unmet.problem.format(**vars(target)), unmet.remedy
+    others = " or ".join(["auto", *fitting])
+    raise UserError(f"kernels.{operation}={name} {problem}: {f'{remedy}, or ' if remedy else ''}use {others}")
+
+
+def _unmet(backend: Backend, target: Target) -> Need | None:
+    return next((need for need in backend.needs if not need.holds(target)), None)
