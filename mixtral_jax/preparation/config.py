@@ -18,7 +18,7 @@ class PrepareSource:
 
     name: str = MISSING  # appears in the report; letters, digits, dot, dash and underscore
     # File, directory or glob, local or a URL that fsspec opens (s3://, https://): warc, wet, html, jsonl, parquet, txt,
-    # md, most of them also as .gz.
+    # md; all but parquet also compressed, which their first bytes tell.
     path: str = MISSING
     text_field: str = "text"  # field of a record (jsonl, parquet) that holds the text
     language: str = ""  # of all its documents; empty: identified for each document
@@ -137,7 +137,7 @@ class MinhashConfig:
     """Keeps one of several similar documents: they share all hashes of some bucket."""
 
     enabled: bool = True  # switches the step
-    ngram: int = 5  # words of a shingle
+    ngram: int = 5  # words of a shingle; characters where a script writes no spaces
     buckets: int = 14  # more find more pairs; similarity of a pair found every second time: (1/buckets)^(1/hashes)
     hashes_per_bucket: int = 8  # more ask for more similarity
 

@@ -5,7 +5,8 @@ from pathlib import Path
 from types import TracebackType
 
 from datatrove.data import Document
-from datatrove.pipeline.formatters import PIIFormatter
+
+from mixtral_jax.preparation.masking import Masking
 
 EACH = 3  # examples of a reason
 SHOWN = 600  # characters
@@ -44,6 +45,6 @@ class Examples:
 
 def describe(document: Document) -> dict[str, object]:
     """What the report shows of a document; addresses of people and machines are masked."""
-    text = PIIFormatter().format(document.text[:SHOWN])
+    text = Masking().format(document.text[:SHOWN])
     kept = ("source", "language", "url", "minhash_cluster_id", "minhash_cluster_size")
     return {"id": document.id, "text": text} | {key: document.metadata.get(key) for key in kept}

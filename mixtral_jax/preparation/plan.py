@@ -58,11 +58,6 @@ def file_kind(name: str) -> str:
     return suffix
 
 
-def compression_of(name: str) -> str | None:
-    """Name of the compression that a file's name tells, if any."""
-    return next((kind for end, kind in COMPRESSIONS.items() if name.lower().endswith(end)), None)
-
-
 def list_files(source: PrepareSource) -> list[InputFile]:
     """Lists the files of a source in a fixed order.
 

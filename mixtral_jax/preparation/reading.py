@@ -60,6 +60,7 @@ class ShardReader(PipelineStep):
                 raw = next(documents, None)
             if raw is None:
                 return
+            self.stat_update(f"encoding|{source.name}|{raw['encoding']}")
             if not raw["text"].strip():
                 report("skipped: no text", raw["index"], "")
                 continue

@@ -230,10 +230,10 @@ def _input(steps: list[tuple[str, Counter[str], float]]) -> tuple[Numbers, dict[
             source, _, detail = rest.partition("|")
             if what == "problem":
                 problems[detail] += int(count)
-            elif what in ("files", "bytes", "skipped"):
-                row = read.setdefault(source, {"files": 0, "bytes": 0, "skipped": {}})
-                if what == "skipped":
-                    row["skipped"][detail] = row["skipped"].get(detail, 0) + int(count)
+            elif what in ("files", "bytes", "skipped", "encoding"):
+                row = read.setdefault(source, {"files": 0, "bytes": 0, "skipped": {}, "encoding": {}})
+                if detail:
+                    row[what][detail] = row[what].get(detail, 0) + int(count)
                 else:
                     row[what] += int(count)
     return read, dict(problems.most_common())

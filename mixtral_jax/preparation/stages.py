@@ -18,7 +18,6 @@ from datatrove.pipeline.dedup import (
     MinhashDedupSignature,
 )
 from datatrove.pipeline.dedup.exact_dedup import ExactDedupConfig
-from datatrove.pipeline.formatters import PIIFormatter
 
 from mixtral_jax.preparation import rules
 from mixtral_jax.preparation.caches import CacheBuilder
@@ -29,6 +28,7 @@ from mixtral_jax.preparation.decontamination import ngram_config
 from mixtral_jax.preparation.examples import Examples
 from mixtral_jax.preparation.extraction import Extraction
 from mixtral_jax.preparation.language import LanguageFilter
+from mixtral_jax.preparation.masking import Masking
 from mixtral_jax.preparation.reading import ShardReader, StageReader
 from mixtral_jax.preparation.url_filter import AddressFilter
 from mixtral_jax.preparation.words import RegexWords
@@ -143,7 +143,8 @@ def _without_exact(config: PrepareConfig, measured: bool) -> list[PipelineStep]:
     return steps
 
 
-def _minhash_settings(config: PrepareConfig) -> MinhashConfig:
+def minhash_settings(config: PrepareConfig) -> MinhashConfig:
+    """datatrove's settings of the comparison."""
     settings = config.minhash
     return MinhashConfig(
         n_grams=settings.ngram, num_buckets=settings.buckets, hashes_per_bucket=settings.hashes_per_bucket
@@ -153,7 +154,7 @@ def _minhash_settings(config: PrepareConfig) -> MinhashConfig:
 def _minhash_signatures(config: PrepareConfig) -> list[PipelineStep]:
     signatures = MinhashDedupSignature(
         str(Layout(config).minhash / "signatures"),
-        _minhash_settings(config),
+        minhash_settings(config),
         RegexWords(),  # type: ignore[arg-type]
     )
     return [*_without_exact(config, measured=False), signatures]
@@ -161,13 +162,13 @@ def _minhash_signatures(config: PrepareConfig) -> list[PipelineStep]:
 
 def _minhash_buckets(config: PrepareConfig) -> list[PipelineStep]:
     folder = Layout(config).minhash
-    settings = _minhash_settings(config)
+    settings = minhash_settings(config)
     return [MinhashDedupBuckets(str(folder / "signatures"), str(folder / "pairs"), None, settings)]
 
 
 def _minhash_clusters(config: PrepareConfig) -> list[PipelineStep]:
     folder = Layout(config).minhash
-    settings = _minhash_settings(config)
+    settings = minhash_settings(config)
     return [
         MinhashDedupCluster(
             str(folder / "pairs"), str(folder / "clusters"), settings, save_cluster_id=True, save_cluster_size=True
@@ -189,7 +190,7 @@ def _documents(config: PrepareConfig) -> list[PipelineStep]:
             Meter("minhash", config.tokenizer),
         ]
     if config.pii.enabled:  # after deduplication: the masks differ between copies
-        steps.append(PIIFormatter(remove_emails=config.pii.emails, remove_ips=config.pii.ips))
+        steps.append(Masking(config.pii.emails, config.pii.ips))
         steps.append(Meter("pii", config.tokenizer))
     steps += [
         final_writer(layout.output / "documents"),

@@ -7,7 +7,13 @@ from datatrove.utils.word_tokenizers import WordTokenizer, load_word_tokenizer
 from mixtral_jax.config import UserError
 from mixtral_jax.preparation.config import PrepareConfig
 
-WORD = re.compile(r"\w+(?:['\u2019-]\w+)*|[^\w\s]")
+# Characters of scripts that write no spaces between words: Thai, Lao, Tibetan, Burmese, Khmer, kana, Chinese.
+UNSPACED = (
+    "\u0e01-\u0e5b\u0e81-\u0edf\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3041-\u30ff\u31f0-\u31ff"
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+)
+LETTERS = rf"[^\W{UNSPACED}]+"
+WORD = re.compile(rf"[{UNSPACED}]|{LETTERS}(?:['\u2019-]{LETTERS})*|[^\w\s]")
 SENTENCE = re.compile(r"[^.!?…]+[.!?…]*")
 
 # Words that nearly every text of a language holds; what Gopher did for English.
@@ -23,7 +29,7 @@ STOP_WORDS = {
 
 
 class RegexWords(WordTokenizer):
-    """Splits at white space and around punctuation, in any language that writes spaces."""
+    """Splits at white space and around punctuation; where a script writes no spaces, each character is a word."""
 
     def word_tokenize(self, text: str) -> list[str]:
         """The words and marks of a text."""

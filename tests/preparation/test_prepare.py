@@ -239,10 +239,10 @@ def test_bad_input_is_counted_and_named_and_stops_nothing(tmp_path):
     assert {kind for where, kind in named if "bad.jsonl" in where} == {"bad record", "too large"}
     assert ("a: cut.warc.gz after 3", "truncated gzip") in named
     assert ("a: empty.warc.gz", "empty file") in named
-    assert ("a: fake.jsonl.gz", "unreadable file") in named
+    assert ("a: fake.jsonl.gz line 1", "bad record") in named
     assert ("a: no.parquet", "unreadable file") in named
     assert ("a: huge.html", "too large") in named
-    assert report["problems"]["counts"]["bad record"] == 4
+    assert report["problems"]["counts"]["bad record"] == 4  # three lines and the fake
     texts = " ".join(doc["text"] for doc in documents(tmp_path / "out"))
     assert all(prose(*text).split("\n")[0] in texts for text in [("en", 1), ("en", 10), ("en", 12), ("fr", 2)])
 
