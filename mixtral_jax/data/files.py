@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MAGIC = frozenset("*?[")
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,19 @@ def list_files(name: str | Path, readable: Callable[[str], object], *, empty: bo
         elif not file.is_file():
             left_out["directories and the like"] += 1
         elif root == path and not readable(file.name):
-            left_out[f"of another kind ({file.suffix or file.name})"] += 1
+            left_out[other_kind(file.name)] += 1
         elif not empty and not file.stat().st_size:
             left_out["empty"] += 1
         elif files.setdefault(identity(file), file) != file:
             left_out["links to what is there already"] += 1
     return Listing(sorted(files.values()), left_out, root)
+
+
+def other_kind(name: str) -> str:
+    """Says why a file is left out whose name tells of no kind that can be read."""
+    path = Path(name)
+    suffix = "".join(path.suffixes[-2:]) if path.suffix in COMPRESSED else path.suffix
+    return f"of another kind ({os.fsencode(suffix or path.name).decode('utf-8', 'backslashreplace')})"
 
 
 def identity(path: Path) -> tuple[int, int]:

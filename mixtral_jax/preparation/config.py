@@ -58,7 +58,7 @@ class LanguageConfig:
 
 @dataclass(frozen=True)
 class GopherRepetitionConfig:
-    """Drops repetitive documents (arXiv 2112.11446, table A1); each share is the most that is allowed."""
+    """Drops repetitive documents (arXiv 2112.11446, table A1); a share is the most that is allowed; 0: not checked."""
 
     enabled: bool = True  # switches the step
     duplicate_lines: float = 0.3  # share of the lines that came before
@@ -75,7 +75,7 @@ class GopherRepetitionConfig:
 
 @dataclass(frozen=True)
 class GopherQualityConfig:
-    """Drops what does not look like prose (arXiv 2112.11446, section A.1.1)."""
+    """Drops what does not look like prose (arXiv 2112.11446, section A.1.1); a limit of 0 is not checked."""
 
     enabled: bool = True  # switches the step
     min_words: int = 50  # of a document
@@ -86,7 +86,7 @@ class GopherQualityConfig:
     max_bullet_lines: float = 0.9  # share of the lines
     max_ellipsis_lines: float = 0.3  # share of the lines
     min_alphabetic_words: float = 0.8  # share of the words with a letter
-    min_stop_words: int = 2  # different ones of the language; 0: not checked
+    min_stop_words: int = 2  # different ones of the language
 
 
 @dataclass(frozen=True)
@@ -191,6 +191,13 @@ class PrepareConfig:
     executor: ExecutorConfig = field(default_factory=ExecutorConfig)
 
 
+SHARES = (
+    "language.min_probability", "gopher_repetition.duplicate_lines", "gopher_repetition.duplicate_paragraphs",
+    "gopher_repetition.duplicate_line_characters", "gopher_repetition.duplicate_paragraph_characters",
+    "gopher_repetition.top_ngrams", "gopher_repetition.duplicate_ngrams", "gopher_quality.max_bullet_lines",
+    "gopher_quality.max_ellipsis_lines", "gopher_quality.min_alphabetic_words", "fineweb.min_punctuated_lines",
+    "fineweb.max_short_lines", "fineweb.max_duplicate_line_characters",
+)  # fmt: skip
 # A preparation may go on with other values of these: they do not change what is written.
 RESUMABLE_KEYS = ("output", "temperature", "executor")
 
@@ -235,9 +242,10 @@ def validate(config: PrepareConfig) -> None:
                  "c4.max_word_length", "gopher_quality.max_words"):  # fmt: skip
         value = _get(config, name)
         _require(0 < value < float("inf"), f"{name} is {value}: it must be greater than 0")
-    for name in ("language.min_probability", "fineweb.min_punctuated_lines", "fineweb.max_short_lines"):
+    for name in SHARES:
         value = _get(config, name)
-        _require(0 <= value <= 1, f"{name} is {value}: it is a share from 0 to 1")
+        for share in value.values() if isinstance(value, dict) else [value]:
+            _require(0 <= share <= 1, f"{name} is {value}: it is a share from 0 to 1")
     _require(config.executor.workers >= 0, f"executor.workers is {config.executor.workers}: it must be 0 or more")
     _require(config.tokenizer != "train", "tokenizer=train is not for prepare: it names mixtral, mixtral-v3 or a file")
     if config.executor.kind == "slurm":

@@ -52,9 +52,9 @@ def decode(data: bytes, content_type: str = "", html: bool = False) -> tuple[str
     if whole >= SURE * broken and not other:
         return text, "UTF-8"
     for label, way in _declared(data, content_type, html):
-        codec = codec_of(label)
-        if codec and codec != "utf-8":
-            found = data.decode(codec, "replace")
+        stated = codec_of(label)
+        if stated and stated != "utf-8":
+            found = data.decode(stated, "replace")
             if found.count("\ufffd") * SURE <= len(found) - len(found.encode("ascii", "ignore")):
                 return found, way
     if whole >= broken and not other:

@@ -92,11 +92,11 @@ def _archive(raw: Stream, limit: int, report: Report) -> Iterator[Raw]:
 
 def _records(raw: Stream, field: str, limit: int, report: Report) -> Iterator[Raw]:
     for number, line in _lines(raw, limit, report):
-        text, encoding = decode(line)
-        if not text.strip():
+        decoded, encoding = decode(line)
+        if not decoded.strip():
             continue
         try:
-            record = json.loads(text)  # takes NaN and halves of surrogate pairs, which real files hold, too
+            record = json.loads(decoded)  # takes NaN and halves of surrogate pairs, which real files hold, too
         except (ValueError, RecursionError) as error:
             report("bad record", f"line {number}", error)
             continue

@@ -6,6 +6,7 @@ Shards depend on the input alone, never on the number of workers: that makes the
 import json
 import logging
 import os
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from mixtral_jax.config import UserError
 from mixtral_jax.config_loading import flatten
 from mixtral_jax.data.cache_files import write_file
 from mixtral_jax.data.files import list_files as listed_files
+from mixtral_jax.data.files import other_kind
 from mixtral_jax.preparation.config import PrepareConfig, PrepareSource, result_settings
 
 ARCHIVES, PAGES, RECORDS, TABLES, TEXTS = (
@@ -26,7 +28,7 @@ ARCHIVES, PAGES, RECORDS, TABLES, TEXTS = (
     (".parquet",),
     (".txt", ".md"),
 )
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+COMPRESSIONS = (".gz", ".zst")
 
 log = logging.getLogger(__name__)
 
@@ -58,22 +60,28 @@ def file_kind(name: str) -> str:
     return suffix
 
 
-def list_files(source: PrepareSource) -> list[InputFile]:
+def list_files(source: PrepareSource, left_out: Counter[str] | None = None) -> list[InputFile]:
     """Lists the files of a source in a fixed order.
+
+    Args:
+        source: where they are.
+        left_out: takes how many others were found there, by reason.
 
     Raises:
         UserError: nothing there, or a file of a kind that cannot be read.
     """
     where = f"source '{source.name}'"
+    left_out = Counter() if left_out is None else left_out
     try:
         if "://" not in source.path:
-            return _local_files(source, where)
+            return _local_files(source, where, left_out)
         system, path = url_to_fs(source.path)
         if has_magic(path):
             found = {name: info for name, info in system.glob(path, detail=True).items() if info["type"] == "file"}
             folder = path[: min(path.find(mark) for mark in "*?[" if mark in path)].rpartition("/")[0]
         elif system.isdir(path):
             found, folder = system.find(path, detail=True), path.rstrip("/")
+            left_out.update(other_kind(name) for name in found if not file_kind(name))
             found = {name: info for name, info in found.items() if file_kind(name)}
         else:
             found, folder = {path: system.info(path)}, path.rpartition("/")[0]
@@ -96,10 +104,11 @@ def list_files(source: PrepareSource) -> list[InputFile]:
     return files
 
 
-def _local_files(source: PrepareSource, where: str) -> list[InputFile]:
+def _local_files(source: PrepareSource, where: str, left_out: Counter[str]) -> list[InputFile]:
     listing = listed_files(source.path, file_kind)
-    if left_out := listing.say():
-        log.warning("%s: %d files; left out: %s", where, len(listing.files), left_out)
+    left_out.update(listing.left_out)
+    if listing.left_out:
+        log.warning("%s: %d files; left out: %s", where, len(listing.files), listing.say())
     if not listing.files and not has_magic(source.path) and not Path(source.path).expanduser().exists():
         raise FileNotFoundError
     if not listing.files:
@@ -108,7 +117,7 @@ def _local_files(source: PrepareSource, where: str) -> list[InputFile]:
     for file in listing.files:
         _check_kind(file.name, where)
         status = file.stat()
-        shown = file.relative_to(listing.root).as_posix()
+        shown = os.fsencode(file.relative_to(listing.root)).decode("utf-8", "backslashreplace")
         files.append(InputFile(os.path.abspath(file), shown, status.st_size, str(status.st_mtime)))
     return files
 
@@ -119,14 +128,19 @@ def _check_kind(name: str, where: str) -> None:
         raise UserError(f"{where}: cannot read files such as {name}: the name must end in one of {kinds}, or .gz")
 
 
-def make_shards(config: PrepareConfig) -> list[Shard]:
-    """Deals the files of every source out to shards; small files share one, in their order."""
+def make_shards(config: PrepareConfig) -> tuple[list[Shard], dict[str, Counter[str]]]:
+    """Deals the files of every source out to shards; small files share one, in their order.
+
+    Returns:
+        The shards, and by source how many files were left out for which reason.
+    """
     limit = config.shard_megabytes << 20
     output = str(Path(config.output).resolve()) + "/"
     shards: list[Shard] = []
+    left_out: dict[str, Counter[str]] = {source.name: Counter() for source in config.sources}
     for source in config.sources:
         group: list[InputFile] = []
-        for file in list_files(source):
+        for file in list_files(source, left_out[source.name]):
             if file.path.startswith(output):
                 raise UserError(f"source '{source.name}' holds the output directory {config.output}: move one of them")
             if group and sum(member.size or 0 for member in group) + (file.size or 0) > limit:
@@ -134,10 +148,10 @@ def make_shards(config: PrepareConfig) -> list[Shard]:
                 group = []
             group.append(file)
         shards.append(Shard(source.name, group))
-    return shards
+    return shards, left_out
 
 
-def settle_plan(config: PrepareConfig, shards: list[Shard]) -> None:
+def settle_plan(config: PrepareConfig, shards: list[Shard], left_out: dict[str, Counter[str]]) -> None:
     """Notes settings and input in the output directory, or checks that they are those of the work done there.
 
     Raises:
@@ -147,7 +161,7 @@ def settle_plan(config: PrepareConfig, shards: list[Shard]) -> None:
     plan = json.loads(json.dumps({"settings": result_settings(config), "shards": [asdict(shard) for shard in shards]}))
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_file(file, json.dumps(plan, indent=1).encode())
+        write_file(file, json.dumps(plan | {"left_out": left_out}, indent=1).encode())
         return
     old = json.loads(file.read_text())
     if changed := _changed(old["settings"], plan["settings"]):
@@ -164,6 +178,11 @@ def load_shards(config: PrepareConfig) -> list[Shard]:
     """Reads the shards back from the plan."""
     plan = json.loads(plan_file(config).read_text())
     return [Shard(s["source"], [InputFile(**file) for file in s["files"]]) for s in plan["shards"]]
+
+
+def load_left_out(config: PrepareConfig) -> dict[str, dict[str, int]]:
+    """By source, how many files were left out when the plan was made, by reason."""
+    return json.loads(plan_file(config).read_text())["left_out"]
 
 
 def plan_file(config: PrepareConfig) -> Path:

@@ -15,6 +15,7 @@ from mixtral_jax.data.cache_files import write_file
 from mixtral_jax.preparation.balance import balanced_weights
 from mixtral_jax.preparation.clusters import cluster_sizes
 from mixtral_jax.preparation.config import PrepareConfig
+from mixtral_jax.preparation.plan import load_left_out
 from mixtral_jax.preparation.report_page import make_page
 from mixtral_jax.preparation.stages import Layout
 
@@ -98,6 +99,8 @@ def gather(config: PrepareConfig) -> Numbers:
         index = json.loads((layout.output / "tokens" / language / "index.json").read_text())
         row |= {"weight": weights.get(language, 0.0), "cache_tokens": index["num_tokens"], "content": index["content"]}
     read, problems = _input(pages)
+    for source, left_out in load_left_out(config).items():
+        read[source]["left_out"] = left_out
     return {
         "output": str(layout.output),
         "total": _total(_groups(written)),

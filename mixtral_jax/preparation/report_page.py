@@ -119,12 +119,17 @@ def _sources(report: Numbers) -> str:
     for name, row in report["input"].items():
         kept = last.get(name, {"documents": 0, "tokens": 0})
         first = report["steps"][0]["groups"]["sources"].get(name, {"documents": 0})
-        skipped = ", ".join(f"{count:,} {reason}" for reason, count in row["skipped"].items())
         rows.append([
             name, f"{row['files']:,}", f"{row['bytes'] / 1e6:,.2f}", f"{first['documents']:,}",
-            f"{kept['documents']:,}", f"{kept['tokens']:,}", skipped,
+            f"{kept['documents']:,}", f"{kept['tokens']:,}", _counts(row["encoding"]), _counts(row["skipped"]),
+            _counts(row["left_out"]),
         ])  # fmt: skip
-    return _table(["source", "files", "MB", "documents read", "kept", "tokens kept", "records passed over"], rows)
+    head = ["source", "files", "MB", "documents read", "kept", "tokens kept", "encoding by", "records passed over"]
+    return _table([*head, "files left out"], rows)
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {name}" for name, count in sorted(counts.items(), key=lambda item: -item[1]))
 
 
 def _lengths(report: Numbers) -> str:

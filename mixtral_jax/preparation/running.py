@@ -41,10 +41,10 @@ def prepare(config: PrepareConfig, console: Console) -> None:
     check_languages(config)
     check_extractor(config.extraction.extractor)
     shared_tokenizer(config.tokenizer)
-    shards = make_shards(config)
+    shards, left_out = make_shards(config)
     layout = Layout(config)
     with _alone(layout.output):
-        settle_plan(config, shards)
+        settle_plan(config, shards, left_out)
         _build_contamination_index(config, layout)
         stages = make_stages(config, len(shards))
         total = sum(file.size or 0 for shard in shards for file in shard.files)

@@ -13,7 +13,7 @@ from warcio.bufferedreaders import ChunkedDataReader
 from mixtral_jax.preparation.decoding import decode
 from mixtral_jax.preparation.decompression import BINARY, GZIP, SKIPPABLE, ZSTD, Report, Stream, iter_pieces
 
-ENCODINGS = ("Transfer-Encoding", "Content-Encoding")
+STATED = ("Content-Type", "Transfer-Encoding", "Content-Encoding")
 HTML_TYPES = ("text/html", "application/xhtml+xml")
 
 
@@ -43,20 +43,20 @@ def read_page(blob: bytes, number: int, limit: int, report: Report) -> dict[str,
         report(f"skipped: HTTP status {status}", "")
         return None
     url = (headers.get("WARC-Target-URI") or "").strip("<>")
-    sent = {name: (http.get_header(name) or "") if http else "" for name in ("Content-Type", *ENCODINGS)}
-    content = body(record.raw_stream, *(sent[name] for name in ENCODINGS), limit, report)
+    stated, transfer, coding = ((http.get_header(name) or "") if http else "" for name in STATED)
+    content = body(record.raw_stream, transfer, coding, limit, report)
     if len(content) > limit:
         report("too large", f"{url} unpacks to more than {limit} bytes")
         return None
     kind = _plain(headers.get("WARC-Identified-Payload-Type"))
-    if not kind and _plain(sent["Content-Type"]) in HTML_TYPES:
+    if not kind and _plain(stated) in HTML_TYPES:
         kind = "text/html"  # libmagic guesses, now and then wrongly
     kind = kind or magic.from_buffer(content[:2048], mime=True)
     if kind not in HTML_TYPES and (record.rec_type, kind) != ("conversion", "text/plain"):
         report(f"skipped: {kind}", "")
         return None
     html = record.rec_type == "response"
-    text, encoding = decode(content, sent["Content-Type"], html)
+    text, encoding = decode(content, stated, html)
     return {
         "text": text,
         "encoding": encoding,

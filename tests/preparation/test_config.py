@@ -11,6 +11,9 @@ from tests.preparation.inputs import config_for, run
 MISTAKES = {
     "no.such_key=1": "Did you mean|not in",
     "words=magic": "expected one of",
+    "gopher_repetition.duplicate_lines=30": "duplicate_lines is 30.0: it is a share from 0 to 1",
+    "gopher_repetition.top_ngrams={2: 3}": "top_ngrams is .* a share from 0 to 1",
+    "fineweb.max_duplicate_line_characters=-0.1": "it is a share from 0 to 1",
     "language.keep=[]": "language.keep is empty",
     "temperature=0": "temperature is 0.0: it must be greater than 0",
     "tokenizer=train": "tokenizer=train is not for prepare",
