@@ -86,7 +86,7 @@ def remedies(config: Config, topology: Topology, needed: float) -> list[str]:
 
 
 def _waste(plan: Plan) -> str:
-    config, ways = plan.config, plan.config.mesh.expert
+    config, expert_devices = plan.config, plan.config.mesh.expert
     ratio = plan.work.flops / plan.model_flops
     remat = "" if config.train.remat == "none" else f", of which remat={config.train.remat} repeats up to 1.33"
     dense = "XLA's grouped product computes every row of the worst-case buffer with every local expert"
@@ -98,5 +98,5 @@ def _waste(plan: Plan) -> str:
         why = f"for the weights' gradient {dense}; kernels.experts=megablox does not"
     return (
         f"The compiled program computes {ratio:.1f} times the useful FLOPs{remat}: {why} "
-        f"(mesh.expert={ways}, model.num_experts={config.model.num_experts})."
+        f"(mesh.expert={expert_devices}, model.num_experts={config.model.num_experts})."
     )

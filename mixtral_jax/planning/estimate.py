@@ -78,19 +78,19 @@ def estimate(config: Config, topology: Topology) -> Estimate:
         jnp.dtype(t).itemsize for t in (types.compute, types.params, types.optimizer, types.gradients)
     )
     d, f, layers, vocab = model.d_model, model.d_ff, model.num_layers, model.vocab_size
-    tensor, ways = mesh["tensor"], mesh["expert"]
-    shared_ways = mesh["fsdp"] * ways * tensor  # of what is not an expert's
+    tensor, expert_devices = mesh["tensor"], mesh["expert"]
+    shared_devices = mesh["fsdp"] * expert_devices * tensor  # of what is not an expert's
     expert_weights = 3 * d * f * model.num_experts
     attention_weights = 2 * d * model.head_dim * (model.num_heads + model.num_kv_heads)
-    own = (layers * (expert_weights + attention_weights) + 2 * vocab * d) / shared_ways
+    own = (layers * (expert_weights + attention_weights) + 2 * vocab * d) / shared_devices
     tokens = train.batch_size * config.data.seq_len / (len(topology.devices) / tensor) / train.microbatches
 
     # Memory.
     state = own * (master + moment + WIDE)
     gradients = own * (WIDE if train.microbatches == 1 else WIDE + sums)
-    local_experts = model.num_experts // ways
+    local_experts = model.num_experts // expert_devices
     k = model.num_experts_per_tok
-    rows = float(ways * device_quota(int(tokens), k, model.num_experts, ways, model.buffer_factor))
+    rows = float(expert_devices * device_quota(int(tokens), k, model.num_experts, expert_devices, model.buffer_factor))
     dots = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim / tensor + d
     kept_of = {
         "full": tokens * d * compute,

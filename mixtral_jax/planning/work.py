@@ -19,7 +19,7 @@ ATTENTION_PRODUCTS = {
 }  # fmt: skip
 
 GROUPED = re.compile(r"(t?gmm|ragged-dot-none)\b")  # kernels of grouped products: megablox's two and XLA's for TPU
-# Those of `kernels.grouped`. They leave padding rows alone; only the results of `gmm` are filled there.
+# Those of `kernels.gpu.triton_grouped`. They leave padding rows alone; only the results of `gmm` are filled there.
 ON_GPU = re.compile(r'[{ ]name = "(t?gmm|gmm_unfilled|swiglu)"')
 
 
