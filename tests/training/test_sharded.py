@@ -51,7 +51,7 @@ def gradient_of(config: Config, arrays, mesh: dict[str, int], exchange: str = "g
     runtime = dataclasses.replace(make_runtime(config, mesh_of(**mesh)), exchange=exchange)
     trainable = Trainable(Architecture(config.model, runtime), config)
     state = jax.device_put(arrays, trainable.architecture.shardings())
-    grads, _, losses, sums, _ = jax.jit(trainable._gradients)(state, None, trainable.put(tiny_batch(config)))
+    grads, losses, sums, _ = jax.jit(trainable._gradients)(state, trainable.put(tiny_batch(config)))
     return jax.tree.map(np.asarray, (grads, losses, sums))
 
 
