@@ -13,6 +13,19 @@ class UserError(Exception):
 
 
 @dataclass(frozen=True)
+class RopeScalingConfig:
+    """Slower rotary frequencies, for longer texts than the model was first trained with."""
+
+    # `linear` divides all frequencies by the factor; `yarn` the slow ones (arXiv 2309.00071), as transformers does.
+    kind: Literal["none", "linear", "yarn"] = "none"
+    factor: float = 1.0  # new context / original context
+    original_context: int = 0  # tokens of the first training; kind=yarn only
+    attention_factor: float | None = None  # of cosine and sine; null: 0.1 ln(factor) + 1; kind=yarn only
+    beta_fast: float = 32.0  # frequencies with more turns in the original context stay; kind=yarn only
+    beta_slow: float = 1.0  # frequencies with fewer turns in the original context are divided; kind=yarn only
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The architecture. What a checkpoint decides has no default."""
 
@@ -27,6 +40,7 @@ class ModelConfig:
     num_experts_per_tok: int = MISSING  # top-k of the router
     rope_theta: float = MISSING  # base of the rotary embedding
     norm_eps: float = MISSING  # of RMSNorm
+    rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
     # How tokens reach experts: `dropless` computes every assignment; `capacity` drops those beyond a full buffer.
     dispatch: Literal["dropless", "capacity"] = "dropless"
     # Rows of an expert's buffer per sequence, as a multiple of the balanced load; dispatch=capacity only.
@@ -92,10 +106,11 @@ class OptimizerConfig:
 
     learning_rate: float = 3e-4  # peak
     final_learning_rate_ratio: float = 0.1  # learning rate at the last step / peak
-    warmup_steps: int = 100  # linear, from learning_rate / warmup_steps
+    # Linear, from learning_rate / warmup_steps; null: 100, or a tenth of train.steps where that is less.
+    warmup_steps: int | None = None
     # After the warm-up: `cosine` falls to the end, `wsd` stays and falls linearly in decay_steps, `constant` stays.
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    decay_steps: int = 0  # linear decay at the end of schedule=wsd; 0: a fifth of train.steps
+    decay_steps: int = 0  # linear decay at the end of schedule=wsd; 0: a fifth of train.steps, or what warm-up leaves
     beta1: float = 0.9  # decay of Adam's first moment
     beta2: float = 0.95  # decay of Adam's second moment
     eps: float = 1e-8  # in Adam's denominator

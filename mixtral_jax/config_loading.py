@@ -5,18 +5,20 @@ Contradictions are `UserError`s whose sentence holds the fix.
 
 import dataclasses
 import difflib
+import os
 import re
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mixtral_jax.config import Config, DistributedConfig, MeshConfig, SourceConfig, UserError
+from mixtral_jax.config import Config, DistributedConfig, MeshConfig, RopeScalingConfig, SourceConfig, UserError
 from mixtral_jax.kernels.backends import check_name
 
 T = TypeVar("T")
+Text = TypeVar("Text", str, str | None)
 RENAMED = {"kernels.products": "kernels.matmul"}
 
 
@@ -53,7 +55,44 @@ def parse_config(text: str, overrides: list[str] | None = None, *, where: str = 
     """Builds a validated configuration from YAML text and dotted overrides; see `load_config`."""
     config = parse_structured(Config, text, overrides, where=where)
     validate(config)
-    return config
+    data = {"tokenizer": home_expanded(config.data.tokenizer), "cache_dir": home_expanded(config.data.cache_dir)}
+    sources = [
+        dataclasses.replace(source, path=home_expanded(source.path), prepared=home_expanded(source.prepared))
+        for source in config.data.sources
+    ]
+    run_dir, init_from = home_expanded(config.run_dir), home_expanded(config.init_from)
+    return replace(config, run_dir=run_dir, init_from=init_from, data={**data, "sources": sources})
+
+
+def home_expanded(path: Text) -> Text:
+    """Puts the user's directory in the place of `~`, as a shell does where nothing is quoted.
+
+    Raises:
+        UserError: nobody knows that directory.
+    """
+    expanded = os.path.expanduser(path) if path else path
+    if expanded and (expanded == "~" or expanded.startswith("~/")):
+        raise UserError(
+            f"{path} begins with your home directory, which is not known here: set HOME or "
+            "data.cache_dir, or write it out"
+        )
+    return expanded
+
+
+def user_path(text: str) -> Path:
+    """Takes a path from the command line."""
+    return Path(home_expanded(text))
+
+
+def key_table(schema: type = Config) -> str:
+    """Lists every key with its default, for `--help`."""
+    defaults = flatten(OmegaConf.to_container(OmegaConf.structured(schema)))  # type: ignore[arg-type]
+    lines = []
+    for key in all_keys(schema):
+        value = defaults[key]
+        shown = "(needed)" if value == MISSING else "null" if value is None else repr(value) if value == "" else value
+        lines.append(f"  {key}={shown}")
+    return "\n".join(lines)
 
 
 def parse_structured(schema: type[T], text: str, overrides: list[str] | None = None, *, where: str) -> T:
@@ -68,18 +107,27 @@ def parse_structured(schema: type[T], text: str, overrides: list[str] | None = N
     Returns:
         The configuration, every type checked, contradictions not.
     """
-    merged = _merge(OmegaConf.structured(schema), text, where, schema)
+    try:
+        tree = _as_written(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" in line {mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{where} is not valid YAML{line}: {problem}; mend the syntax") from None
+    if not isinstance(tree, dict | None):
+        raise UserError(f"{where} holds no sections: write lines such as 'train:' and below it, indented, 'steps: 100'")
+    merged = _merge(OmegaConf.structured(schema), tree or {}, where, schema)
     for override in overrides or []:
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise UserError(f"'{override}' is not an override: write key=value, such as train.steps=100")
         try:
-            nested: Any = yaml.safe_load(value) if value else ""
-        except yaml.YAMLError:
+            nested: Any = _as_written(value) if value else ""
+        except (yaml.YAMLError, RecursionError):
             raise UserError(f"the value of {key} is not YAML: {value!r}; quote it for the shell") from None
         for part in reversed(key.split(".")):
             nested = {part: nested}
-        merged = _merge(merged, OmegaConf.to_yaml(OmegaConf.create(nested)), key, schema)
+        merged = _merge(merged, nested, key, schema)
     try:
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
@@ -88,21 +136,37 @@ def parse_structured(schema: type[T], text: str, overrides: list[str] | None = N
     return config
 
 
-def _merge(base: Any, text: str, where: str, schema: type) -> Any:
+def _as_written(text: str) -> Any:
+    """Reads YAML whose values stay the texts that they are: the type of a key decides what they mean, not their look.
+
+    YAML alone takes 2024-01-01 for a date, 12:30:45 for a number, 010 for 8 and no for false.
+    """
+
+    def build(node: yaml.Node) -> Any:
+        if isinstance(node, yaml.SequenceNode):
+            return [build(entry) for entry in node.value]
+        if not isinstance(node, yaml.MappingNode):
+            return None if node.tag == "tag:yaml.org,2002:null" else node.value
+        given: dict[Any, Any] = {}
+        inherited: dict[Any, Any] = {}
+        for name, value in node.value:
+            if name.tag == "tag:yaml.org,2002:merge":
+                for part in build(value) if isinstance(value, yaml.SequenceNode) else [build(value)]:
+                    inherited = part | inherited
+                continue
+            key = int(name.value) if name.tag == "tag:yaml.org,2002:int" else str(name.value)
+            if key in given:
+                raise yaml.MarkedYAMLError(problem=f"found duplicate key {key}", problem_mark=name.start_mark)
+            given[key] = build(value)
+        return inherited | given
+
+    node = yaml.compose(text, Loader=yaml.SafeLoader)
+    return None if node is None else build(node)
+
+
+def _merge(base: Any, tree: dict[str, Any], where: str, schema: type) -> Any:
     try:
-        loaded = OmegaConf.create(text) if text.strip() else OmegaConf.create()
-        assert OmegaConf.is_dict(loaded)
-    except AssertionError:  # OmegaConf's own, for a lone number
-        raise UserError(
-            f"{where} holds no sections: write lines such as 'train:' and below it, indented, 'steps: 100'"
-        ) from None
-    except (yaml.YAMLError, OmegaConfBaseException, OSError) as error:
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        mark = getattr(error, "problem_mark", None)
-        line = f" in line {mark.line + 1}" if mark is not None else ""
-        raise UserError(f"{where} is not valid YAML{line}: {problem}; mend the syntax") from None
-    try:
-        return OmegaConf.merge(base, loaded)
+        return OmegaConf.merge(base, OmegaConf.create(tree))
     except (OmegaConfBaseException, TypeError, ValueError) as error:
         raise UserError(f"{where}: {_sentence(error, schema, where)}") from None
 
@@ -111,7 +175,7 @@ def _sentence(error: Exception, schema: type, where: str = "") -> str:
     """One line out of OmegaConf's report: the problem and the whole key."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     full_key = next((line.split(":", 1)[1].strip() for line in lines if line.strip().startswith("full_key")), "")
-    head = lines[0].rstrip(".")
+    head = lines[0].rstrip(".").replace(" of type 'str'", "")  # all are, as they were written
     section = re.match(r"Merge error: \w+ is not a subclass of (\w+)Config", head)
     if section:
         head = f"{section[1].lower()} is a section: give it keys with values"
@@ -147,6 +211,14 @@ def changed_keys(old: Config, new: Config) -> list[str]:
     """Lists the dotted keys in which two configurations differ."""
     left, right = flatten(dataclasses.asdict(old)), flatten(dataclasses.asdict(new))
     return sorted(key for key in left | right if left.get(key) != right.get(key))
+
+
+def value_of(config: Config, key: str) -> object:
+    """Looks up a dotted key."""
+    value: object = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -192,6 +264,8 @@ def validate(config: Config) -> None:
     for section, names in positive:
         for key, value in _values(section, names):
             _require(0 < value < float("inf"), f"{key} is {value}: it must be greater than 0")
+            _require(isinstance(value, float) or value < 2**31, f"{key} is {value}: it must be below {2**31}")
+    _require(0 <= config.seed < 2**32, f"seed is {config.seed}: it goes from 0 to {2**32 - 1}")
     for operation in ("matmul", "attention", "experts", "exchange"):
         check_name(operation, getattr(config.kernels, operation))
     not_negative: tuple[tuple[Any, tuple[str, ...]], ...] = (
@@ -204,7 +278,7 @@ def validate(config: Config) -> None:
     )
     for section, names in not_negative:
         for key, value in _values(section, names):
-            _require(0 <= value < float("inf"), f"{key} is {value}: it must be 0 or more")
+            _require(value is None or 0 <= value < float("inf"), f"{key} is {value}: it must be 0 or more")
     for key, value in (*_values(config.data, ("holdout",)), *_values(config.optimizer, ("beta1", "beta2"))):
         _require(0 <= value < 1, f"{key} is {value}: it goes from 0 to below 1")
     stop = train.stop_at_step
@@ -220,6 +294,7 @@ def validate(config: Config) -> None:
         model.num_heads % model.num_kv_heads == 0,
         f"model.num_heads={model.num_heads} is not a multiple of model.num_kv_heads={model.num_kv_heads}: change one",
     )
+    _validate_rope_scaling(model.rope_scaling)
     _require(
         model.num_experts_per_tok <= model.num_experts,
         f"model.num_experts_per_tok={model.num_experts_per_tok} is more than model.num_experts={model.num_experts}: "
@@ -243,6 +318,22 @@ def validate(config: Config) -> None:
     _validate_sources(config.data.sources)
     context, stride = config.eval.context or config.data.seq_len, config.eval.stride
     _require(0 <= stride <= context, f"eval.stride={stride} is more than eval.context={context}: lower it")
+
+
+def _validate_rope_scaling(scaling: RopeScalingConfig) -> None:
+    key = "model.rope_scaling"
+    for name in ("factor", "beta_fast", "beta_slow", "attention_factor"):
+        value = getattr(scaling, name)
+        _require(value is None or 0 < value < float("inf"), f"{key}.{name} is {value}: it must be greater than 0")
+    _require(
+        scaling.kind != "none" or scaling == RopeScalingConfig(),
+        f"{key} has values but {key}.kind is none: set {key}.kind=yarn or linear, or leave them out",
+    )
+    _require(
+        scaling.kind != "yarn" or (scaling.original_context > 0 and scaling.beta_fast > scaling.beta_slow),
+        f"{key}.kind=yarn needs {key}.original_context, tokens that the model was first trained with, and a beta_fast "
+        "above beta_slow: set them",
+    )
 
 
 def _validate_mesh(mesh: MeshConfig) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 from jaxtyping import Bool, Int32, Int64
+from sentencepiece import sentencepiece_model_pb2
 
 from mixtral_jax.config import DataConfig, UserError
 from mixtral_jax.data.cache_files import write_file
@@ -28,6 +29,9 @@ class Tokenizer:
 
     `decode(encode(text)) == text` for every text without U+2581, which sentencepiece takes for a space, if the model
     neither normalizes nor lacks byte fallback (Mixtral's do not, nor do those trained here).
+
+    Tokens that a fine-tune added behind the trained pieces stand for their text wherever it is spelled out, and what
+    follows them is encoded like a text of its own, with a space before it, as Hugging Face's libraries do for Mixtral.
     """
 
     def __init__(self, model_bytes: bytes, where: str = "the tokenizer"):
@@ -59,6 +63,12 @@ class Tokenizer:
         pieces: list[str] = [self._processor.id_to_piece(index) for index in ids]
         silent = [self._processor.is_control(index) for index in ids]
         byte = [self._processor.is_byte(index) or self._processor.is_unknown(index) for index in ids]
+        described = sentencepiece_model_pb2.ModelProto.FromString(model_bytes)  # type: ignore[attr-defined]  # made on import
+        behind = range(described.trainer_spec.vocab_size, self.vocab_size)
+        user_defined = described.SentencePiece.USER_DEFINED
+        self.added_tokens = {pieces[index]: index for index in behind if described.pieces[index].type == user_defined}
+        longest_first = sorted(self.added_tokens, key=len, reverse=True)
+        self._split = re.compile(f"({'|'.join(map(re.escape, longest_first))})").split if longest_first else None
         # UTF-8 bytes of text that a token stands for (an unknown character counts as one), and which begin a word.
         self.token_bytes: Int64[np.ndarray, vocab] = np.array(
             [
@@ -93,7 +103,15 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Encodes a text without BOS and EOS; control tokens written out in the text stay text."""
-        return self._processor.encode(text)
+        return [
+            token
+            for part in self._parts(text)
+            for token in ([self.added_tokens[part]] if part in self.added_tokens else self._processor.encode(part))
+        ]
+
+    def _parts(self, text: str) -> list[str]:
+        """Cuts a text before and after every added token."""
+        return [part for part in self._split(text) if part] if self._split else [text]
 
     def encode_batch(self, texts: Sequence[str], threads: int = 0) -> list[Int32[np.ndarray, "_"]]:
         """Encodes texts like `encode`, on so many threads, or on all cores (0).
@@ -104,7 +122,11 @@ class Tokenizer:
         chunks: list[str] = []
         counts: list[int] = []
         for text in texts:
-            cut = _cut(text) if self._cuttable else [text]
+            cut = [
+                chunk
+                for part in self._parts(text) or [""]
+                for chunk in (_cut(part) if self._cuttable and part not in self.added_tokens else [part])
+            ]
             chunks += cut
             counts.append(len(cut))
         encoded = self._encode_chunks(chunks, threads or _cores())
@@ -112,8 +134,9 @@ class Tokenizer:
 
     def _encode_chunks(self, chunks: list[str], threads: int) -> Iterator[Int32[np.ndarray, "_"]]:
         for start in range(0, len(chunks), GROUP):
-            for ids in self._processor.encode(chunks[start : start + GROUP], num_threads=threads):
-                yield np.array(ids, np.int32)
+            group = chunks[start : start + GROUP]
+            for chunk, ids in zip(group, self._processor.encode(group, num_threads=threads), strict=True):
+                yield np.array([self.added_tokens[chunk]] if chunk in self.added_tokens else ids, np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Turns tokens into text; control tokens vanish."""

@@ -63,7 +63,7 @@ def extend(
     offsets = jnp.arange(tokens.shape[1], dtype=jnp.int32)
     positions = start[:, None] + offsets
     valid = offsets < count[:, None]
-    rotary = rotary_tables(positions, config.head_dim, config.rope_theta)
+    rotary = rotary_tables(positions, config)
     visible = jnp.arange(cache.keys.shape[2]) <= positions[..., None]
     graph, stacked = nnx.split(model.layers)
     write = jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=0))

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from mixtral_jax.config import ModelConfig
 from mixtral_jax.kernels.lookup import look_up
+from mixtral_jax.model.rope_scaling import attention_factor, rotary_frequencies
 from mixtral_jax.precision import FULL, Precision
 from mixtral_jax.runtime import Runtime
 from mixtral_jax.sharding import VOCAB_AXIS, Axes, add_up, by_device, gather, spec
@@ -69,12 +71,12 @@ def embed(
 
 
 def rotary_tables(
-    positions: Int[Array, "batch seq"], head_dim: int, theta: float
+    positions: Int[Array, "batch seq"], config: ModelConfig
 ) -> tuple[Float[Array, "batch seq half"], Float[Array, "batch seq half"]]:
-    """Computes cosine and sine of position * theta^(-2i / head_dim), for i below head_dim / 2."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=FULL) / head_dim)
-    angles = positions[..., None].astype(FULL) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+    """Computes cosine and sine of position * frequency, times YaRN's factor where rope_scaling says so."""
+    angles = positions[..., None].astype(FULL) * rotary_frequencies(config)
+    factor = attention_factor(config.rope_scaling)
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
 def rotate(

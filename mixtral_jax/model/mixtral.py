@@ -81,7 +81,7 @@ class Mixtral(nnx.Module):
         """
         config, runtime = self.config, self.runtime
         x = embed(self.embedding[...], tokens, runtime)
-        rotary = rotary_tables(positions, config.head_dim, config.rope_theta)
+        rotary = rotary_tables(positions, config)
         attention_ids = (segment_ids > 0).astype(segment_ids.dtype) if config.attend_across_documents else segment_ids
         graph, params = nnx.split(self.layers)
         moe, stacked = self.layers.moe, None

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 
 from mixtral_jax.config import RESUMABLE_KEYS, Config, UserError
-from mixtral_jax.config_loading import changed_keys, parse_config, to_yaml
+from mixtral_jax.config_loading import changed_keys, parse_config, to_yaml, value_of
 from mixtral_jax.distributed.processes import is_main
 from mixtral_jax.runs.manifest import write_atomically
 
@@ -84,7 +84,7 @@ class RunDirectory:
         old = parse_config(file.read_text(encoding="utf-8"), where=str(file))
         for key in changed_keys(old, self.config):
             if not any(key == free or key.startswith(free + ".") for free in RESUMABLE_KEYS):
-                before, now = (_value(config, key) for config in (old, self.config))
+                before, now = (value_of(config, key) for config in (old, self.config))
                 raise UserError(
                     f"{self.path} holds a run with {key}={before}, not {now}: choose another run_dir or the old value"
                 )
@@ -108,13 +108,6 @@ class RunDirectory:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _value(config: Config, key: str) -> object:
-    value: object = config
-    for name in key.split("."):
-        value = getattr(value, name)
-    return value
 
 
 def _is_run(path: Path) -> bool:

@@ -30,7 +30,9 @@ def make_schedule(config: OptimizerConfig, steps: int) -> Schedule:
     """
     peak, final = config.learning_rate, config.learning_rate * config.final_learning_rate_ratio
     warmup = config.warmup_steps
-    decay = config.decay_steps or max(1, steps // 5)
+    if warmup is None:
+        warmup = max(0, min(100, steps // 10, steps - config.decay_steps))
+    decay = config.decay_steps or max(1, min(steps // 5, steps - warmup))
     if warmup >= steps:
         raise UserError(f"optimizer.warmup_steps={warmup} leaves nothing of train.steps={steps}: lower it")
     peak_step = max(0, warmup - 1)

@@ -15,7 +15,7 @@ import numpy as np
 
 from mixtral_jax.compiled import keep_compiled
 from mixtral_jax.config import Config, DistributedConfig, UserError
-from mixtral_jax.config_loading import to_yaml
+from mixtral_jax.config_loading import changed_keys, parse_config, to_yaml, value_of
 from mixtral_jax.data.batch import Batch
 from mixtral_jax.data.pipeline import TrainingData, open_documents
 from mixtral_jax.data.prefetch import Prefetcher
@@ -32,6 +32,7 @@ from mixtral_jax.runs.checkpoint import Checkpoints, find_checkpoint
 from mixtral_jax.runs.logger import MetricsLogger
 from mixtral_jax.runs.run_dir import RunDirectory
 from mixtral_jax.runtime import make_runtime
+from mixtral_jax.sharding import ANY_MESH
 from mixtral_jax.training.admission import admit_kernels
 from mixtral_jax.training.signals import StopRequest
 from mixtral_jax.training.step import Trainable, TrainState
@@ -121,6 +122,11 @@ class Trainer:
             raise UserError(f"init_from was trained with another tokenizer: set data.tokenizer={file}")
         arrays = source.restore(step, architecture.abstract())
         self.say(f"parameters from step {step} of {self.config.init_from}")
+        theirs = parse_config(source.read_meta(step)["config"], [ANY_MESH])
+        for key in changed_keys(theirs, self.config):
+            if key.startswith("model."):  # no shape shows it
+                before, now = (value_of(config, key) for config in (theirs, self.config))
+                self.say(f"{key} is {before} there and {now} here")
         return self.trainable.start(arrays), 0
 
     def _train(self, path: Path, state: TrainState, step: int) -> tuple[TrainState, int]:

@@ -1,8 +1,8 @@
 """Between released checkpoints and this package's own: what the verbs `import` and `export` do."""
 
+import dataclasses
 import math
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,14 @@ from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.runs.checkpoint import Checkpoints, find_checkpoint
 from mixtral_jax.runtime import make_runtime
 from mixtral_jax.sharding import ANY_MESH
+from mixtral_jax.weights.destination import check_new, new_directory
 from mixtral_jax.weights.exporting import export_weights
 from mixtral_jax.weights.importing import import_weights
 from mixtral_jax.weights.names import FormatName
 from mixtral_jax.weights.progress import byte_progress
 from mixtral_jax.weights.released import Released, Upcycling, open_released
 from mixtral_jax.weights.released_config import SPELLINGS
+from mixtral_jax.weights.released_tokenizer import read_tokenizer
 from mixtral_jax.weights.stored import FileType
 
 ROW = 4096  # tokens of a row in an import's configuration, if the model is meant for so many
@@ -46,43 +48,42 @@ def import_checkpoint(
     Raises:
         UserError: anything that does not fit, before anything is written.
     """
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(f"{directory} exists and is not empty: name a new directory")
+    check_new(directory)
     released = open_released(source, upcycling)
     config = _configuration(released, overrides)
     tokenizer = _tokenizer(released, config, overrides)
     runtime = make_runtime(config)
     say(f"{source}: {released.layout.name} format, {released.dtype}, {released.nbytes / 1e9:.2f} GB")
     say(runtime.describe())
-    arrays = import_weights(released, runtime, upcycling)
-    facts = {"format": released.layout.name, "dtype": released.dtype, "context": released.context}
-    meta = {"step": 0, "config": to_yaml(config), "data_fingerprint": "", "released": facts}
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    for note in (*released.notes, *_notes(released, config, tokenizer)):
+        say(note)
+    with new_directory(directory) as partial:
+        arrays = import_weights(released, runtime, upcycling)
+        facts = {"format": released.layout.name, "dtype": released.dtype, "context": released.context}
+        meta = {"step": 0, "config": to_yaml(config), "data_fingerprint": "", "released": facts}
         checkpoints = Checkpoints(partial / "checkpoints", CheckpointConfig(), warn=say)
         with byte_progress("write the checkpoint", _size(arrays)) as advance:
             checkpoints.save_streamed(0, arrays, meta, {"tokenizer.model": tokenizer.model_bytes}, advance)
-        if directory.exists():
-            directory.rmdir()
-        partial.rename(directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     say(f"{directory}: a checkpoint for eval.py, or for train.py with init_from={directory}")
 
 
 def _configuration(released: Released, overrides: list[str]) -> Config:
     """Writes the configuration of an import: the model is the release's, the rest the defaults."""
-    model = {field: getattr(released.config, field) for field in SPELLINGS}
+    model = {field: getattr(released.config, field) for field in (*SPELLINGS, "rope_scaling")}
     base = {
-        "model": model,
+        "model": {**model, "rope_scaling": dataclasses.asdict(released.config.rope_scaling)},
         "data": {"seq_len": min(released.context or ROW, ROW)},
         "train": {"steps": 1, "batch_size": 8},  # a continuation has its own
     }
     config = parse_config(yaml.safe_dump(base), overrides, where=f"the configuration of {released.directory}")
-    changed = [field for field in SPELLINGS if getattr(config.model, field) != model[field]]
+    changed = [field for field in model if getattr(config.model, field) != model[field]]
     if changed:
         raise UserError(f"model.{changed[0]} belongs to the release, where it is {model[changed[0]]}: leave it out")
+    if released.window and config.data.seq_len > released.window:
+        raise UserError(
+            f"data.seq_len={config.data.seq_len} is longer than the release's sliding_window={released.window}, which "
+            "is not computed here: lower it, or make the window null in the configuration if the model has none"
+        )
     return config
 
 
@@ -92,14 +93,25 @@ def _size(arrays: dict[str, Any]) -> int:
 
 
 def _tokenizer(released: Released, config: Config, overrides: list[str]) -> Tokenizer:
+    named = None
     if any(override.startswith("data.tokenizer=") for override in overrides):
-        return load_tokenizer(config.data, config.model.vocab_size)
-    if released.tokenizer is None:
-        raise UserError(
-            f"{released.directory} has no tokenizer.model: name one with data.tokenizer=, a sentencepiece file, "
-            "mixtral or mixtral-v3"
-        )
-    return Tokenizer(released.tokenizer)
+        if config.data.tokenizer == "train":
+            raise UserError(
+                "data.tokenizer=train would give the release's rows other meanings: name a sentencepiece file, mixtral "
+                "or mixtral-v3, or leave it out"
+            )
+        named = load_tokenizer(config.data, config.model.vocab_size)
+    return read_tokenizer(released.directory, config.model.vocab_size, named)
+
+
+def _notes(released: Released, config: Config, tokenizer: Tokenizer) -> Iterator[str]:
+    """Says what an import makes of the release beyond a copy."""
+    rows, tokens, added = config.model.vocab_size, tokenizer.vocab_size, len(tokenizer.added_tokens)
+    if added or tokens < rows:
+        behind = f", {rows - tokens} rows without a token" if tokens < rows else ""
+        yield f"tokenizer: {tokens - added} pieces, {added} added tokens{behind}"
+    if released.dtype != config.precision.params == "bfloat16":
+        yield f"precision.params=bfloat16 rounds numbers of {released.dtype} by up to 0.4%; float32 would keep them"
 
 
 def export_checkpoint(
@@ -124,6 +136,7 @@ def export_checkpoint(
     Raises:
         UserError: no checkpoint there, or one that the format cannot hold.
     """
+    check_new(directory)
     checkpoints, step = find_checkpoint(source, warn=say)
     meta = checkpoints.read_meta(step)
     config = parse_config(meta["config"], [ANY_MESH], where=f"the configuration in {source}")

@@ -1,7 +1,6 @@
 """Streams a model's arrays into files of a released format."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 from mixtral_jax.config import ModelConfig, UserError
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.weights.blocks import BlockLayout, block_layout, host_view, take_block
+from mixtral_jax.weights.destination import new_directory
 from mixtral_jax.weights.hf_tokenizer import tokenizer_files
 from mixtral_jax.weights.names import FORMATS, ExternalTensor, Format, FormatName, Row, external_tensors
 from mixtral_jax.weights.progress import byte_progress
@@ -60,13 +60,10 @@ def export_weights(
     layout = FORMATS[format_name]
     params = arrays["params"]
     kind: FileType = dtype or jnp.dtype(params["embedding"].dtype).name  # type: ignore[assignment]
-    _check(arrays, config, directory, tokenizer)
+    _check(arrays, config, layout, tokenizer)
     plan = _plan_files(list(external_tensors(layout, config)), layout, FILE_TYPES[kind].itemsize, shard_bytes)
 
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with new_directory(directory) as partial:
         _write_tensors(plan, params, config, layout, kind, partial)
         if layout.config_file == "config.json":
             description = describe_hf(config, dtype=kind, context=context, load_balance=load_balance)
@@ -78,19 +75,14 @@ def export_weights(
             if layout.config_file == "config.json":
                 for name, content in tokenizer_files(tokenizer).items():
                     (partial / name).write_text(content, encoding="utf-8")
-        if directory.exists():
-            directory.rmdir()
-        partial.rename(directory)
-    except OSError as error:
-        raise UserError(f"cannot write {directory} ({error.strerror}): free some space or name another one") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return sorted(directory.iterdir())
 
 
-def _check(arrays: dict[str, Any], config: ModelConfig, directory: Path, tokenizer: bytes | None) -> None:
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(f"{directory} exists and is not empty: name a new directory")
+def _check(arrays: dict[str, Any], config: ModelConfig, layout: Format, tokenizer: bytes | None) -> None:
+    if config.rope_scaling.kind != "none" and layout.config_file != "config.json":
+        raise UserError(
+            f"params.json has no place for model.rope_scaling.kind={config.rope_scaling.kind}: use --format hf"
+        )
     if not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(arrays)):
         raise UserError("the model is spread over several processes: run the export in one, with all of the devices")
     if any(jnp.any(bias != 0) for bias in jax.tree.leaves(arrays["selection_bias"])):
@@ -100,10 +92,8 @@ def _check(arrays: dict[str, Any], config: ModelConfig, directory: Path, tokeniz
         )
     if tokenizer is not None:
         size = Tokenizer(tokenizer).vocab_size
-        if size != config.vocab_size:
-            raise UserError(
-                f"the tokenizer has {size} pieces but model.vocab_size is {config.vocab_size}: export without it"
-            )
+        if size > config.vocab_size:
+            raise UserError(f"the tokenizer has {size} pieces but model.vocab_size is {config.vocab_size}")
 
 
 Plan = dict[str, list[ExternalTensor]]

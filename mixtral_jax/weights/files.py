@@ -68,7 +68,7 @@ def _check_index(directory: Path, files: list[Path], tensors: dict[str, StoredTe
     try:
         where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         ok = isinstance(where, dict) and all(isinstance(name, str) for name in where.values())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
         ok = False
     if not ok:
         raise UserError(f"{index} is not an index of tensors: copy it from the release again")

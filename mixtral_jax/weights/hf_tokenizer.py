@@ -9,6 +9,8 @@ from typing import Any
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
+from mixtral_jax.data.tokenizer import Tokenizer
+
 SPACE = "\u2581"  # how sentencepiece writes a space
 
 
@@ -48,14 +50,15 @@ def tokenizer_files(model_bytes: bytes) -> dict[str, str]:
         "unk_token": unk,
         "clean_up_tokenization_spaces": False,
     }
-    written = {"tokenizer.json": _tokenizer(processor, bos, unk), "tokenizer_config.json": config}
+    added = set(Tokenizer(model_bytes).added_tokens.values())
+    written = {"tokenizer.json": _tokenizer(processor, added, bos, unk), "tokenizer_config.json": config}
     return {name: json.dumps(content, ensure_ascii=False, indent=1) + "\n" for name, content in written.items()}
 
 
-def _tokenizer(processor: sentencepiece.SentencePieceProcessor, bos: str, unk: str) -> dict[str, Any]:
+def _tokenizer(processor: sentencepiece.SentencePieceProcessor, added: set[int], bos: str, unk: str) -> dict[str, Any]:
     ids = range(processor.vocab_size())
     pieces: list[str] = [processor.id_to_piece(index) for index in ids]
-    special = [index for index in ids if processor.is_control(index) or processor.is_unknown(index)]
+    special = [index for index in ids if processor.is_control(index) or processor.is_unknown(index) or index in added]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     begin = {"SpecialToken": {"id": bos, "type_id": 0}}
     texts = [{"Sequence": {"id": name, "type_id": number}} for number, name in enumerate("AB")]

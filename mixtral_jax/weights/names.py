@@ -220,6 +220,12 @@ class ExternalTensor:
     expert: int | None  # None: of all experts, or of none
 
 
+def num_tensors(layout: Format, config: ModelConfig) -> int:
+    """Counts the tensors of a model in a format."""
+    per_key = ((config.num_layers, "{layer}"), (config.num_experts, "{expert}"))
+    return sum(math.prod(count for count, place in per_key if place in key) for key in {row.key for row in layout.rows})
+
+
 def external_tensors(layout: Format, config: ModelConfig) -> Iterator[ExternalTensor]:
     """Lists every tensor of a model in a format, in the order in which they are written."""
     sizes = axis_sizes(config)

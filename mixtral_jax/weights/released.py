@@ -1,16 +1,16 @@
 """Opens a released checkpoint: finds its files, recognises its format and checks every tensor before any is read."""
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
 from mixtral_jax.config import ModelConfig, UserError
-from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.weights.files import find_files, read_files
-from mixtral_jax.weights.names import FORMATS, ExternalTensor, Format, external_tensors
+from mixtral_jax.weights.names import FORMATS, ExternalTensor, Format, external_tensors, num_tensors
 from mixtral_jax.weights.released_config import Description, read_description
 from mixtral_jax.weights.stored import FileType, StoredTensor
 
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.model.v3", "tokenizer.model.v2", "tokenizer.model.v1")
+DERIVED = (".rotary_emb.inv_freq", "rope.freqs")  # buffers of old files that follow from the configuration
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,9 @@ class Released:
     layout: Format
     config: ModelConfig
     tensors: dict[str, StoredTensor]
-    tokenizer: bytes | None  # a sentencepiece model
-    context: int | None  # tokens
+    context: int | None  # tokens up to which the model here computes what the release does
+    window: int | None = None  # tokens, where a sliding window is what bounds the context
+    notes: tuple[str, ...] = ()  # what was left out, in sentences
 
     @property
     def dtype(self) -> FileType:
@@ -53,18 +54,30 @@ def open_released(directory: str | Path, upcycling: Upcycling | None = None) -> 
 
     Raises:
         UserError: missing, extra, truncated or corrupt files; unknown, missing, duplicate or misshapen tensors;
-            unreadable types; a configuration or tokenizer that does not fit.
+            unreadable types; a configuration that does not fit.
     """
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory: name the one that holds config.json or params.json")
     config_file, files = find_files(directory)
     description = read_description(directory / config_file)
-    tensors = read_files(directory, files)
+    found = read_files(directory, files)
+    tensors = {key: tensor for key, tensor in found.items() if not key.endswith(DERIVED)}
+    notes = []
+    if len(tensors) < len(found):
+        notes.append(
+            f"{len(found) - len(tensors)} buffers of rotary frequencies are left out: the model computes its own"
+        )
     layout = _recognise(tensors, directory, config_file)
     config = _model_config(description, layout, directory / config_file, upcycling)
     _check_tensors(tensors, layout, config, directory / config_file)
-    return Released(directory, layout, config, tensors, _read_tokenizer(directory, config), description.context)
+    if description.window:
+        notes.append(
+            f"{directory / config_file} has sliding_window={description.window}: the model here attends to everything, "
+            f"so it computes what the release does in rows of up to {description.window} tokens"
+        )
+    context, window = description.context, description.window
+    return Released(directory, layout, config, tensors, context, window, tuple(notes))
 
 
 def _recognise(tensors: dict[str, StoredTensor], directory: Path, config_file: str) -> Format:
@@ -103,12 +116,22 @@ def _model_config(description: Description, layout: Format, file: Path, upcyclin
         if not 0 <= upcycling.noise < float("inf"):
             raise UserError(f"--upcycle-noise {upcycling.noise} must be 0 or more: a share of each matrix's spread")
         fields = {**fields, "num_experts": experts, "num_experts_per_tok": k}
-    return ModelConfig(**fields)
+    return ModelConfig(**fields, rope_scaling=description.rope_scaling)
 
 
 def _check_tensors(tensors: dict[str, StoredTensor], layout: Format, config: ModelConfig, config_file: Path) -> None:
     """Accounts for every tensor: each expected one there and in shape, no other one."""
-    expected: dict[str, ExternalTensor] = {entry.key: entry for entry in external_tensors(layout, config)}
+    missing = num_tensors(layout, config) - len(tensors)
+    # No more than can matter: a configuration may ask for more layers than a machine can list.
+    listed = itertools.islice(external_tensors(layout, config), len(tensors) + 1)
+    expected: dict[str, ExternalTensor] = {entry.key: entry for entry in listed}
+    if missing > 0:
+        first = next(key for key in expected if key not in tensors)
+        more = f" and {missing - 1} more" if missing > 1 else ""
+        raise UserError(
+            f"tensor '{first}'{more} of the {layout.name} format, which {config_file} asks for, is "
+            "not in the files beside it: copy the missing files"
+        )
     for key, tensor in tensors.items():
         if key not in expected:
             raise UserError(
@@ -120,29 +143,3 @@ def _check_tensors(tensors: dict[str, StoredTensor], layout: Format, config: Mod
                 f"tensor '{key}' of {tensor.file} has shape {list(tensor.shape)}, but {config_file} asks for "
                 f"{list(expected[key].shape)}: copy both from one release"
             )
-    missing = [key for key in expected if key not in tensors]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(
-            f"tensor '{missing[0]}'{more} of the {layout.name} format, which {config_file} asks for, is "
-            "not in the files beside it: copy the missing files"
-        )
-
-
-def _read_tokenizer(directory: Path, config: ModelConfig) -> bytes | None:
-    """Reads the sentencepiece model that fits the vocabulary; None when there is none at all."""
-    sizes: dict[str, int] = {}
-    for name in TOKENIZER_FILES:
-        if not (directory / name).is_file():
-            continue
-        content = (directory / name).read_bytes()
-        sizes[name] = Tokenizer(content, str(directory / name)).vocab_size
-        if sizes[name] == config.vocab_size:
-            return content
-    if sizes:
-        name, size = next(iter(sizes.items()))
-        raise UserError(
-            f"{directory / name} has {size} pieces but the model's vocabulary {config.vocab_size}: "
-            "replace it by the model's own, or remove it and name data.tokenizer"
-        )
-    return None

@@ -1,12 +1,15 @@
 """config.json and params.json to and from `ModelConfig`: one table of spellings."""
 
-import json
+import re
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mixtral_jax.config import ModelConfig, UserError
+from mixtral_jax.config import ModelConfig, RopeScalingConfig, UserError
 from mixtral_jax.weights.names import Format
+from mixtral_jax.weights.released_keys import number, read_object, refuse_unknown
+from mixtral_jax.weights.rope import describe_rope, read_scaling
 from mixtral_jax.weights.stored import FileType
 
 # Field of ModelConfig -> its names in config.json, in params.json, and in other copies. Dots go into nested objects.
@@ -20,7 +23,7 @@ SPELLINGS: dict[str, tuple[str, ...]] = {
     "vocab_size": ("vocab_size", "vocab_size"),
     "num_experts": ("num_local_experts", "moe.num_experts", "num_experts"),
     "num_experts_per_tok": ("num_experts_per_tok", "moe.num_experts_per_tok", "num_experts_per_token"),
-    "rope_theta": ("rope_theta", "rope_theta", "rope_parameters.rope_theta"),
+    "rope_theta": ("rope_theta", "rope_theta", "rope_parameters.rope_theta", "rope_scaling.rope_theta"),
     "norm_eps": ("rms_norm_eps", "norm_eps"),
 }
 _FLOATS = ("rope_theta", "norm_eps")
@@ -34,39 +37,39 @@ class Description:
     """What a released configuration file says."""
 
     fields: dict[str, Any]  # of ModelConfig; without the experts' when the model is dense
-    context: int | None  # tokens
+    context: int | None  # tokens up to which the model here computes what the release does
     is_dense: bool
+    rope_scaling: RopeScalingConfig
+    window: int | None = None  # tokens, where that is what bounds the context
 
 
 def read_description(file: Path) -> Description:
     """Reads config.json or params.json.
 
     Raises:
-        UserError: unreadable file, missing, contradicting or impossible value, or a feature that Mixtral lacks.
+        UserError: unreadable file, missing, contradicting or impossible value, or a key that is not known.
     """
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"cannot read {file} as JSON ({type(error).__name__}): copy it again") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{file} is not a JSON object: copy it from the release again")
-    _refuse_unknown_features(raw, file)
+    raw = read_object(file)
+    ours = {name.split(".")[0] for names in SPELLINGS.values() for name in names}
+    refuse_unknown(raw, {*ours, *_CONTEXT, "sliding_window", "rope_scaling", "moe"}, file)
+    moe = raw.get("moe") or {}
+    if not isinstance(moe, dict):
+        raise UserError(f"moe of {file} is {reprlib.repr(moe)}: it must be an object, or null")
+    refuse_unknown(moe, set(_EXPERT_FIELDS), file, "moe.")
     found = {field: _value(raw, names, file) for field, names in SPELLINGS.items()}
     if found["num_experts"] is None:
         found = {field: value for field, value in found.items() if field not in _EXPERT_FIELDS}
+    window = raw.get("sliding_window")
     if found["rope_theta"] is None and file.name == "params.json":
         # Mistral's own loader: 1e6, except for the first dense model, which is known by its sliding window.
-        windowed_dense = "num_experts" not in found and raw.get("sliding_window") is not None
-        found["rope_theta"] = 1e4 if windowed_dense else 1e6
+        found["rope_theta"] = 1e4 if "num_experts" not in found and window is not None else 1e6
     if found["head_dim"] is None:
         del found["head_dim"]
     for field, value in found.items():
         names = " or ".join(dict.fromkeys(SPELLINGS[field]))
         if value is None:
             raise UserError(f"{file} has no {names}: copy it from the release again, or add the value")
-        kinds = (int, float) if field in _FLOATS else (int,)
-        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < float("inf"):
-            raise UserError(f"{names} of {file} is {value!r}: it must be a number greater than 0")
+        number(value, names, file, whole=field not in _FLOATS)
     found.setdefault("head_dim", found["d_model"] // found["num_heads"])
     if found["num_heads"] * found["head_dim"] != found["d_model"]:
         raise UserError(
@@ -84,7 +87,23 @@ def read_description(file: Path) -> Description:
             "copy it from the release again"
         )
     fields = {field: float(value) if field in _FLOATS else value for field, value in found.items()}
-    return Description(fields, _value(raw, _CONTEXT, file), is_dense="num_experts" not in fields)
+    context = _value(raw, _CONTEXT, file)
+    if context is not None:
+        number(context, " or ".join(_CONTEXT), file, whole=True)
+    scaling = read_scaling(raw, context, file)
+    if window is not None:
+        # The first upload writes the number as a string.
+        window = int(window) if isinstance(window, str) and re.fullmatch("[0-9]{1,9}", window) else window
+        number(window, "sliding_window", file, whole=True)
+    # A window is not computed here; it changes nothing in rows that it covers whole.
+    bounded = window is not None and (context is None or window < context)
+    return Description(
+        fields,
+        window if bounded else context,
+        "num_experts" not in fields,
+        scaling,
+        window if bounded else None,
+    )
 
 
 def _value(raw: dict[str, Any], names: tuple[str, ...], file: Path) -> Any:
@@ -98,24 +117,9 @@ def _value(raw: dict[str, Any], names: tuple[str, ...], file: Path) -> Any:
             given[name] = value
     values = list(given.values())
     if any(value != values[0] for value in values):
-        both = " and ".join(f"{name}={value}" for name, value in given.items())
+        both = " and ".join(f"{name}={reprlib.repr(value)}" for name, value in given.items())
         raise UserError(f"{file} contradicts itself with {both}: remove the wrong one")
     return values[0] if values else None
-
-
-def _refuse_unknown_features(raw: dict[str, Any], file: Path) -> None:
-    """Raises for what would change the model's output; sliding_window is ignored, old copies state it wrongly."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
-    for name, value, known in (
-        ("model_type", raw.get("model_type", "mixtral"), ("mixtral", "mistral")),
-        ("hidden_act", raw.get("hidden_act", "silu"), ("silu",)),
-        ("rope_type", kind, ("default",)),
-        ("tie_word_embeddings", raw.get("tie_word_embeddings", False), (False,)),
-        ("quantization_config", raw.get("quantization_config"), (None,)),
-    ):
-        if value not in known:
-            raise UserError(f"{file} has {name}={value!r}, which is not a Mixtral: only {known[0]!r} can be imported")
 
 
 def describe_hf(config: ModelConfig, *, dtype: FileType, context: int, load_balance: float) -> dict[str, Any]:
@@ -132,7 +136,7 @@ def describe_hf(config: ModelConfig, *, dtype: FileType, context: int, load_bala
         "architectures": ["MixtralForCausalLM"],
         "model_type": "mixtral",
         **own,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        **describe_rope(config),
         "max_position_embeddings": context,
         "sliding_window": None,
         "hidden_act": "silu",

@@ -36,7 +36,7 @@ def read_safetensors(file: Path) -> dict[str, StoredTensor]:
             continue
         try:
             shape, (begin, end), name = tuple(entry["shape"]), entry["data_offsets"], entry["dtype"]
-            ok = isinstance(name, str) and all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+            ok = isinstance(name, str) and all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end))
         except (KeyError, TypeError, ValueError):
             ok = False
         if not ok:
@@ -83,7 +83,7 @@ def _read_header(file: Path) -> tuple[dict[str, Any], int, int]:
 
     try:
         header = json.loads(text, object_pairs_hook=unique)
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except (ValueError, RecursionError):  # also too many digits, too deep, not UTF-8
         header = None
     if not isinstance(header, dict):
         raise UserError(f"the header of {file} is corrupt: download the file again")

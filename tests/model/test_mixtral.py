@@ -148,12 +148,12 @@ def test_initial_values_have_the_declared_spread():
 
 
 def test_rotary_embedding_turns_the_halves_against_each_other():
-    head_dim, theta = 8, 1e4
+    head_dim, theta = tiny_config().model.head_dim, tiny_config().model.rope_theta
     positions = np.array([[0, 1, 2, 30000]])
     x = np.random.default_rng(0).standard_normal((1, 4, 3, head_dim))
     angle = positions[..., None] * theta ** (-np.arange(4) * 2 / head_dim)
     turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * angle)[:, :, None]
-    actual = rotate(jnp.asarray(x, jnp.float32), *rotary_tables(jnp.asarray(positions), head_dim, theta))
+    actual = rotate(jnp.asarray(x, jnp.float32), *rotary_tables(jnp.asarray(positions), tiny_config().model))
     np.testing.assert_allclose(actual[:, :3], np.concatenate([turned.real, turned.imag], -1)[:, :3], atol=1e-6)
     # Angles near 30000 have steps of 0.002 in float32.
     np.testing.assert_allclose(actual, np.concatenate([turned.real, turned.imag], -1), atol=5e-3)
@@ -161,7 +161,7 @@ def test_rotary_embedding_turns_the_halves_against_each_other():
 
 def test_rotary_scores_depend_on_distance_alone():
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
-    at = lambda x, p: rotate(x, *rotary_tables(jnp.array([[p]]), 8, 1e4))  # noqa: E731
+    at = lambda x, p: rotate(x, *rotary_tables(jnp.array([[p]]), tiny_config().model))  # noqa: E731
     scores = [jnp.sum(at(q, start + 5) * at(k, start)) for start in (0, 3, 100)]
     np.testing.assert_allclose(scores, scores[0], atol=1e-4)
     assert abs(jnp.sum(at(q, 4) * at(k, 0)) - scores[0]) > 1e-2

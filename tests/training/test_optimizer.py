@@ -76,6 +76,17 @@ def test_a_schedule_that_does_not_fit_is_refused(changes, sentence):
     assert str(error.value) == sentence
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
+def test_what_is_not_set_never_contradicts_what_is(schedule):
+    for steps in (1, 2, 9, 60, 999, 1000, 5000):
+        make_schedule(OptimizerConfig(schedule=schedule), steps)
+        make_schedule(OptimizerConfig(schedule=schedule, warmup_steps=steps - 1), steps)
+        make_schedule(OptimizerConfig(schedule=schedule, decay_steps=steps), steps)
+    # A warm-up of six steps: the sixth is the first at the peak; later 100, as it always was.
+    np.testing.assert_allclose(rates(60, schedule=schedule)[:6], 2 * np.arange(1, 7) / 6, rtol=1e-6)
+    assert rates(1000, schedule=schedule)[:100] == rates(1000, schedule=schedule, warmup_steps=100)[:100]
+
+
 def test_matrices_decay_and_norm_scales_never():
     mask = decay_mask(tiny_architecture(tiny_config()).axes()["params"])
     for path, decays in jax.tree_util.tree_leaves_with_path(mask):

@@ -89,6 +89,9 @@ def header_edit(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     [
         (lambda h: "{" + "x" * 30, ["header", "corrupt"]),
         (lambda h: "[]", ["header", "corrupt"]),
+        (lambda h: "[" * 100_000, ["header", "corrupt"]),
+        (lambda h: '{"a": ' + "1" * 5000 + "}", ["header", "corrupt"]),
+        (lambda h: h["model.norm.weight"].update(shape=[10**4000, 10**4000]), ["'model.norm.weight'", "wrongly"]),
         (lambda h: h["model.norm.weight"].pop("shape") and None, ["'model.norm.weight'", "wrongly"]),
         (lambda h: h["model.norm.weight"].update(data_offsets=[8, 0]), ["'model.norm.weight'", "-8 bytes", "128"]),
         (lambda h: h["model.norm.weight"].update(shape=[-32]), ["'model.norm.weight'", "wrongly"]),
@@ -161,40 +164,8 @@ def test_not_finite(hf: Path, key: str, bad: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"hidden_size": "absent"}, ["no hidden_size or dim"]),
-        ({"hidden_size": "4096"}, ["hidden_size or dim", "'4096'", "number greater than 0"]),
-        ({"num_hidden_layers": 0}, ["num_hidden_layers", "is 0"]),
-        ({"num_hidden_layers": 3}, ["'model.layers.2.input_layernorm.weight' and 18 more"]),
-        ({"num_hidden_layers": 1}, ["'model.layers.1.", "not part of"]),
-        ({"vocab_size": 65}, ["'lm_head.weight'", "[64, 32]", "[65, 32]", "config.json"]),
-        ({"num_experts": 8}, ["num_local_experts=4 and num_experts=8"]),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, ["rope_theta=1000000.0", "=10000.0"]),
-        ({"rope_theta": "absent"}, ["no rope_theta or rope_parameters.rope_theta"]),
-        ({"rope_scaling": {"type": "yarn", "factor": 4}}, ["rope_type='yarn'"]),
-        ({"tie_word_embeddings": True}, ["tie_word_embeddings=True"]),
-        ({"model_type": "qwen3_moe"}, ["model_type='qwen3_moe'"]),
-        ({"hidden_act": "gelu"}, ["hidden_act='gelu'"]),
-        ({"quantization_config": {"bits": 4}}, ["quantization_config"]),
-        ({"head_dim": 16}, ["4 heads of 16", "width of 32"]),
-        ({"num_key_value_heads": 3}, ["4 heads of 8 over 3"]),
-        ({"num_experts_per_tok": 5}, ["chooses 5 of 4"]),
-        ({"num_local_experts": "absent", "num_experts_per_tok": "absent"}, ["says that the model is dense"]),
-    ],
+    "text", ["", "[]", '{"weight_map": 3}', '{"weight_map": {"a": []}}', "[" * 100_000, "1" * 5000]
 )
-def test_configurations(hf: Path, changes: dict[str, Any], words: list[str]) -> None:
-    edit_json(hf / "config.json", **changes)
-    refused(hf, "config.json", *words)
-
-
-@pytest.mark.parametrize("text", ["", "[1]", "{,}", "\udcff"])
-def test_configurations_that_are_no_json(hf: Path, text: str) -> None:
-    (hf / "config.json").write_bytes(text.encode(errors="surrogateescape"))
-    refused(hf, str(hf / "config.json"))
-
-
-@pytest.mark.parametrize("text", ["", "[]", '{"weight_map": 3}', '{"weight_map": {"a": []}}'])
 def test_indices_that_are_none(hf: Path, text: str) -> None:
     (hf / "model.safetensors.index.json").write_text(text)
     refused(hf, "model.safetensors.index.json is not an index")
@@ -213,14 +184,19 @@ def make_tokenizer(vocab_size: int) -> bytes:
     return model.getvalue()
 
 
-def test_tokenizers(hf: Path) -> None:
-    assert open_released(hf).tokenizer is None
-    (hf / "tokenizer.model").write_bytes(b"not one")
-    refused(hf, "tokenizer.model is not a sentencepiece model")
-    (hf / "tokenizer.model").write_bytes(make_tokenizer(40))
-    refused(hf, str(hf / "tokenizer.model"), "40 pieces", "64", "data.tokenizer")
-    (hf / "tokenizer.model.v3").write_bytes(make_tokenizer(64))
-    assert open_released(hf).tokenizer == make_tokenizer(64)
+def read_buffers(hf: Path, key: str) -> tuple[str, ...]:
+    edit_tensors(hf / FIRST, lambda tensors: tensors.update({key: np.ones(4, np.float32)}))
+    (hf / "model.safetensors.index.json").unlink(missing_ok=True)
+    return open_released(hf).notes
+
+
+def test_buffers_of_rotary_frequencies_are_left_out_and_said(hf: Path) -> None:
+    before = open_released(hf)
+    (note,) = read_buffers(hf, "model.layers.0.self_attn.rotary_emb.inv_freq")
+    assert note.startswith("1 buffers of rotary frequencies")
+    (note,) = read_buffers(hf, "model.rotary_emb.inv_freq")
+    assert note.startswith("2 buffers of rotary frequencies")
+    assert open_released(hf).tensors.keys() == before.tensors.keys()
 
 
 def test_truncated_pytorch_files(fused_pt: Path) -> None:

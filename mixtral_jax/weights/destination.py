@@ -1,0 +1,51 @@
+"""A directory that appears whole or not at all."""
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mixtral_jax.config import UserError
+
+
+@contextmanager
+def new_directory(directory: Path) -> Iterator[Path]:
+    """Makes a directory of a name that nobody else has, to be filled; renames it when that is done.
+
+    Args:
+        directory: the final name; must not exist, or be empty. A link is followed.
+
+    Yields:
+        The directory to fill. It is removed when an exception passes, and nothing else is.
+
+    Raises:
+        UserError: the name is taken, or the place cannot be written.
+    """
+    check_new(directory)
+    target = directory.resolve()
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
+    above = [parent for parent in target.parents if not parent.exists()]
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        os.rename(partial, target)  # takes the place of an empty directory, never of a full one
+    except OSError as error:
+        raise UserError(f"cannot write {directory} ({error.strerror}): free some space or name another one") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        for parent in above:
+            if parent.exists() and not any(parent.iterdir()):
+                parent.rmdir()
+
+
+def check_new(directory: Path) -> None:
+    """Raises `UserError` unless a directory of this name can be made; makes nothing."""
+    if directory.is_symlink() and not directory.exists():
+        raise UserError(f"{directory} is a link to nothing: remove it or name another directory")
+    target = directory.resolve()
+    if target == Path.cwd() or target in Path.cwd().parents:
+        raise UserError(f"{directory} is where you are, or above it: name a new directory")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{directory} exists and is not empty: name a new directory")
