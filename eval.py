@@ -3,11 +3,12 @@
 import argparse
 from pathlib import Path
 
-from rich.console import Console
-
 from mixtral_jax import cli
 from mixtral_jax.config import UserError
+from mixtral_jax.config_loading import home_expanded, user_path
+from mixtral_jax.console import make_console
 from mixtral_jax.distributed.processes import distributed_config, joined
+from mixtral_jax.evaluation.outputs import check_writable
 
 MODES = ("perplexity", "context", "passkey", "routing", "tasks")
 
@@ -15,9 +16,11 @@ MODES = ("perplexity", "context", "passkey", "routing", "tasks")
 def main(arguments: list[str]) -> None:
     """Prints tables of what was measured and, if asked, writes the numbers as JSON and the pictures."""
     parser = argparse.ArgumentParser(prog="eval.py", description=__doc__)
-    parser.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT", help="a run directory or one of its checkpoints")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the numbers to this file")
-    parser.add_argument("--plots", metavar="DIR", type=Path, help="also draw pictures into this directory")
+    parser.add_argument(
+        "checkpoint", metavar="RUN_OR_CHECKPOINT", type=home_expanded, help="a run directory or one of its checkpoints"
+    )
+    parser.add_argument("--json", metavar="FILE", type=user_path, help="also write the numbers to this file")
+    parser.add_argument("--plots", metavar="DIR", type=user_path, help="also draw pictures into this directory")
     parser.add_argument(
         "--tasks", metavar="TASK", nargs="+", default=[], help="JSONL or YAML files, or lm-eval's names"
     )
@@ -34,8 +37,14 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"one mode at a time: {', '.join([*named, *['tasks'] * bool(tasks)])}")
     if named == ["tasks"] and not tasks:
         raise UserError("the mode tasks needs --tasks with one or more files or names of tasks")
+    if options.json:
+        check_writable(options.json)
+    if not Path(options.checkpoint).is_dir():  # told before anything heavy is loaded
+        raise UserError(
+            f"there is no checkpoint in {options.checkpoint}: name a run directory or one of its checkpoints"
+        )
     distributed = distributed_config(overrides)
-    cli.prepare(distributed)
+    cli.prepare(distributed, next((word.partition("=")[2] for word in overrides if word.startswith("data.cache_dir=")), ""))
     with joined(distributed):
         measure(options, named[0], tasks, overrides)
 
@@ -46,9 +55,9 @@ def measure(options: argparse.Namespace, mode: str, tasks: list[str], overrides:
     from mixtral_jax.evaluation.loading import load_model
 
     modes.check_outputs(options.json, options.plots)
-    console = Console()
+    console = make_console()
     loaded = load_model(options.checkpoint, overrides, packed=mode in ("perplexity", "routing"))
-    console.print(loaded.architecture.runtime.describe(), highlight=False)
+    console.print(loaded.architecture.runtime.describe())
     report = modes.tasks(loaded, tasks) if tasks else modes.MODES[mode](loaded)
     modes.show(report, console, options.json, options.plots)
 

@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-from rich.console import Console
-
 from mixtral_jax import cli
-from mixtral_jax.config_loading import load_config
+from mixtral_jax.config_loading import key_table, load_config, user_path
+from mixtral_jax.console import make_console
 from mixtral_jax.distributed.processes import joined
 
 DEFAULT = Path(__file__).parent / "configs" / "tiny.yaml"
@@ -13,16 +12,19 @@ DEFAULT = Path(__file__).parent / "configs" / "tiny.yaml"
 
 def main(arguments: list[str]) -> None:
     """Trains, or resumes, the run that the arguments describe."""
-    named = arguments and "=" not in arguments[0]
-    config = load_config(arguments[0] if named else DEFAULT, arguments[1:] if named else arguments)
-    cli.prepare(config.distributed)
+    if {"-h", "--help"} & {*arguments}:
+        print(f"{__doc__}\n\nEvery key with its default; docs/config.md says what they mean:\n\n{key_table()}")
+        return
+    named = arguments and ("=" not in arguments[0] or Path(arguments[0]).is_file())
+    config = load_config(user_path(arguments[0]) if named else DEFAULT, arguments[1:] if named else arguments)
+    cli.prepare(config.distributed, config.data.cache_dir)
     with joined(config.distributed):
         # Heavy imports come after the cheap checks, so that a typing error is told at once.
         from mixtral_jax.training.summary import summarize
         from mixtral_jax.training.trainer import Trainer
 
-        console = Console()
-        say = lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)  # noqa: E731
+        console = make_console()
+        say = lambda text: console.print(text, soft_wrap=True)  # noqa: E731
         outcome = Trainer(config, say=say).run()
         summarize(config, outcome, console)
 

@@ -22,10 +22,10 @@ import jax
 import numpy as np
 import torch
 import transformers
-from rich.console import Console
 from rich.table import Table
 
 from mixtral_jax.config_loading import load_config
+from mixtral_jax.console import make_console
 from mixtral_jax.evaluation.requests import Request, row_lengths, score_requests
 from mixtral_jax.evaluation.scoring import make_scorer
 from mixtral_jax.evaluation.windows import empty_batch
@@ -122,7 +122,7 @@ def main() -> None:
     for work, found in results.items():
         ours, theirs = found["ours"], found["transformers"]
         table.add_row(work, f"{ours:,.0f}", f"{theirs:,.0f}", f"{ours / theirs:.2f}", f"{found['difference']:.1e}")
-    Console().print(table)
+    make_console().print(table)
     if options.json:
         options.json.write_text(json.dumps({**facts, "tokens_per_second": results}, indent=2) + "\n")
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from rich.console import Console
 from rich.table import Table
+
+from mixtral_jax.console import make_console
 
 LIBRARIES = ("jax", "jaxlib", "flax", "torch", "transformers")
 
@@ -76,7 +77,7 @@ class Report:
 
     def show(self) -> None:
         """Prints the table for people and the JSON for scripts."""
-        console = Console(width=None if os.isatty(1) else 140)
+        console = make_console(width=None if os.isatty(1) else 140)
         table = Table(title=f"{self.title}\n{machine()}", caption=self.formula, caption_justify="left")
         for name in self.rows[0]:
             table.add_column(name.replace("_", " "), justify="left" if isinstance(self.rows[0][name], str) else "right")

@@ -22,11 +22,11 @@ from datatrove.data import Document
 from datatrove.pipeline.dedup import MinhashDedupSignature
 from datatrove.pipeline.formatters import PIIFormatter
 from loguru import logger
-from rich.console import Console
 from rich.table import Table
 from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 
+from mixtral_jax.console import make_console
 from mixtral_jax.preparation import rules
 from mixtral_jax.preparation.config import PrepareConfig, PrepareSource
 from mixtral_jax.preparation.counting import shared_tokenizer
@@ -172,7 +172,7 @@ def main() -> None:
         tokens = sum(map(len, tokenizer.encode_batch(texts)))
         speed = rate(lambda: len(tokenizer.encode_batch(texts, threads=1)) and tokens)
         table.add_row("tokenization", f"{speed:,.0f} tokens/s", f"{speed / tokens * size / 1e6:.1f}")
-    Console().print(table)
+    make_console().print(table)
     print(f"{len(pages)} pages, {size / 1e6:.2f} MB of HTML, {size_of_text / 1e6:.2f} MB of text")
 
 

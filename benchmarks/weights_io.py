@@ -17,10 +17,10 @@ import time
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from mixtral_jax.config import ModelConfig
+from mixtral_jax.console import make_console
 from mixtral_jax.weights.exporting import EXPORT_FORMATS
 from mixtral_jax.weights.names import FORMATS, external_tensors
 from mixtral_jax.weights.released_config import describe_hf
@@ -40,7 +40,7 @@ def main() -> None:
     options = parser.parse_args()
 
     model = architecture(options.gib, options.d_model, options.d_ff)
-    console = Console()
+    console = make_console()
     with tempfile.TemporaryDirectory(dir=options.directory) as name:
         work = Path(name)
         size = write_source(model, work / "source")

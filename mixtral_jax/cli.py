@@ -1,12 +1,25 @@
 """What the entry scripts share: one sentence and exit code 2 for a user's mistake."""
 
+import glob
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from mixtral_jax.config import DistributedConfig, UserError
 from mixtral_jax.distributed.processes import may_be_several, speaks
 from mixtral_jax.kernels.cpu.memory import restart_with_huge_pages
+
+# Where Linux shows GPUs of NVIDIA (also under WSL and on Jetson boards) and AMD, and TPUs.
+ACCELERATORS = (
+    "/dev/nvidia*",
+    "/dev/dxg",
+    "/dev/nvhost*",
+    "/dev/nvgpu*",
+    "/dev/kfd",
+    "/dev/accel*",
+    "/dev/vfio/[0-9]*",
+)
 
 
 def run(main: Callable[[list[str]], None], *, several: bool = False) -> None:
@@ -16,8 +29,12 @@ def run(main: Callable[[list[str]], None], *, several: bool = False) -> None:
         main: the program.
         several: the processes that a launcher starts run it together, so one tells of a mistake that all make.
     """
+    sys.stdout, sys.stderr = (SteadyStream(stream) for stream in (sys.stdout, sys.stderr))  # type: ignore[assignment]
     # Nothing here uses a hub unless a source names one; libraries must not wait for a network at start.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if sys.platform == "linux" and not any(glob.glob(pattern) for pattern in ACCELERATORS):
+        # Before JAX looks for plugins: those that the planner brings complain at length where they find no device.
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
     try:
         main(sys.argv[1:])
     except UserError as error:
@@ -27,11 +44,50 @@ def run(main: Callable[[list[str]], None], *, several: bool = False) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # the reader of a pipe, such as `head`, is done
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def prepare(distributed: DistributedConfig) -> None:
-    """Prepares a program that may compute on this machine's CPU; call it before anything heavy is imported."""
+class SteadyStream:
+    """A standard stream that outlives its reader and its disk, and prints every text in any encoding.
+
+    A run goes on when `head` has seen enough or the disk under its log is full; what it writes itself is guarded
+    elsewhere.
+    """
+
+    def __init__(self, stream: Any):
+        """Wraps a stream; None stands for one that the caller has closed."""
+        self._stream: Any = stream or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        if hasattr(self._stream, "reconfigure"):
+            self._stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> int:
+        """Writes a text, or drops it where nothing can be written any more."""
+        return self._steadily(lambda: self._stream.write(text)) or len(text)
+
+    def flush(self) -> None:
+        """Flushes what can be."""
+        self._steadily(self._stream.flush)
+
+    def _steadily(self, act: Callable[[], Any]) -> Any:
+        try:
+            return act()
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            if self._stream.name == "<stdout>":
+                print(f"standard output is lost ({error.strerror}): going on without it", file=sys.stderr)
+            return act()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def prepare(distributed: DistributedConfig, cache_dir: str) -> None:
+    """Prepares a program that may compute on this machine's CPU; call it before anything heavy is imported.
+
+    Args:
+        distributed: whether there are other processes.
+        cache_dir: where kernels may be kept if not beside their code; empty: the user's own caches.
+    """
+    if cache_dir:
+        os.environ["MIXTRAL_JAX_CACHE_DIR"] = cache_dir
     if not may_be_several(distributed, os.environ):
         restart_with_huge_pages()

@@ -3,10 +3,25 @@
 import sys
 import time
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column
+from rich.text import Text
+
+
+def make_console(**options: Any) -> Console:
+    """Makes a console that prints every text as it is: names of users hold brackets, colons and numbers.
+
+    Styles are said by `rich.text.Text` and by columns. Other modules make no consoles; a test holds them to it.
+    """
+    return Console(markup=False, emoji=False, highlight=False, **options)
+
+
+def two_lines(first: str, second: str) -> Text:
+    """Sets a fainter line below a line, for a cell of a table."""
+    return Text.assemble(first, "\n", (second, "dim"))
 
 
 class ProgressLine:
@@ -39,18 +54,18 @@ class ProgressLine:
         self._label, self._total, self._done = label, total, done
         self._begin = self._rate_from = (done, time.monotonic())
         self._last_line: float | None = None
-        console = Console(file=self._stream, highlight=False)
+        console = make_console(file=self._stream)
         # Not console.is_terminal: FORCE_COLOR and its like would put control codes into files.
         self._live = self._stream.isatty() and not console.is_dumb_terminal
         self._line_seconds = live_line_seconds if self._live else plain_line_seconds
         if self._live:
             self._progress = Progress(
-                TextColumn("[bold]{task.description}"),
+                TextColumn("{task.description}", style="bold", markup=False),
                 BarColumn(bar_width=None, table_column=Column(ratio=1)),  # gets what the text leaves
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[text]}"),
+                TextColumn("{task.fields[text]}", markup=False),
                 TimeElapsedColumn(),
-                TextColumn("{task.fields[left]}"),
+                TextColumn("{task.fields[left]}", markup=False),
                 console=console,
                 expand=True,
             )
@@ -84,7 +99,7 @@ class ProgressLine:
     def say(self, text: str) -> None:
         """Prints a permanent line, above the bar if there is one."""
         if self._live:
-            self._progress.console.print(text, markup=False, soft_wrap=True)
+            self._progress.console.print(text, soft_wrap=True)
         else:
             print(text, file=self._stream, flush=True)
 

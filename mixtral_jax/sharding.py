@@ -52,9 +52,15 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         devices: what to arrange; default: all devices of all processes.
 
     Raises:
-        UserError: the sizes do not fit the devices.
+        UserError: the sizes do not fit the devices, or there are none of the kind that JAX_PLATFORMS asks for.
     """
-    grid = arrange_devices(config, jax.devices() if devices is None else devices)
+    try:
+        found = jax.devices() if devices is None else devices
+    except (RuntimeError, AssertionError) as error:  # JAX's own
+        reason = (str(error).strip() or "there are none").splitlines()[0].partition(" (set JAX_PLATFORMS")[0]
+        asked = jax.config.jax_platforms or "any platform"  # type: ignore[attr-defined]
+        raise UserError(f"no devices of {asked}: {reason}; unset JAX_PLATFORMS, or mend the driver") from None
+    grid = arrange_devices(config, found)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 

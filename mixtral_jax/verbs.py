@@ -2,16 +2,16 @@
 
 import argparse
 import importlib.util
-from pathlib import Path
 
 from mixtral_jax.config import UserError
+from mixtral_jax.config_loading import home_expanded, user_path
 
 
 def import_(arguments: list[str]) -> None:
     """Released weights to a checkpoint: import SOURCE DIR [--upcycle-experts N] [key=value ...]."""
     parser = argparse.ArgumentParser(prog="mixtral_jax import", description=import_.__doc__)
-    parser.add_argument("source", metavar="SOURCE", type=Path, help="directory with the release's files")
-    parser.add_argument("directory", metavar="DIR", type=Path, help="new directory for the checkpoint")
+    parser.add_argument("source", metavar="SOURCE", type=user_path, help="directory with the release's files")
+    parser.add_argument("directory", metavar="DIR", type=user_path, help="new directory for the checkpoint")
     parser.add_argument("--upcycle-experts", metavar="N", type=int, help="make N experts of a dense model's layers")
     parser.add_argument("--upcycle-per-token", metavar="K", type=int, default=2, help="experts per token (2)")
     parser.add_argument("--upcycle-noise", metavar="X", type=float, default=0.0, help="share of a matrix's spread (0)")
@@ -29,8 +29,8 @@ def import_(arguments: list[str]) -> None:
 def export(arguments: list[str]) -> None:
     """A checkpoint to a released format: export RUN_OR_CHECKPOINT DIR --format FORMAT."""
     parser = argparse.ArgumentParser(prog="mixtral_jax export", description=export.__doc__)
-    parser.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT", type=Path)
-    parser.add_argument("directory", metavar="DIR", type=Path, help="new directory for the files")
+    parser.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT", type=user_path)
+    parser.add_argument("directory", metavar="DIR", type=user_path, help="new directory for the files")
     parser.add_argument("--format", required=True, choices=("hf", "hf-fused", "mistral", "mistral-fused"))
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: exact")
     parser.add_argument("--context", metavar="TOKENS", type=int, help="longest sequences that the model is meant for")
@@ -45,7 +45,9 @@ def export(arguments: list[str]) -> None:
 def prepare(arguments: list[str]) -> None:
     """Web pages and documents to a clean token cache: prepare CONFIG [key=value ...]."""
     parser = argparse.ArgumentParser(prog="mixtral_jax prepare", description=prepare.__doc__)
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/prepare_local.yaml")
+    parser.add_argument(
+        "config", metavar="CONFIG", type=user_path, help="a YAML file, such as configs/prepare_local.yaml"
+    )
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="such as executor.workers=8")
     options = parser.parse_intermixed_args(arguments)
     from mixtral_jax.preparation.config import load_prepare_config
@@ -53,11 +55,10 @@ def prepare(arguments: list[str]) -> None:
     config = load_prepare_config(options.config, options.overrides)
     if importlib.util.find_spec("datatrove") is None:
         raise UserError("prepare needs packages that are not installed: pip install 'mixtral_jax[prepare]'")
-    from rich.console import Console
-
+    from mixtral_jax.console import make_console
     from mixtral_jax.preparation.running import prepare as run
 
-    run(config, Console())
+    run(config, make_console())
 
 
 def plan(arguments: list[str]) -> None:
@@ -70,18 +71,17 @@ def plan(arguments: list[str]) -> None:
 def compare(arguments: list[str]) -> None:
     """Two runs or checkpoints side by side: compare A B [--json FILE] [--plots DIR] [key=value ...]."""
     parser = argparse.ArgumentParser(prog="mixtral_jax compare", description=compare.__doc__)
-    parser.add_argument("runs", metavar="RUN_OR_CHECKPOINT", nargs=2, help="twice")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the numbers to this file")
-    parser.add_argument("--plots", metavar="DIR", type=Path, help="also draw pictures into this directory")
+    parser.add_argument("runs", metavar="RUN_OR_CHECKPOINT", nargs=2, type=home_expanded, help="twice")
+    parser.add_argument("--json", metavar="FILE", type=user_path, help="also write the numbers to this file")
+    parser.add_argument("--plots", metavar="DIR", type=user_path, help="also draw pictures into this directory")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="for both, such as eval.mode=strided")
     options = parser.parse_intermixed_args(arguments)
-    from rich.console import Console
-
+    from mixtral_jax.console import make_console
     from mixtral_jax.evaluation.compare import compare_runs
     from mixtral_jax.evaluation.modes import check_outputs, show
 
     check_outputs(options.json, options.plots)
-    show(compare_runs(options.runs[0], options.runs[1], options.overrides), Console(), options.json, options.plots)
+    show(compare_runs(options.runs[0], options.runs[1], options.overrides), make_console(), options.json, options.plots)
 
 
 def lm_eval(arguments: list[str]) -> None:

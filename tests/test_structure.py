@@ -180,3 +180,13 @@ def test_float_types_are_named_in_the_table_alone(name):
 @pytest.mark.parametrize("script", ["train.py", "eval.py"])
 def test_entry_scripts_fit_on_a_screen(script):
     assert len((ROOT / script).read_text().splitlines()) <= 80
+
+
+@pytest.mark.parametrize("name", [name for name in modules() if name != "console"])
+def test_names_of_users_are_never_markup(name):
+    """Consoles that read no markup come from one place; columns of progress read it unless told not to."""
+    for node in ast.walk(ast.parse(modules()[name].read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id != "Console", f"{name}: use make_console"
+            said = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            assert node.func.id != "TextColumn" or said.get("markup") == "False", ast.unparse(node)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from mixtral_jax.config import UserError
+from mixtral_jax.config_loading import home_expanded
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +23,7 @@ def cache_directory(configured: str) -> Path:
         UserError: the directory cannot be made.
     """
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    directory = Path(configured or f"{home}/mixtral_jax").expanduser()
+    directory = Path(home_expanded(configured or f"{home}/mixtral_jax"))
     with explained(directory):
         directory.mkdir(parents=True, exist_ok=True)
     return directory

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Int64, Integer
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from mixtral_jax.config import SourceConfig, UserError
+from mixtral_jax.console import make_console
 from mixtral_jax.data.cache_files import altered_file, building, locked
 from mixtral_jax.data.sources import iter_documents, source_fingerprint, total_bytes
 from mixtral_jax.data.tokenizer import Tokenizer
@@ -199,12 +199,12 @@ def _batches(source: SourceConfig, progress: Progress) -> Iterator[list[str]]:
 
 def _progress(source: SourceConfig) -> Progress:
     progress = Progress(
-        TextColumn("tokenizing {task.description}"),
+        TextColumn("tokenizing {task.description}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
-        TextColumn("{task.fields[documents]:,} documents, {task.fields[tokens]:.1f}M tokens"),
+        TextColumn("{task.fields[documents]:,} documents, {task.fields[tokens]:.1f}M tokens", markup=False),
         TimeRemainingColumn(),
-        console=Console(),
+        console=make_console(),
     )
     progress.add_task(source.name, total=total_bytes(source), documents=0, tokens=0.0)
     return progress

@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterator
 
 import sentencepiece
-from rich.console import Console
 
 from mixtral_jax.config import DataConfig, SourceConfig, UserError
+from mixtral_jax.console import make_console
 from mixtral_jax.data.cache_files import cache_directory, locked, write_file
 from mixtral_jax.data.sources import document_parts, no_text, source_files, source_fingerprint
 
@@ -40,7 +40,7 @@ def train_model(data: DataConfig, vocab_size: int) -> bytes:
     target = cache_directory(data.cache_dir) / f"tokenizer-{key}.model"
     with locked(target):
         if not target.exists():
-            with Console().status(f"training a tokenizer of {vocab_size} tokens on the sources"):
+            with make_console().status(f"training a tokenizer of {vocab_size} tokens on the sources"):
                 write_file(target, _train(data, vocab_size))
         return target.read_bytes()
 

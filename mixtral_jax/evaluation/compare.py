@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
+from mixtral_jax.console import two_lines
 from mixtral_jax.evaluation.intervals import Interval, bootstrap_sums, interval
 from mixtral_jax.evaluation.loading import LoadedModel, evaluation_texts, load_model
 from mixtral_jax.evaluation.modes import Report
@@ -158,11 +160,12 @@ def _perplexity_table(sides: Sequence[Side], differences: dict[str, Difference])
         cells = [f"{result.perplexity:,.2f}" if result else "" for result in results]
         cells += [f"{result.bits_per_byte:.4f}" if result else "" for result in results]
         found = differences.get(name)
-        last = ""
+        last: str | Text = ""
         if found is not None:
-            last = f"{found.bits_per_byte:+.4f}"
+            value = f"{found.bits_per_byte:+.4f}"
+            last = value
             if found.interval is not None:
-                last += f"\n[dim]{found.interval[0]:+.4f} to {found.interval[1]:+.4f}[/dim]"
+                last = two_lines(value, f"{found.interval[0]:+.4f} to {found.interval[1]:+.4f}")
         table.add_row(name, *cells, last, style="bold" if name == "total" else None)
     return table
 

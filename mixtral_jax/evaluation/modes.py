@@ -14,8 +14,9 @@ from mixtral_jax.distributed.processes import is_main
 from mixtral_jax.evaluation import pictures
 from mixtral_jax.evaluation.context import context_lengths, measure_contexts, num_windows
 from mixtral_jax.evaluation.loading import LoadedModel, evaluation_texts
+from mixtral_jax.evaluation.outputs import check_writable, write_json
 from mixtral_jax.evaluation.passkey import DEPTHS, TRIALS, measure_passkey, passkey_lengths
-from mixtral_jax.evaluation.results import measure_with_progress, results_json, results_table, write_json
+from mixtral_jax.evaluation.results import measure_with_progress, results_json, results_table
 from mixtral_jax.evaluation.routing import measure_routing, route_sample, routing_batches
 from mixtral_jax.evaluation.routing_page import write_page
 from mixtral_jax.evaluation.scoring import make_router, make_scorer
@@ -158,8 +159,8 @@ def check_outputs(json_file: Path | None, plots: Path | None) -> None:
     Raises:
         UserError: a directory that is missing or cannot be, or no matplotlib.
     """
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise UserError(f"cannot write {json_file}: there is no such directory; give another file to --json")
+    if json_file is not None:
+        check_writable(json_file)
     if plots is not None:
         pictures.check_matplotlib()
         if plots.exists() and not plots.is_dir():
@@ -185,7 +186,7 @@ def show(report: Report, console: Console, json_file: Path | None, plots: Path |
                 draw(plots / name)
         except OSError as error:
             raise UserError(f"cannot draw into {plots}: {error.strerror}; give another directory to --plots") from None
-        console.print(f"pictures: {', '.join(str(plots / name) for name in report.pictures)}", highlight=False)
+        console.print(f"pictures: {', '.join(str(plots / name) for name in report.pictures)}")
     elif report.pictures:
         console.print("--plots DIR draws this", style="dim")
 

@@ -1,15 +1,13 @@
 """An evaluation as a table for people and as JSON for scripts."""
 
-import json
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
-from mixtral_jax.config import EvalConfig, UserError
-from mixtral_jax.console import ProgressLine
+from mixtral_jax.config import EvalConfig
+from mixtral_jax.console import ProgressLine, two_lines
 from mixtral_jax.evaluation.intervals import Interval
 from mixtral_jax.evaluation.perplexity import Evaluation, Result, measure
 from mixtral_jax.evaluation.scoring import Score
@@ -86,20 +84,6 @@ def results_json(
     }
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON file whole or not at all.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    fresh = path.with_name(f"{path.name}.tmp")
-    try:
-        fresh.write_text(json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(fresh, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; give another file to --json") from None
-
-
 def _cut_documents(evaluation: Evaluation) -> str:
     """Says how many documents are longer than the context, where that makes them lose their begin."""
     lengths = [stratum[:, 0] for result in evaluation.sources.values() for stratum in result.documents]
@@ -110,9 +94,9 @@ def _cut_documents(evaluation: Evaluation) -> str:
     return f"; {longer:,} of {whole:,} documents are longer and go on in new windows without memory"
 
 
-def _cells(result: Result) -> list[str]:
+def _cells(result: Result) -> list[str | Text]:
     intervals = result.intervals()
-    cells = [f"{result.tokens:,}", f"{result.bytes:,}"]
+    cells: list[str | Text] = [f"{result.tokens:,}", f"{result.bytes:,}"]
     for name, digits, coarse in (
         ("nats_per_token", ".4f", ".3f"),
         ("perplexity", ",.2f", ",.2f"),
@@ -120,8 +104,9 @@ def _cells(result: Result) -> list[str]:
     ):
         cell = f"{getattr(result, name):{digits}}"
         if intervals is not None:
-            cell += f"\n[dim]{interval_text(getattr(intervals, name), coarse)}[/dim]"
-        cells.append(cell)
+            cells.append(two_lines(cell, interval_text(getattr(intervals, name), coarse)))
+        else:
+            cells.append(cell)
     return cells
 
 

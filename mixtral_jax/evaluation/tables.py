@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
+from mixtral_jax.console import two_lines
 from mixtral_jax.evaluation.context import ContextCurve
 from mixtral_jax.evaluation.passkey import PasskeyGrid
 from mixtral_jax.evaluation.results import interval_text
@@ -20,10 +21,10 @@ def context_table(curves: Mapping[str, ContextCurve]) -> Table:
     )
     table.add_column("context", justify="right")
     for name, curve in curves.items():
-        table.add_column(f"{name}\n[dim]{curve.windows:,} windows[/dim]", justify="right")
+        table.add_column(two_lines(name, f"{curve.windows:,} windows"), justify="right")
     columns = [list(zip(curve.nats_per_token(), curve.intervals(), strict=True)) for curve in curves.values()]
     for row, context in enumerate(first.contexts):
-        cells = [f"{column[row][0]:.4f}\n[dim]{interval_text(column[row][1], '.2f')}[/dim]" for column in columns]
+        cells = [two_lines(f"{column[row][0]:.4f}", interval_text(column[row][1], ".2f")) for column in columns]
         table.add_row(f"{context:,}", *cells)
     return table
 

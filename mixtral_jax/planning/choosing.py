@@ -49,7 +49,7 @@ def choose(
     print_plan(best.plan, console)
     if target:
         target.write_text(to_yaml(best.candidate.config))
-        console.print(f"written: {target}", highlight=False)
+        console.print(f"written: {target}")
 
 
 def _mesh(candidate: Candidate) -> str:

@@ -33,11 +33,10 @@ def main(arguments: list[str]) -> None:
     config = load_config(options.config, options.overrides)
     # Devices that are there, if any, have no part in this.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    from rich.console import Console
-
+    from mixtral_jax.console import make_console
     from mixtral_jax.planning.topology import describe_topology
 
-    console = Console() if sys.stdout.isatty() else Console(width=PIPE_WIDTH)
+    console = make_console(**{} if sys.stdout.isatty() else {"width": PIPE_WIDTH})
     topology = describe_topology(options.topology, options.slices)
     if options.search:
         from mixtral_jax.planning.choosing import choose

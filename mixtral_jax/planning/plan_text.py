@@ -34,7 +34,7 @@ def render(plan: Plan) -> Group:
 
 def print_plan(plan: Plan, console: Console) -> None:
     """Prints a whole plan."""
-    console.print(render(plan), highlight=False)
+    console.print(render(plan))
 
 
 def headline(plan: Plan) -> str:

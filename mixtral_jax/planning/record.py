@@ -43,8 +43,7 @@ def main(arguments: list[str]) -> None:
 
 def record(name: str) -> tuple[str, float]:
     """Returns the plan of a shipped config as text, and how long its compilation took in seconds."""
-    from rich.console import Console
-
+    from mixtral_jax.console import make_console
     from mixtral_jax.planning.compile import compile_step
     from mixtral_jax.planning.plan_text import print_plan
     from mixtral_jax.planning.roofline import make_plan
@@ -53,7 +52,7 @@ def record(name: str) -> tuple[str, float]:
     topology = describe_topology(TOPOLOGIES[name])
     config = load_config(CONFIGS / f"{name}.yaml")
     plan = make_plan(compile_step(config, topology), topology)
-    console = Console(file=io.StringIO(), width=WIDTH)
+    console = make_console(file=io.StringIO(), width=WIDTH)
     print_plan(plan, console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     lines = [line.rstrip() for line in text.splitlines()]

@@ -10,6 +10,7 @@ import yaml
 from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 from rich.table import Table
+from rich.text import Text
 
 from mixtral_jax.data.cache_files import write_file
 from mixtral_jax.preparation.balance import balanced_weights
@@ -144,7 +145,7 @@ def results_table(report: Numbers) -> Table:
     table.add_section()
     for language, row in report["languages"].items():
         table.add_row(
-            f"[bold]{language}", f"{row['documents']:,}", "", _millions(row["characters"]), _millions(row["tokens"]),
+            Text(language, "bold"), f"{row['documents']:,}", "", _millions(row["characters"]), _millions(row["tokens"]),
             f"{row['weight']:.1%}",
         )  # fmt: skip
     bad = sum(report["problems"]["counts"].values())

@@ -49,9 +49,7 @@ def prepare(config: PrepareConfig, console: Console) -> None:
         stages = make_stages(config, len(shards))
         total = sum(file.size or 0 for shard in shards for file in shard.files)
         files = sum(len(shard.files) for shard in shards)
-        console.print(
-            f"{files} files, {total / 1e6:.1f} MB, {len(config.sources)} sources -> {config.output}", highlight=False
-        )
+        console.print(f"{files} files, {total / 1e6:.1f} MB, {len(config.sources)} sources -> {config.output}")
         if config.executor.kind == "slurm":
             _submit(config, stages, layout)
             console.print("submitted; the last job writes the report; run the same command again after a failure")
@@ -63,7 +61,6 @@ def prepare(config: PrepareConfig, console: Console) -> None:
     console.print(
         f"{report['total']['documents']:,} documents, {report['total']['tokens']:,} tokens; report: "
         f"{layout.output / 'report.html'}; for training: {layout.output / 'sources.yaml'}",
-        highlight=False,
         soft_wrap=True,
     )
 

@@ -30,6 +30,7 @@ from mixtral_jax.runs.streaming import read_arrays, save_args, write_arrays
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 META = "meta.json"
+FILES = 256  # more than a checkpoint has, with what is made and removed on the way
 
 
 class Checkpoints:
@@ -271,6 +272,12 @@ class Checkpoints:
             raise UserError(
                 f"no room for a checkpoint in {self.directory}: it takes {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB "
                 "are free; make room and start the same command again, the earlier checkpoints are intact"
+            )
+        system = os.statvfs(self.directory)
+        if system.f_files and system.f_favail < FILES:  # Orbax would try for minutes
+            raise UserError(
+                f"no room for a checkpoint in {self.directory}: the disk takes {system.f_favail} more files, whatever "
+                "their size; remove some and start the same command again, the earlier checkpoints are intact"
             )
 
     def _abandon(self, bundle: Path) -> None:

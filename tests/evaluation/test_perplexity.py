@@ -7,8 +7,9 @@ import pytest
 from rich.console import Console
 
 from mixtral_jax.config import EvalConfig, UserError
+from mixtral_jax.evaluation.outputs import write_json
 from mixtral_jax.evaluation.perplexity import Result, add_up, measure, uniform_nats, unigram_nats
-from mixtral_jax.evaluation.results import results_json, results_table, write_json
+from mixtral_jax.evaluation.results import results_json, results_table
 from mixtral_jax.evaluation.scoring import TokenScores
 from tests.evaluation.corpus import BOS, EOS, Corpus, constant, history_nats, random_corpus, score_by_history
 

@@ -2,7 +2,9 @@
 
 import errno
 import json
+import os
 import shutil
+import types
 from pathlib import Path
 
 import jax
@@ -248,6 +250,22 @@ def test_a_full_disk_is_one_sentence_and_the_next_save_works(checkpoints, monkey
     monkeypatch.setattr(checkpoint_module, "write_manifest", real)
     save(checkpoints, 3)
     assert checkpoints.latest() == 3
+
+
+@pytest.mark.parametrize(("inodes", "free", "fits"), [(10_000, 3, False), (10_000, 5000, True), (0, 0, True)])
+def test_room_for_files_is_checked_before_writing(checkpoints, monkeypatch, inodes, free, fits):
+    """Disks that count no inodes say 0 of 0."""
+    checkpoints.directory.mkdir(parents=True, exist_ok=True)
+    real = os.statvfs(checkpoints.directory)
+    facts = {name: getattr(real, name) for name in dir(real) if name.startswith("f_")}
+    facts |= {"f_files": inodes, "f_favail": free}
+    monkeypatch.setattr(os, "statvfs", lambda path: types.SimpleNamespace(**facts))
+    if fits:
+        save(checkpoints, 2)
+    else:
+        with pytest.raises(UserError, match="the disk takes 3 more files"):
+            checkpoints.save(2, make_state(2), {}, {})
+    assert checkpoints.steps() == [2] * fits
 
 
 def test_room_is_checked_before_writing(checkpoints, monkeypatch):

@@ -3,8 +3,11 @@
 Addresses are integers, and so are functions, which take and return one integer.
 """
 
+import contextlib
 import functools
 import hashlib
+import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, no_type_check
@@ -20,6 +23,7 @@ OPTIONS: Any = {"cache": True, "error_model": "numpy", "fastmath": {"contract"}}
 NUMBER, REAL = types.int64, from_dtype(np.dtype(np.float32))
 I8, I32, I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 STATE = "mixtral_jax_state"
+CACHES = "MIXTRAL_JAX_CACHE_DIR"  # environment: `data.cache_dir`, for where these sources may not be written
 # Places in `state`: of threads and their workspaces, see `thread_pool`; of functions' addresses.
 THREADS, SLOTS, FLAGS, WORKSPACES, CONFIGURATIONS = range(5)
 AMX, MKL, SGEMM_BATCH, MULTIPLY, ATTEND, DIFFERENTIATE, UPDATE, SUM_SQUARES, SOFTMAX, SWIGLU = range(8, 18)
@@ -37,12 +41,26 @@ fill = types.ExternalFunction("memset", NUMBER(NUMBER, types.int32, NUMBER))
 current_processor = types.ExternalFunction("sched_getcpu", types.int32())
 
 
+_held: list[Any] = []  # for as long as the process lives
+
+
 @functools.cache
 def _cache() -> str:
     """A directory for compiled functions that no other version of these sources has; Numba looks at one file alone."""
     folder = Path(__file__).parent
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))).hexdigest()[:16]
-    return str(Path(settings.CACHE_DIR or folder / "__pycache__") / f"compiled-{digest}")
+    places = [settings.CACHE_DIR or folder / "__pycache__", os.environ.get(CACHES),
+              f"{os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')}/mixtral_jax"]  # fmt: skip
+    for place in filter(None, places):
+        directory = Path(place).absolute() / f"compiled-{digest}"
+        # Code may be read-only, and a user without a home.
+        with contextlib.suppress(OSError):
+            if not str(place).startswith("~"):
+                directory.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=directory).close()
+                return str(directory)
+    _held.append(tempfile.TemporaryDirectory(prefix="mixtral_jax-"))  # removed when the process ends
+    return str(_held[-1].name)
 
 
 def _kept(compile_function: Callable[[], Any]) -> Any:
@@ -71,9 +89,6 @@ def set_state(place: int, value: Any) -> None:
         _held.append(entry(value))
         value = _held[-1].address
     state[place] = value
-
-
-_held: list[Any] = []  # compiled functions of which addresses are known
 
 
 def pointer(builder: Builder, address: Any, kind: Any = I8) -> Any:
