@@ -245,6 +245,8 @@ def _decode(data: bytes, where: str) -> str:
 
 
 def _checked(value: Any, field: str, where: str) -> str:
+    if value is None:
+        raise UserError(f"{where}: the field '{field}' is null: leave the record out, or give it a text, be it empty")
     if not isinstance(value, str):
         raise UserError(f"{where}: the field '{field}' holds {type(value).__name__}, not text: set text_field")
     if not value.isascii():

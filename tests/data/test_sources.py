@@ -91,7 +91,7 @@ def test_progress_reaches_the_size_of_the_files(tmp_path, name):
         (b'["text"]', "line 3 holds a JSON list"),
         (b'{"body": "x", "id": 1}', "line 3 has no field 'text' (it has body, id): set text_field"),
         (b'{"text": 5}', "line 3: the field 'text' holds int, not text"),
-        (b'{"text": null}', "line 3: the field 'text' holds NoneType, not text"),
+        (b'{"text": null}', "line 3: the field 'text' is null: leave the record out"),
         (b'{"text": "\xff"}', "line 3 is not UTF-8 (byte 10)"),
         (b'{"text": "\\ud800"}', "line 3: the field 'text' holds half of a surrogate pair"),
         (b"[" * 100_000, "line 3 is not a JSON record"),
