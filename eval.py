@@ -8,7 +8,7 @@ from mixtral_jax.config import UserError
 from mixtral_jax.config_loading import home_expanded, user_path
 from mixtral_jax.console import make_console
 from mixtral_jax.distributed.processes import distributed_config, joined
-from mixtral_jax.evaluation.outputs import check_writable
+from mixtral_jax.evaluation.outputs import check_outputs
 
 MODES = ("perplexity", "context", "passkey", "routing", "tasks")
 
@@ -37,8 +37,7 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"one mode at a time: {', '.join([*named, *['tasks'] * bool(tasks)])}")
     if named == ["tasks"] and not tasks:
         raise UserError("the mode tasks needs --tasks with one or more files or names of tasks")
-    if options.json:
-        check_writable(options.json)
+    check_outputs(options.json, options.plots)
     if not Path(options.checkpoint).is_dir():  # told before anything heavy is loaded
         raise UserError(
             f"there is no checkpoint in {options.checkpoint}: name a run directory or one of its checkpoints"
@@ -54,7 +53,6 @@ def measure(options: argparse.Namespace, mode: str, tasks: list[str], overrides:
     from mixtral_jax.evaluation import modes
     from mixtral_jax.evaluation.loading import load_model
 
-    modes.check_outputs(options.json, options.plots)
     console = make_console()
     loaded = load_model(options.checkpoint, overrides, packed=mode in ("perplexity", "routing"))
     console.print(loaded.architecture.runtime.describe())

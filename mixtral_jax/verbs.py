@@ -5,6 +5,7 @@ import importlib.util
 
 from mixtral_jax.config import UserError
 from mixtral_jax.config_loading import home_expanded, user_path
+from mixtral_jax.evaluation.outputs import check_outputs
 
 
 def import_(arguments: list[str]) -> None:
@@ -76,11 +77,11 @@ def compare(arguments: list[str]) -> None:
     parser.add_argument("--plots", metavar="DIR", type=user_path, help="also draw pictures into this directory")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="for both, such as eval.mode=strided")
     options = parser.parse_intermixed_args(arguments)
+    check_outputs(options.json, options.plots)
     from mixtral_jax.console import make_console
     from mixtral_jax.evaluation.compare import compare_runs
-    from mixtral_jax.evaluation.modes import check_outputs, show
+    from mixtral_jax.evaluation.modes import show
 
-    check_outputs(options.json, options.plots)
     show(compare_runs(options.runs[0], options.runs[1], options.overrides), make_console(), options.json, options.plots)
 
 

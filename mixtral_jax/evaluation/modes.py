@@ -14,7 +14,7 @@ from mixtral_jax.distributed.processes import is_main
 from mixtral_jax.evaluation import pictures
 from mixtral_jax.evaluation.context import context_lengths, measure_contexts, num_windows
 from mixtral_jax.evaluation.loading import LoadedModel, evaluation_texts
-from mixtral_jax.evaluation.outputs import check_writable, write_json
+from mixtral_jax.evaluation.outputs import write_json
 from mixtral_jax.evaluation.passkey import DEPTHS, TRIALS, measure_passkey, passkey_lengths
 from mixtral_jax.evaluation.results import measure_with_progress, results_json, results_table
 from mixtral_jax.evaluation.routing import measure_routing, route_sample, routing_batches
@@ -151,20 +151,6 @@ MODES: dict[str, Callable[[LoadedModel], Report]] = {
     "passkey": passkey,
     "routing": routing,
 }
-
-
-def check_outputs(json_file: Path | None, plots: Path | None) -> None:
-    """Finds out before the work whether `show` will be able to write.
-
-    Raises:
-        UserError: a directory that is missing or cannot be, or no matplotlib.
-    """
-    if json_file is not None:
-        check_writable(json_file)
-    if plots is not None:
-        pictures.check_matplotlib()
-        if plots.exists() and not plots.is_dir():
-            raise UserError(f"cannot draw into {plots}: it is a file; give another directory to --plots")
 
 
 def show(report: Report, console: Console, json_file: Path | None, plots: Path | None) -> None:

@@ -1,5 +1,6 @@
-"""Numbers as a JSON file: whether it can be written, before the work, and the writing."""
+"""What a report is written to: whether that can be, before the work, and its numbers as a JSON file."""
 
+import importlib.util
 import json
 import os
 import tempfile
@@ -8,6 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_jax.config import UserError
+
+
+def check_outputs(json_file: Path | None, plots: Path | None) -> None:
+    """Finds out, before the work and before anything heavy is loaded, whether a report can be written.
+
+    Raises:
+        UserError: a directory that is missing or cannot be, or no matplotlib.
+    """
+    if json_file is not None:
+        check_writable(json_file)
+    if plots is not None:
+        if importlib.util.find_spec("matplotlib") is None:
+            raise UserError("pictures need matplotlib: pip install matplotlib, or leave --plots out")
+        if plots.exists() and not plots.is_dir():
+            raise UserError(f"cannot draw into {plots}: it is a file; give another directory to --plots")
 
 
 def check_writable(path: Path) -> None:

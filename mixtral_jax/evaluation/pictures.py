@@ -1,13 +1,11 @@
 """Pictures of what was measured, as PNG; matplotlib is imported only where one is drawn."""
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mixtral_jax.config import UserError
 from mixtral_jax.evaluation.context import ContextCurve
 from mixtral_jax.evaluation.passkey import PasskeyGrid
 from mixtral_jax.evaluation.perplexity import Evaluation
@@ -20,16 +18,12 @@ LINE = 44  # characters of a line of coloured text
 LINES = 30
 
 
-def check_matplotlib() -> None:
-    """Raises `UserError` where matplotlib is missing: before the work, not after it."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("pictures need matplotlib: pip install matplotlib, or leave --plots out")
-
-
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Any, np.ndarray]:
     """Makes a figure of width x height inches and its panels [rows, columns]."""
+    from matplotlib import rcParams
     from matplotlib.figure import Figure  # no pyplot: nothing here may depend on a display
 
+    rcParams["text.parse_math"] = False  # a name of the user's may hold dollar signs
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
