@@ -43,7 +43,9 @@ def main(arguments: list[str]) -> None:
             f"there is no checkpoint in {options.checkpoint}: name a run directory or one of its checkpoints"
         )
     distributed = distributed_config(overrides)
-    cli.prepare(distributed, next((word.partition("=")[2] for word in overrides if word.startswith("data.cache_dir=")), ""))
+    cli.prepare(
+        distributed, next((word.partition("=")[2] for word in overrides if word.startswith("data.cache_dir=")), "")
+    )
     with joined(distributed):
         measure(options, named[0], tasks, overrides)
 

@@ -8,18 +8,7 @@ from typing import Any
 
 from mixtral_jax.config import DistributedConfig, UserError
 from mixtral_jax.distributed.processes import may_be_several, speaks
-from mixtral_jax.kernels.cpu.memory import restart_with_huge_pages
-
-# Where Linux shows GPUs of NVIDIA (also under WSL and on Jetson boards) and AMD, and TPUs.
-ACCELERATORS = (
-    "/dev/nvidia*",
-    "/dev/dxg",
-    "/dev/nvhost*",
-    "/dev/nvgpu*",
-    "/dev/kfd",
-    "/dev/accel*",
-    "/dev/vfio/[0-9]*",
-)
+from mixtral_jax.kernels.cpu.memory import ACCELERATORS, restart_with_huge_pages
 
 
 def run(main: Callable[[list[str]], None], *, several: bool = False) -> None:

@@ -7,7 +7,16 @@ import os
 import sys
 
 TUNABLES = "GLIBC_TUNABLES"
-ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*")
+# Where Linux shows GPUs of NVIDIA (also under WSL and on Jetson boards) and AMD, and TPUs.
+ACCELERATORS = (
+    "/dev/nvidia*",
+    "/dev/dxg",
+    "/dev/nvhost*",
+    "/dev/nvgpu*",
+    "/dev/kfd",
+    "/dev/accel*",
+    "/dev/vfio/[0-9]*",
+)
 COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX's event, also for a program found on disk
 LONG = 0.1  # seconds of a compilation that leaves something behind
 
