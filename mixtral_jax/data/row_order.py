@@ -29,7 +29,7 @@ def choose_sources(
     left = rows.copy()  # number of the row among those that no source has taken yet
     open_rows = np.ones(len(rows), bool)
     for index in range(len(weights) - 1):
-        share = min(max(1, round(SHARES * weights[index] / sum(weights[index:]))), SHARES - 1)
+        share = _share(weights[index:])
         # Half a row of phase, so that no source waits for all others.
         before, after = (((left + step) * share + SHARES // 2) // SHARES for step in (0, 1))
         taken = open_rows & (after > before)
@@ -43,10 +43,15 @@ def rows_dealt(rows: int, weights: list[float]) -> list[int]:
     """Counts how many of the first so many rows of a run each source gives; see `choose_sources`."""
     counts = []
     for index in range(len(weights) - 1):
-        share = max(1, round(SHARES * weights[index] / sum(weights[index:])))
-        counts.append(rows * share + SHARES // 2 >> 24)
+        share = _share(weights[index:])
+        counts.append((rows * share + SHARES // 2) // SHARES)
         rows -= counts[-1]
     return [*counts, rows]
+
+
+def _share(weights: list[float]) -> int:
+    """The first one's part of a whole, which leaves something for the others."""
+    return min(max(1, round(SHARES * weights[0] / sum(weights))), SHARES - 1)
 
 
 def shuffled_rows(rows: Int64[np.ndarray, "rows"], size: int, seed: int, source: int) -> Int64[np.ndarray, "rows"]:

@@ -9,7 +9,7 @@ from mixtral_jax.config import Config, DataConfig, ModelConfig, SourceConfig, Tr
 from mixtral_jax.config_loading import replace
 from mixtral_jax.data import pipeline
 from mixtral_jax.data.pipeline import TrainingData, open_documents
-from mixtral_jax.data.row_order import choose_sources, shuffled_rows
+from mixtral_jax.data.row_order import choose_sources, rows_dealt, shuffled_rows
 
 
 def config(weights=(1.0,), batch_size=8, seq_len=16, seed=0):
@@ -108,6 +108,19 @@ def test_weights_hold_from_the_first_row_on(weights):
     far = rows + 10**10
     source, _ = choose_sources(far, weights)
     assert np.abs(np.bincount(source, minlength=len(weights)) - shares * len(far)).max() <= len(weights) + 0.01
+
+
+@pytest.mark.parametrize(
+    "weights", [[1.0], [1.0, 1.0], [0.7, 0.2, 0.1], [1e-3, 5.0, 2.0, 0.3], [1.0, 1e-9], [1e-9, 1.0], [1.0, 1e-9, 1e-9]]
+)
+def test_rows_that_are_said_to_be_dealt_are_those_that_are(weights):
+    source, place = choose_sources(np.arange(3000), weights)
+    for rows in (0, 1, 2, 3, 7, 100, 1001, 2999):
+        assert rows_dealt(rows, weights) == np.bincount(source[:rows], minlength=len(weights)).tolist()
+    for far in (20_000_000, 10**10 + 3):
+        source, place = choose_sources(np.arange(far, far + 50), weights)
+        before = {int(number): int(place[source == number][0]) for number in set(source)}
+        assert {number: rows_dealt(far, weights)[number] for number in before} == before
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 1000, 4097])

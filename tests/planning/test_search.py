@@ -8,6 +8,7 @@ import pytest
 
 from mixtral_jax.config import UserError
 from mixtral_jax.config_loading import load_config, replace
+from mixtral_jax.metrics import parameter_counts
 from mixtral_jax.planning.advice import remedies
 from mixtral_jax.planning.command import with_sizes
 from mixtral_jax.planning.estimate import estimate
@@ -85,6 +86,20 @@ def test_memory_answers_to_every_lever(v5p):
     assert all(estimate(c, topology).memory < base.memory for c in less)
     assert all(estimate(c, topology).memory > base.memory for c in more)
     assert estimate(replace(config, train={"remat": "none"}), topology).compute < base.compute
+
+
+def test_memory_of_the_state_by_hand(v5p):
+    """Parameters and both of Adam's moments; gradients; each type that is chosen changes its own part alone."""
+    config, topology = v5p
+    parameters = parameter_counts(config.model).total
+    norms_and_routers = config.model.num_layers * (2 + config.model.num_experts) * config.model.d_model
+    large = (parameters - norms_and_routers - config.model.d_model) / 64  # of a device: all axes share them
+    for params, moment, gradients, parts in ((4, 4, 4, 1), (2, 4, 4, 1), (4, 2, 4, 1), (4, 4, 2, 4), (4, 4, 4, 4)):
+        names = {4: "float32", 2: "bfloat16"}
+        types = {"params": names[params], "optimizer": names[moment], "gradients": names[gradients]}
+        guess = estimate(replace(config, precision=types, train={"microbatches": parts}), topology)
+        assert guess.state == pytest.approx(large * (params + moment + 4), rel=1e-6)
+        assert guess.gradients == pytest.approx(large * (4 + (gradients if parts > 1 else 0)), rel=1e-6)
 
 
 def test_the_larger_pod_is_faster(v5p):

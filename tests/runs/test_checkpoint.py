@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mixtral_jax.config import CheckpointConfig, UserError
 from mixtral_jax.runs import checkpoint as checkpoint_module
 from mixtral_jax.runs.checkpoint import Checkpoints, find_checkpoint
+from mixtral_jax.runs.manifest import find_damage, write_manifest
 
 
 def mesh_of(*shape):
@@ -293,3 +294,21 @@ def test_meta_tells_every_array(checkpoints):
     save(checkpoints, 1)
     meta = json.loads((checkpoints.directory / "1" / "meta.json").read_text())
     assert meta["arrays"]["params"] == {"half": [[8, 2], "bfloat16"], "wide": [[16, 8], "float32"]}
+
+
+@pytest.mark.parametrize("name", ["_METADATA", "_hidden/x", ".dot", "plain", "d/_sharding"])
+def test_a_manifest_knows_files_of_every_name(tmp_path, name):
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(b"content")
+    write_manifest(tmp_path)
+    assert find_damage(tmp_path) is None
+    file.write_bytes(b"contenT")
+    assert find_damage(tmp_path) == f"{name} is not what was written (checksum)"
+    file.write_bytes(b"content, and more")
+    assert find_damage(tmp_path) == f"{name} has 17 bytes instead of 7"
+    file.unlink()
+    assert find_damage(tmp_path) == f"{name} is missing"
+    file.write_bytes(b"content")
+    (tmp_path / "_new").write_bytes(b"")
+    assert find_damage(tmp_path) == "_new does not belong to it"

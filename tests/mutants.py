@@ -1,0 +1,240 @@
+"""The mistakes that `python -m tests.mutation` plants, one at a time: file, tests that should notice, old and new text.
+
+Every old text stands exactly once in its file; `tests/test_mutants.py` sees to that.
+"""
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    """One mistake."""
+
+    file: str  # below mixtral_jax/
+    old: str
+    new: str
+    tests: str  # below tests/
+
+
+TABLE: dict[tuple[str, str], list[tuple[str, str]]] = {
+    ("training/losses.py", "training/test_losses.py training/test_step.py"): [
+        ("jnp.sum(batch[\"loss_mask\"], dtype=FULL)", "jnp.sum(batch[\"segment_ids\"] > 0, dtype=FULL)"),
+        ("valid = (batch[\"segment_ids\"] > 0)", "valid = (batch[\"segment_ids\"] >= 0)"),
+        ("entropy = logsumexp - jnp.sum", "entropy = logsumexp + jnp.sum"),
+        ("jnp.square(logsumexp), valid", "jnp.abs(logsumexp), valid"),
+        ("return num_experts * jnp.mean(jnp.sum", "return num_experts * jnp.sum(jnp.sum"),
+        ("return num_experts * jnp.mean", "return jnp.mean"),
+        ("jax.lax.stop_gradient(load) * probs", "load * probs"),
+        ("router_z = jnp.mean(sums", "router_z = jnp.sum(sums"),
+        ("nats / jnp.maximum(counts.targets, 1)", "nats / jnp.maximum(counts.tokens, 1)"),
+        ("jnp.mean(sums.logsumexp_squared) / jnp.maximum(counts.tokens, 1)",
+         "jnp.mean(sums.logsumexp_squared) / jnp.maximum(counts.targets, 1)"),
+        ("config.router_z * router_z", "config.load_balance * router_z"),
+        ("cross_entropy + config.load_balance * load_balance", "cross_entropy + load_balance"),
+    ],
+    ("training/step.py", "training/test_step.py"): [
+        ("& jnp.isfinite(grad_norm)", "& True"),
+        ("jnp.isfinite(losses.total) &", "True &"),
+        ("\"step\": state[\"step\"] + 1", "\"step\": state[\"step\"] + 1 - skip"),
+        ("(state[\"skipped_in_a_row\"] + 1) * skip", "state[\"skipped_in_a_row\"] + skip"),
+        ("state[\"skipped\"] + skip", "skip"),
+        ("config.losses.balance_over == \"batch\" and", "config.losses.balance_over != \"batch\" and"),
+        ("jnp.sign(1 / load.shape[-1] - load)", "jnp.sign(load - 1 / load.shape[-1])"),
+        ("bias = _choose(finite, self._move_bias", "bias = _choose(True, self._move_bias"),
+        ("x.reshape(x.shape[0] // parts, parts", "x.reshape(parts, x.shape[0] // parts"),
+        ("jnp.mean(sums.entropy) /", "jnp.sum(sums.entropy) /"),
+        ("jnp.max(load) * num_experts - 1", "jnp.max(load) * num_experts"),
+        ("jnp.sum(sums.dropped) / assigned", "jnp.sum(sums.dropped)"),
+    ],
+    ("training/optimizer.py", "training/test_optimizer.py"): [
+        ("peak_step = max(0, warmup - 1)", "peak_step = max(0, warmup)"),
+        ("length = max(1, steps - 1 - peak_step)", "length = max(1, steps - peak_step)"),
+        ("config.learning_rate * config.final_learning_rate_ratio", "config.final_learning_rate_ratio"),
+        ("[length - decay]", "[length]"),
+        ("if warmup + decay > steps:", "if warmup + decay > steps + 1:"),
+        ("if warmup >= steps:", "if warmup > steps:"),
+        ("if axis != \"layers\"]) >= 2", "]) >= 2"),
+        ("count = adam.count + gradients.finite", "count = adam.count + 1"),
+        ("jnp.minimum(1, config.clip_norm", "jnp.maximum(1, config.clip_norm"),
+        ("(1 / (1 - beta**count)", "(1 / (1 - beta**(count + 1))"),
+        ("factors._replace(weight_decay=0.0)", "factors"),
+    ],
+    ("data/row_order.py", "data/test_pipeline.py"): [
+        ("counts.append((rows * share + SHARES // 2) // SHARES)", "counts.append(rows * share // SHARES)"),
+        ("+ SHARES // 2) // SHARES for step", ") // SHARES for step"),
+        ("SHARES - 1)\n", "SHARES)\n"),
+        ("max(1, round(", "max(0, round("),
+        ("open_rows &= ~taken", "open_rows &= taken"),
+        ("epoch = (rows // size)", "epoch = 0 * (rows // size)"),
+        ("np.uint64(source * ROUNDS + turn)", "np.uint64(turn)"),
+        ("values[todo] >= size", "values[todo] > size"),
+    ],
+    ("data/packing.py", "data/test_packing.py"): [
+        ("documents.num_tokens - 1) // seq_len", "documents.num_tokens) // seq_len"),
+        ("padding = places >= documents.num_tokens", "padding = places > documents.num_tokens"),
+        ("positions = np.where(padding, 0, columns - begin_of)", "positions = np.where(padding, 0, columns)"),
+        ("(segments[:, :-1] == segments[:, 1:]) & ~padding", "~padding"),
+        ("= documents.bos_id", "= 0"),
+        ("np.where(padding, 0, segments + 1)", "np.where(padding, 0, segments)"),
+    ],
+    ("data/splits.py", "data/test_splits.py"): [
+        ("wanted = holdout * cache.num_tokens", "wanted = (1 - holdout) * cache.num_tokens"),
+        ("np.random.default_rng(seed).permutation", "np.random.default_rng(0).permutation"),
+        ("held_starts[last] += cut - 1", "held_starts[last] += cut"),
+        ("sizes[last] -= tail_bytes", "sizes[last] -= 0"),
+        ("lengths[last] = cut", "lengths[last] = cut + 1"),
+    ],
+    ("runs/manifest.py", "runs/test_checkpoint.py"): [
+        ("if path.is_file() and path != directory / NAME",
+         "if path.is_file() and path != directory / NAME and path.name[0] != \"_\""),
+        ("if digest != expected:", "if False:"),
+        ("if file.stat().st_size != size:", "if False:"),
+        ("if extra:", "if False:"),
+    ],
+    ("runs/checkpoint.py", "runs/test_checkpoint.py"): [
+        ("kept = set(finished[-self.config.keep :])", "kept = set(finished[: self.config.keep])"),
+        ("if step % self.config.keep_every == 0}", "if step % self.config.keep_every == 1}"),
+        ("for step in reversed(self.steps()):", "for step in self.steps():"),
+        ("if free < needed * 1.05:", "if free < needed * 0:"),
+        ("[\"bundle\"]) != step:", "[\"bundle\"]) == -1:"),
+    ],
+    ("model/routing.py", "model/test_moe.py"): [
+        ("jax.nn.softmax(router_logits, axis=-1) + selection_bias", "jax.nn.softmax(router_logits, axis=-1)"),
+        ("return indices, jax.nn.softmax(kept, axis=-1)", "return indices, kept"),
+        ("kept = jnp.where(earlier < quota", "kept = jnp.where(earlier <= quota"),
+        ("worst = tokens * min(k, num_experts // devices)", "worst = tokens * k"),
+        ("(earlier < capacity), row", "(earlier <= capacity), row"),
+        ("math.ceil(factor * seq_len * k / num_experts)", "math.ceil(factor * seq_len / num_experts)"),
+    ],
+    ("model/moe.py", "model/test_moe.py"): [
+        ("jnp.where(valid[..., None], indices, config.num_experts)", "indices + 0"),
+        ("(kept == config.num_experts) & (experts < config.num_experts)", "(kept == config.num_experts)"),
+    ],
+    ("evaluation/windows.py", "evaluation/test_windows.py evaluation/test_perplexity.py"): [
+        ("math.ceil(context / 2)", "context"),
+        ("if predicted >= max_tokens:", "if predicted > max_tokens:"),
+        ("yield Window(index, document, begin, end, counted_from=predicted)",
+         "yield Window(index, document, begin, end, counted_from=begin)"),
+        ("begin, predicted = begin + stride, end", "begin, predicted = begin + context, end"),
+        ("begin, end = end, min(end + context, len(document))", "begin, end = end, min(end + room, len(document))"),
+        ("= np.arange(size)", "= np.arange(start, start + size)"),
+        ("= segment\n", "= 1\n"),
+        ("if size > room:", "if size >= room:"),
+    ],
+    ("evaluation/perplexity.py", "evaluation/test_perplexity.py"): [
+        ("bad = ~(chosen <= MOST_NATS)", "bad = chosen > MOST_NATS"),
+        ("len(heldout.tokens(index)) - 1 for index", "len(heldout.tokens(index)) for index"),
+        ("np.log(counts + 1.0)", "np.log(counts + 2.0)"),
+        ("math.log(counts.sum() + vocab_size)", "math.log(counts.sum() + 1)"),
+        ("pending.append(documents.tokens(index)[1:])", "pending.append(documents.tokens(index))"),
+    ],
+    ("evaluation/intervals.py", "evaluation/test_intervals.py"): [
+        ("[(1 - coverage) / 2, (1 + coverage) / 2]", "[1 - coverage, coverage]"),
+        ("len(documents) < 2 for", "len(documents) < 1 for"),
+    ],
+    ("weights/names.py", "weights/test_round_trips.py weights/parity"): [
+        ("wq\", \"(heads half pair) d_model\"", "wq\", \"(heads pair half) d_model\""),
+        ("d_ff) d_model\", part=1)", "d_ff) d_model\", part=0)"),
+        ("_HF_EXPERT + \"w1.weight\", _HF", "_HF_EXPERT + \"w3.weight\", _HF"),
+    ],
+    ("weights/upcycling.py", "weights/test_upcycling.py"): [
+        ("config.init_std * jax.random.normal", "0 * jax.random.normal"),
+        ("noise * spread * jax.random", "noise * jax.random"),
+        ("jax.random.split(key, weights.shape[0])", "jnp.stack([key] * weights.shape[0])"),
+    ],
+    ("planning/estimate.py", "planning/test_search.py"): [
+        ("own * (master + moment + WIDE)", "own * (master + WIDE)"),
+        ("(WIDE if train.microbatches == 1 else WIDE + sums)", "WIDE"),
+        ("+ 2 * vocab * d)", "+ vocab * d)"),
+        ("return max(parts) + BARE * (sum(parts) - max(parts))", "return max(parts)"),
+    ],
+    ("planning/network.py", "planning/test_network.py"): [
+        ("(2 if ring else 1) / step", "1 / step"),
+        ("worst = Seconds(max(worst.near, seconds.near)", "worst = Seconds(min(worst.near, seconds.near)"),
+        ("and length > 2", "and length > 0"),
+    ],
+    ("metrics.py", "test_metrics.py"): [
+        ("return 6.0 * (multiplied + attention)", "return 6.0 * (multiplied + 2 * attention)"),
+        ("model_flops / (num_devices * peak.value)", "model_flops / peak.value"),
+        ("layer += model.num_experts_per_tok * _expert", "layer += model.num_experts * _expert"),
+    ],
+    ("preparation/rules.py", "preparation/test_rules.py"): [
+        ("dup_line_frac=limits.duplicate_lines", "dup_line_frac=1 - limits.duplicate_lines"),
+        ("dup_para_frac=limits.duplicate_paragraphs", "dup_para_frac=limits.duplicate_lines"),
+        ("dup_line_char_frac=limits.duplicate_line_characters", "dup_line_char_frac=limits.duplicate_lines"),
+        ("tuple(sorted(limits.duplicate_ngrams.items()))", "tuple(sorted(limits.top_ngrams.items()))"),
+        ("max_avg_word_length=limits.max_mean_word_length", "max_avg_word_length=limits.min_mean_word_length"),
+        ("max_non_alpha_words_ratio=limits.min_alphabetic_words",
+         "max_non_alpha_words_ratio=1 - limits.min_alphabetic_words"),
+        ("max_bullet_lines_ratio=limits.max_bullet_lines", "max_bullet_lines_ratio=limits.max_ellipsis_lines"),
+        ("filter_no_terminal_punct=limits.terminal_punctuation", "filter_no_terminal_punct=limits.javascript"),
+        ("filter_javascript=limits.javascript", "filter_javascript=limits.policy"),
+        ("line_punct_thr=limits.min_punctuated_lines", "line_punct_thr=1 - limits.min_punctuated_lines"),
+        ("short_line_thr=limits.max_short_lines", "short_line_thr=1 - limits.max_short_lines"),
+        ("new_line_ratio=limits.max_lines_per_word", "new_line_ratio=limits.max_short_lines"),
+        ("if document.metadata[\"curated\"]:", "if not document.metadata[\"curated\"]:"),
+    ],
+    ("preparation/stages.py", "preparation/test_rules.py"): [
+        ("(\"fineweb\", rules.fineweb)", "(\"fineweb\", rules.c4)"),
+        ("(\"gopher_quality\", rules.gopher_quality)", "(\"gopher_quality\", rules.gopher_repetition)"),
+        ("if config.pii.enabled:", "if True:"),
+        ("if config.url_filter.enabled:", "if True:"),
+    ],
+    ("preparation/url_filter.py", "preparation/test_rules.py"): [
+        ("config.max_soft_words + 1", "config.max_soft_words"),
+        ("address.fqdn in self._own_domains", "False"),
+    ],
+    ("preparation/language.py", "preparation/test_rules.py"): [
+        ("if probability < self._config.min_probability:", "if probability < 1 - self._config.min_probability:"),
+    ],
+    ("preparation/words.py", "preparation/test_words.py"): [
+        ("[{UNSPACED}]|{LETTERS}", "[{UNSPACED}]+|{LETTERS}"),
+    ],
+    ("preparation/masking.py", "preparation/test_masking.py"): [
+        ("rpartition(\"..\")[2]", "rpartition(\"...\")[2]"),
+        ("(?!\\w|\\.\\d|-[A-Za-z])", "(?!\\w|-[A-Za-z])"),
+        ("if NUMBERED.search(before) else", "if False else"),
+        ("(?<![{ATOM}.])[{ATOM}.]++@", "[{ATOM}.]+@"),
+    ],
+    ("preparation/decoding.py", "preparation/test_decoding.py"): [
+        ("if whole >= SURE * broken and not other:", "if whole > SURE * broken and not other:"),
+        ("if whole >= broken and not other:", "if False:"),
+        ("guess if guess in GUESSED else WESTERN", "guess or WESTERN"),
+        ("yield found[1], \"HTTP header\"", "pass"),
+        ("COMMENT.sub(b\"\", data[:HEAD])", "data[:HEAD]"),
+        ("== \"content-type\" and (", "!= \"\" and ("),
+        ("text.count(\"\\ufffd\") - data.count", "text.count(\"\\ufffd\") + data.count"),
+        ("not label.lower().startswith(\"utf-16\")", "True"),
+    ],
+    ("preparation/decompression.py", "preparation/test_file_readers.py preparation/test_warc_records.py"): [
+        ("raw = pending[1:]", "raw = b\"\""),
+        ("and raw.strip(b\"\\0\"):", "and raw:"),
+        ("if raw[0] != DICTIONARY:", "if True:"),
+        ("if not begin and BINARY.search(raw[:16]):", "if False:"),
+    ],
+    ("preparation/warc_records.py", "preparation/test_warc_records.py preparation/test_file_readers.py"): [
+        ("ends = rest.startswith(END) or", "ends ="),
+        ("if length > self._limit:", "if False:"),
+        ("rb\"WARC/[01]", "rb\"\\nWARC/[01]"),
+    ],
+    ("preparation/warc_pages.py", "preparation/test_warc_pages.py"): [
+        ("partition(\";\")[0].strip().lower()", "strip()"),
+        ("in reversed(coding.lower()", "in (coding.lower()"),
+        ("data = found or data", "data = found"),
+        ("if len(content) > limit:", "if False:"),
+        ("transfer.strip().lower() == \"chunked\"", "False"),
+    ],
+    ("preparation/file_readers.py", "preparation/test_file_readers.py"): [
+        ("if cut or len(line) > limit:", "if cut or len(line) >= limit:"),
+        ("if \"\\0\" in text:", "if False:"),
+        ("\"surrogatepass\").decode(\"utf-16-le\", \"replace\")", "\"replace\").decode(\"utf-16-le\", \"replace\")"),
+        ("if not number and piece and", "if not number and not piece and"),
+    ],
+    ("preparation/balance.py", "preparation/test_config.py"): [
+        ("** (1 / temperature)", "** temperature"),
+        ("if count}", "if count > 50}"),
+    ],
+}  # fmt: skip
+
+MUTANTS = [
+    Mutant(file, old, new, tests) for (file, tests), changes in TABLE.items() for old, new in changes
+]  # fmt: skip
