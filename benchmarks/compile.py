@@ -13,7 +13,6 @@ import jax
 
 from benchmarks.measure import Report
 from mixtral_jax.config_loading import load_config
-from mixtral_jax.data.batch import BATCH_KEYS
 from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.runtime import make_runtime
 from mixtral_jax.training.step import Trainable
@@ -37,11 +36,8 @@ def main() -> None:
         for depth in options.depths:
             config = load_config(options.config, [f"model.num_layers={depth}", f"train.remat={remat}"])
             trainable = Trainable(Architecture(config.model, make_runtime(config)), config)
-            shape = (config.train.batch_size, config.data.seq_len)
-            types = {key: bool if key == "loss_mask" else "int32" for key in BATCH_KEYS}
-            batch = {key: jax.ShapeDtypeStruct(shape, dtype) for key, dtype in types.items()}
             begin = time.perf_counter()
-            lowered = trainable.step.lower(trainable.abstract(), batch)
+            lowered = trainable.step.lower(trainable.abstract(), trainable.abstract_batch())
             traced = time.perf_counter()
             program = lowered.compile()
             memory = program.memory_analysis()

@@ -81,6 +81,7 @@ def ours(config: Config) -> None:
     import jax
     import numpy as np
 
+    from mixtral_jax.data.batch import Batch
     from mixtral_jax.hardware import measured_matmul_peak
     from mixtral_jax.kernels.cpu.memory import return_memory
     from mixtral_jax.kernels.matmul import contract
@@ -95,13 +96,13 @@ def ours(config: Config) -> None:
     shape = (config.train.batch_size, config.data.seq_len)
     text = np.random.default_rng(0).integers(config.model.vocab_size, size=(shape[0], shape[1] + 1)).astype(np.int32)
     batch = trainable.put(
-        {
-            "tokens": text[:, :-1],
-            "targets": text[:, 1:],
-            "segment_ids": np.ones(shape, np.int32),
-            "positions": np.tile(np.arange(shape[1], dtype=np.int32), (shape[0], 1)),
-            "loss_mask": np.ones(shape, bool),
-        }
+        Batch(
+            tokens=text[:, :-1],
+            targets=text[:, 1:],
+            segment_ids=np.ones(shape, np.int32),
+            positions=np.tile(np.arange(shape[1], dtype=np.int32), (shape[0], 1)),
+            loss_mask=np.ones(shape, bool),
+        )
     )
 
     def step() -> None:

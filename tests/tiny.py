@@ -12,11 +12,13 @@ from jax.sharding import Mesh
 
 from mixtral_jax.config import Config, MeshConfig
 from mixtral_jax.config_loading import parse_config, replace
+from mixtral_jax.data.batch import Batch, HostBatch
 from mixtral_jax.kernels.backends import available
 from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.model.moe import MoE, SelectionBias
 from mixtral_jax.runtime import Runtime, make_runtime
 from mixtral_jax.sharding import MESH_AXES, make_mesh
+from mixtral_jax.training.state import TrainState
 from mixtral_jax.training.step import Trainable
 
 # Largest errors, see `oracles.error`, of products with some tens of terms and of few of them one after the other.
@@ -81,7 +83,7 @@ def packed_ids(lengths: list[list[int]], seq_len: int) -> tuple[np.ndarray, np.n
     return segment_ids, positions
 
 
-def tiny_batch(config: Config, seed: int = 0, *, ragged: bool = True) -> dict[str, np.ndarray]:
+def tiny_batch(config: Config, seed: int = 0, *, ragged: bool = True) -> HostBatch:
     """Documents of a language that can be learnt (each token follows from the last), a different load in every row."""
     rng = np.random.default_rng(seed)
     rows, seq_len, vocab = config.train.batch_size, config.data.seq_len, config.model.vocab_size
@@ -93,16 +95,16 @@ def tiny_batch(config: Config, seed: int = 0, *, ragged: bool = True) -> dict[st
     segment_ids, positions = packed_ids(lengths, seq_len)
     ends = np.pad(segment_ids[:, 1:], ((0, 0), (0, 1))) != segment_ids
     loss_mask = (segment_ids > 0) & ~ends & (rng.random(segment_ids.shape) < (0.8 if ragged else 1.1))
-    return {
-        "tokens": text[:, :-1],
-        "targets": text[:, 1:],
-        "segment_ids": segment_ids,
-        "positions": positions,
-        "loss_mask": loss_mask,
-    }
+    return Batch(
+        tokens=text[:, :-1],
+        targets=text[:, 1:],
+        segment_ids=segment_ids,
+        positions=positions,
+        loss_mask=loss_mask,
+    )
 
 
-def train(trainable: Trainable, steps: int, *, seed: int = 0) -> tuple[dict[str, Any], list[dict[str, np.ndarray]]]:
+def train(trainable: Trainable, steps: int, *, seed: int = 0) -> tuple[TrainState, list[dict[str, np.ndarray]]]:
     """Trains from scratch on `tiny_batch(seed + step)`; returns the state and the metrics of every step."""
     state = trainable.start(trainable.architecture.init(seed))
     history = []

@@ -7,11 +7,8 @@ row, save the first of each document, which nothing before it can predict.
 import numpy as np
 from jaxtyping import Int64
 
+from mixtral_jax.data.batch import Batch, HostBatch
 from mixtral_jax.data.splits import Documents
-
-# tokens, targets, segment_ids and positions: int32 [rows, seq_len]; loss_mask: bool [rows, seq_len];
-# source_ids: int32 [rows], in batches for training.
-Batch = dict[str, np.ndarray]
 
 
 def num_rows(documents: Documents, seq_len: int) -> int:
@@ -19,7 +16,7 @@ def num_rows(documents: Documents, seq_len: int) -> int:
     return -(-max(0, documents.num_tokens - 1) // seq_len)
 
 
-def pack_rows(documents: Documents, rows: Int64[np.ndarray, "rows"], seq_len: int) -> Batch:
+def pack_rows(documents: Documents, rows: Int64[np.ndarray, "rows"], seq_len: int) -> HostBatch:
     """Builds rows: tokens, the targets that follow them, and where documents begin and end.
 
     Args:
@@ -28,9 +25,8 @@ def pack_rows(documents: Documents, rows: Int64[np.ndarray, "rows"], seq_len: in
         seq_len: tokens of a row.
 
     Returns:
-        All [rows, seq_len]: `tokens` and `targets`, int32; `segment_ids`, int32, 1 for the first document of the row
-        and so on, 0 for padding; `positions`, int32, 0 at the begin of a document or of the row; `loss_mask`, bool,
-        where the target is a token of the same document.
+        A batch [rows, seq_len]. A document that goes on from the row before begins anew, at position 0; a target counts
+        where it is a token of the same document.
     """
     columns = np.arange(seq_len + 1)
     row_starts = rows * seq_len
@@ -56,10 +52,10 @@ def pack_rows(documents: Documents, rows: Int64[np.ndarray, "rows"], seq_len: in
     tokens[padding] = 0
     begin_of = np.maximum.accumulate(np.where(begins, columns, 0), axis=1)
     positions = np.where(padding, 0, columns - begin_of)
-    return {
-        "tokens": tokens[:, :-1],
-        "targets": tokens[:, 1:],
-        "segment_ids": np.where(padding, 0, segments + 1)[:, :-1].astype(np.int32),
-        "positions": positions[:, :-1].astype(np.int32),
-        "loss_mask": (segments[:, :-1] == segments[:, 1:]) & ~padding[:, 1:],
-    }
+    return Batch(
+        tokens=tokens[:, :-1],
+        targets=tokens[:, 1:],
+        segment_ids=np.where(padding, 0, segments + 1)[:, :-1].astype(np.int32),
+        positions=positions[:, :-1].astype(np.int32),
+        loss_mask=(segments[:, :-1] == segments[:, 1:]) & ~padding[:, 1:],
+    )

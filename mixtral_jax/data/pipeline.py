@@ -4,10 +4,12 @@ import hashlib
 import json
 
 import numpy as np
+from jaxtyping import Int64
 
 from mixtral_jax.config import Config, UserError
+from mixtral_jax.data.batch import HostBatch, padding
 from mixtral_jax.data.cache_files import cache_directory
-from mixtral_jax.data.packing import Batch, num_rows, pack_rows
+from mixtral_jax.data.packing import num_rows, pack_rows
 from mixtral_jax.data.row_order import choose_sources, rows_dealt, shuffled_rows
 from mixtral_jax.data.sources import check_sources
 from mixtral_jax.data.splits import Documents, split_documents
@@ -74,25 +76,25 @@ class TrainingData:
         # Tells whether a run that goes on would see the same rows.
         self.fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
-    def batch(self, step: int, rows: slice | None = None) -> Batch:
+    def sources(self, step: int, rows: slice | None = None) -> tuple[Int64[np.ndarray, "rows"], ...]:
+        """Finds, for the rows of `batch`, the number of each row's source and its place in that source's order."""
+        chosen = np.arange(self._batch_size, dtype=np.int64)[rows or slice(None)] + step * self._batch_size
+        return choose_sources(chosen, self._weights)
+
+    def batch(self, step: int, rows: slice | None = None) -> HostBatch:
         """Builds the batch of a step, or the part of it that one host feeds.
 
         Args:
             step: number of the step, from 0 on.
             rows: which rows of the batch; all of them if None.
-
-        Returns:
-            What `pack_rows` gives, and `source_ids`, int32 [rows]: the number of each row's source.
         """
-        chosen = np.arange(self._batch_size, dtype=np.int64)[rows or slice(None)] + step * self._batch_size
-        sources, places = choose_sources(chosen, self._weights)
-        batch: Batch = {"source_ids": sources.astype(np.int32)}
+        sources, places = self.sources(step, rows)
+        batch = padding(len(sources), self._seq_len)
         for source in np.unique(sources):
             here = sources == source
             numbers = shuffled_rows(places[here], self._rows[source], self._seed, int(source))
-            for name, part in pack_rows(self._documents[source], numbers, self._seq_len).items():
-                whole = batch.setdefault(name, np.empty((len(chosen), self._seq_len), part.dtype))
-                whole[here] = part
+            for name, part in vars(pack_rows(self._documents[source], numbers, self._seq_len)).items():
+                getattr(batch, name)[here] = part
         return batch
 
     def progress(self, steps: int) -> dict[str, int | float]:

@@ -4,18 +4,18 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any
+from typing import Generic, TypeVar
 
-Batch = dict[str, Any]  # arrays, of the host or on devices
+T = TypeVar("T")
 
 
-class Prefetcher:
+class Prefetcher(Generic[T]):
     """Iterates over `make(step)` for the steps from `start` to below `stop`, a few made ahead.
 
     Use it as a context manager, or call `close`.
     """
 
-    def __init__(self, make: Callable[[int], Batch], start: int, stop: int, depth: int = 2):
+    def __init__(self, make: Callable[[int], T], start: int, stop: int, depth: int = 2):
         """Starts the thread.
 
         Args:
@@ -24,12 +24,12 @@ class Prefetcher:
             stop: step after the last.
             depth: batches that wait at most.
         """
-        self._queue: queue.Queue[Batch | BaseException | None] = queue.Queue(depth)
+        self._queue: queue.Queue[T | BaseException | None] = queue.Queue(depth)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._work, args=(make, start, stop), daemon=True, name="prefetch")
         self._thread.start()
 
-    def _work(self, make: Callable[[int], Batch], start: int, stop: int) -> None:
+    def _work(self, make: Callable[[int], T], start: int, stop: int) -> None:
         try:
             for step in range(start, stop):
                 if not self._put(make(step)):
@@ -38,7 +38,7 @@ class Prefetcher:
         except BaseException as error:
             self._put(error)
 
-    def _put(self, item: Batch | BaseException | None) -> bool:
+    def _put(self, item: T | BaseException | None) -> bool:
         """Waits for room; False when the consumer has gone."""
         while not self._closed.is_set():
             try:
@@ -48,11 +48,11 @@ class Prefetcher:
                 continue
         return False
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[T]:
         """Yields the batches in the order of their steps."""
         while not self._closed.is_set():
             item = self._queue.get()
-            if isinstance(item, dict):
+            if item is not None and not isinstance(item, BaseException):
                 yield item
                 continue
             self.close()
@@ -64,7 +64,7 @@ class Prefetcher:
         self._closed.set()
         self._thread.join()
 
-    def __enter__(self) -> "Prefetcher":
+    def __enter__(self) -> "Prefetcher[T]":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -124,9 +124,9 @@ def measure_contexts(
         while chosen := list(islice(stretches, rows)):
             batch = _batch(chosen, context, rows)
             if context == longest:
-                batch["loss_mask"][: len(chosen)] = True  # for the curve over positions
+                batch.loss_mask[: len(chosen)] = True  # for the curve over positions
             scores = score(batch).nats
-            finite_nats(scores, batch["loss_mask"], f"source '{documents.name}'", f"a window of {context:,} tokens")
+            finite_nats(scores, batch.loss_mask, f"source '{documents.name}'", f"a window of {context:,} tokens")
             for row, stretch in enumerate(chosen):
                 values = scores[row].astype(np.float64)
                 nats[number, stretch.window] += values[-stretch.asked :].sum()
@@ -169,8 +169,8 @@ def _stretches(windows: Iterator[np.ndarray], context: int, targets: int) -> Ite
 def _batch(stretches: Sequence[_Stretch], context: int, rows: int) -> HostBatch:
     batch = empty_batch(rows, context)
     for row, stretch in enumerate(stretches):
-        batch["tokens"][row], batch["targets"][row] = stretch.tokens[:-1], stretch.tokens[1:]
-        batch["segment_ids"][row] = 1
-        batch["positions"][row] = np.arange(context)
-        batch["loss_mask"][row, -stretch.asked :] = True
+        batch.tokens[row], batch.targets[row] = stretch.tokens[:-1], stretch.tokens[1:]
+        batch.segment_ids[row] = 1
+        batch.positions[row] = np.arange(context)
+        batch.loss_mask[row, -stretch.asked :] = True
     return batch

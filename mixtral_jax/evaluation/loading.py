@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mixtral_jax.compiled import keep_compiled
 from mixtral_jax.config import Config, SourceConfig, UserError
@@ -14,7 +13,7 @@ from mixtral_jax.data.token_cache import open_or_build
 from mixtral_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mixtral_jax.distributed.processes import main_first
 from mixtral_jax.evaluation.windows import window_sizes
-from mixtral_jax.model.mixtral import Architecture
+from mixtral_jax.model.mixtral import Architecture, Arrays
 from mixtral_jax.runs.checkpoint import find_checkpoint
 from mixtral_jax.runtime import check_sequence, make_runtime
 from mixtral_jax.sharding import ANY_MESH
@@ -28,7 +27,7 @@ class LoadedModel:
     trained_on: list[SourceConfig]
     step: int
     architecture: Architecture
-    arrays: dict[str, Any]
+    arrays: Arrays
     tokenizer: Tokenizer
 
 

@@ -113,9 +113,9 @@ def measure(
         counts = _document_sizes(documents, eval)
         batches = num_batches(documents, eval, seq_len)
         for done, batch in enumerate(evaluation_batches(documents, eval, seq_len), 1):
-            mask = batch["loss_mask"]
+            mask = batch.loss_mask
             nats = finite_nats(score(batch).nats, mask, f"source '{documents.name}'", f"batch {done} of {batches}")
-            which = batch["documents"][mask]
+            which = batch.documents[mask]
             counts[:, 0] += np.bincount(which, minlength=len(counts))
             counts[:, 2] += np.bincount(which, weights=nats, minlength=len(counts))
             if on_batch is not None:

@@ -8,8 +8,8 @@ import numpy as np
 
 from mixtral_jax.config import UserError
 from mixtral_jax.evaluation.perplexity import finite_nats
-from mixtral_jax.evaluation.scoring import HostBatch, Score
-from mixtral_jax.evaluation.windows import empty_batch
+from mixtral_jax.evaluation.scoring import Score
+from mixtral_jax.evaluation.windows import EvaluationBatch, empty_batch
 
 SHORTEST_ROW = 64  # tokens
 GROWTH = 4  # from one row length to the next
@@ -119,9 +119,9 @@ def score_requests(
     for number, (batch, members) in enumerate(_batches(requests, plan_rows(sizes, lengths, share=share_rows),
                                                        batch_tokens), 1):  # fmt: skip
         scores = score(batch)
-        mask = batch["loss_mask"]
+        mask = batch.loss_mask
         values = finite_nats(scores.nats, mask, what, f"batch {number}")
-        which = batch["documents"][mask]
+        which = batch.documents[mask]
         nats += np.bincount(which, weights=values, minlength=len(requests))
         greedy[which[~scores.greedy[mask]]] = False
         done += members
@@ -132,7 +132,7 @@ def score_requests(
 
 def _batches(
     requests: Sequence[Request], rows: Sequence[RowPlan], batch_tokens: int
-) -> Iterator[tuple[HostBatch, int]]:
+) -> Iterator[tuple[EvaluationBatch, int]]:
     """Yields batches as `evaluation_batches` does, `documents` being the requests' numbers, and their requests."""
     start = 0
     while start < len(rows):
@@ -151,12 +151,12 @@ def _batches(
                 request = requests[index]
                 size = len(request.tokens) - 1
                 here = slice(column, column + size)
-                batch["tokens"][row, here] = request.tokens[:-1]
-                batch["targets"][row, here] = request.tokens[1:]
-                batch["segment_ids"][row, here] = segment
-                batch["positions"][row, here] = np.arange(size)
-                batch["documents"][row, here] = index
-                batch["loss_mask"][row, column + request.scored_from - 1 : column + size] = True
+                batch.tokens[row, here] = request.tokens[:-1]
+                batch.targets[row, here] = request.tokens[1:]
+                batch.segment_ids[row, here] = segment
+                batch.positions[row, here] = np.arange(size)
+                batch.documents[row, here] = index
+                batch.loss_mask[row, column + request.scored_from - 1 : column + size] = True
                 column += size
             members += len(plan.requests)
         yield batch, members

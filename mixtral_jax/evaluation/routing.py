@@ -109,7 +109,7 @@ def measure_routing(
     """
     counts = []
     for done, batch in enumerate(evaluation_batches(documents, eval, seq_len), 1):
-        counts.append(count_routes(route(batch), batch["segment_ids"], num_experts))
+        counts.append(count_routes(route(batch), batch.segment_ids, num_experts))
         if on_batch is not None:
             on_batch(done)
     if not counts:
@@ -149,9 +149,9 @@ def route_sample(route: Route, documents: Documents, decode: Decode, length: int
     index = next((i for i, size in enumerate(sizes) if size >= wanted), int(np.argmax(sizes)))
     tokens = documents.tokens(index)[:wanted]
     batch = empty_batch(1, length)
-    batch["tokens"][0, : len(tokens)] = tokens
-    batch["segment_ids"][0, : len(tokens)] = 1
-    batch["positions"][0, : len(tokens)] = np.arange(len(tokens))
+    batch.tokens[0, : len(tokens)] = tokens
+    batch.segment_ids[0, : len(tokens)] = 1
+    batch.positions[0, : len(tokens)] = np.arange(len(tokens))
     return RoutedText(documents.name, decode_pieces(decode, tokens), route(batch)[0, : len(tokens)])
 
 

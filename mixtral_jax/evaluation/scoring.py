@@ -12,13 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mixtral_jax.data.batch import BATCH_KEYS, Batch, put_batch
+from mixtral_jax.data.batch import Batch, HostBatch, put_batch
 from mixtral_jax.kernels.cross_entropy import token_losses
-from mixtral_jax.model.mixtral import Architecture, Mixtral
+from mixtral_jax.model.mixtral import Architecture, Arrays, Mixtral
 from mixtral_jax.sharding import axis_size, named_sharding
 from mixtral_jax.zigzag import column_order
-
-HostBatch = dict[str, np.ndarray]
 
 
 class TokenScores(NamedTuple):
@@ -34,30 +32,30 @@ Score = Callable[[HostBatch], TokenScores]
 Route = Callable[[HostBatch], np.ndarray]
 
 
-def make_scorer(architecture: Architecture) -> Callable[[dict[str, Any]], Score]:
+def make_scorer(architecture: Architecture) -> Callable[[Arrays], Score]:
     """Compiles scoring once a shape and returns a function from a model's arrays to a scorer of host batches."""
     runtime = architecture.runtime
 
     def scores(model: Mixtral, batch: Batch) -> Any:
-        x, _ = model(batch["tokens"], batch["segment_ids"], batch["positions"])
+        x, _ = model(batch.tokens, batch.segment_ids, batch.positions)
         settings: dict[str, Any] = {"mesh": runtime.mesh, "backend": runtime.matmul, "chunk": runtime.loss_chunk}
-        return token_losses(x, model.head(), batch["targets"], **settings)
+        return token_losses(x, model.head(), batch.targets, **settings)
 
     compiled = _compile(architecture, scores)
 
-    def with_arrays(arrays: dict[str, Any]) -> Score:
+    def with_arrays(arrays: Arrays) -> Score:
         call = compiled(arrays)
         return lambda batch: TokenScores(*call(batch))
 
     return with_arrays
 
 
-def make_router(architecture: Architecture) -> Callable[[dict[str, Any]], Route]:
+def make_router(architecture: Architecture) -> Callable[[Arrays], Route]:
     """Compiles routing once a shape and returns a function from a model's arrays to the routes of host batches."""
     small = jnp.uint8 if architecture.config.num_experts <= 1 << 8 else jnp.uint16
 
     def routes(model: Mixtral, batch: Batch) -> jax.Array:
-        _, router = model(batch["tokens"], batch["segment_ids"], batch["positions"])
+        _, router = model(batch.tokens, batch.segment_ids, batch.positions)
         return jnp.moveaxis(router.expert_indices, 0, 2).astype(small)
 
     return _compile(architecture, routes)
@@ -65,7 +63,7 @@ def make_router(architecture: Architecture) -> Callable[[dict[str, Any]], Route]
 
 def _compile(
     architecture: Architecture, outputs: Callable[[Mixtral, Batch], Any]
-) -> Callable[[dict[str, Any]], Callable[[HostBatch], Any]]:
+) -> Callable[[Arrays], Callable[[HostBatch], Any]]:
     """Makes a function of a model's arrays and of host batches out of one on the device.
 
     Args:
@@ -78,14 +76,12 @@ def _compile(
     devices = axis_size(mesh, "batch")
     compiled = jax.jit(lambda arrays, batch: outputs(architecture.bind(arrays), batch), out_shardings=replicated)
 
-    def with_arrays(arrays: dict[str, Any]) -> Callable[[HostBatch], Any]:
-        arrays = {name: arrays[name] for name in ("params", "selection_bias")}
-
+    def with_arrays(arrays: Arrays) -> Callable[[HostBatch], Any]:
         def call(batch: HostBatch) -> Any:
-            rows = len(batch["tokens"])
+            rows = len(batch.tokens)
             pad = ((0, -rows % devices), (0, 0))  # every device gets a row; empty rows count nothing
-            padded = {key: np.pad(batch[key], pad) for key in BATCH_KEYS}
-            column_of = np.argsort(column_order(batch["tokens"].shape[1], mesh.shape["context"]))
+            padded = jax.tree.map(lambda x: np.pad(x, pad), batch)
+            column_of = np.argsort(column_order(batch.tokens.shape[1], mesh.shape["context"]))
             return jax.tree.map(
                 lambda x: np.asarray(x)[:rows, column_of], compiled(arrays, put_batch(padded, sharding))
             )

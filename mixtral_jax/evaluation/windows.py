@@ -10,8 +10,11 @@ from itertools import islice
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Int32
 
 from mixtral_jax.config import EvalConfig
+from mixtral_jax.data.batch import Batch, padding
+from mixtral_jax.pytree import pytree
 
 
 @runtime_checkable
@@ -40,6 +43,14 @@ class Documents(Protocol):
     def num_bytes(self, index: int) -> int:
         """Returns the length of a document's text in UTF-8 bytes."""
         ...
+
+
+@pytree
+@dataclass(frozen=True, eq=False)
+class EvaluationBatch(Batch[np.ndarray]):
+    """A batch whose targets are counted by document."""
+
+    documents: Int32[np.ndarray, "batch seq"]  # number of the document, where it is not padding
 
 
 @dataclass(frozen=True)
@@ -79,7 +90,7 @@ def num_selected(documents: Documents, max_tokens: int) -> int:
     return documents.num_documents
 
 
-def evaluation_batches(documents: Documents, eval: EvalConfig, seq_len: int) -> Iterator[dict[str, np.ndarray]]:
+def evaluation_batches(documents: Documents, eval: EvalConfig, seq_len: int) -> Iterator[EvaluationBatch]:
     """Cuts documents into batches of one fixed shape.
 
     - packed: documents follow one another through the rows as in training; one that crosses the end of a row goes on
@@ -97,9 +108,7 @@ def evaluation_batches(documents: Documents, eval: EvalConfig, seq_len: int) -> 
         seq_len: tokens of a training row; the context where `eval` sets none.
 
     Yields:
-        Arrays [batch_size, context]: `tokens` and `targets` (int32), `segment_ids` (int32, from 1 in each row; 0 is
-        padding), `positions` (int32, from 0 in each segment), `loss_mask` (bool: predict this target) and `documents`
-        (int32: which document of the source, where it is not padding).
+        Batches [batch_size, context].
     """
     context, _ = window_sizes(eval, seq_len)
     rows = _rows(documents, eval, seq_len)
@@ -111,20 +120,19 @@ def evaluation_batches(documents: Documents, eval: EvalConfig, seq_len: int) -> 
                 size = window.end - window.begin
                 targets = window.document[window.begin + 1 : window.end + 1]  # one less where the document ends
                 here, predicted = slice(start, start + size), slice(start, start + len(targets))
-                batch["tokens"][row, here] = window.document[window.begin : window.end]
-                batch["targets"][row, predicted] = targets
-                batch["segment_ids"][row, here] = segment
-                batch["documents"][row, here] = window.index
-                batch["positions"][row, here] = np.arange(size)
-                batch["loss_mask"][row, start + window.counted_from - window.begin : predicted.stop] = True
+                batch.tokens[row, here] = window.document[window.begin : window.end]
+                batch.targets[row, predicted] = targets
+                batch.segment_ids[row, here] = segment
+                batch.documents[row, here] = window.index
+                batch.positions[row, here] = np.arange(size)
+                batch.loss_mask[row, start + window.counted_from - window.begin : predicted.stop] = True
                 start += size
         yield batch
 
 
-def empty_batch(rows: int, length: int) -> dict[str, np.ndarray]:
+def empty_batch(rows: int, length: int) -> EvaluationBatch:
     """Makes a batch of nothing but padding; see `evaluation_batches`."""
-    names = ("tokens", "targets", "segment_ids", "positions", "documents")
-    return {name: np.zeros((rows, length), np.int32) for name in names} | {"loss_mask": np.zeros((rows, length), bool)}
+    return EvaluationBatch(**vars(padding(rows, length)), documents=np.zeros((rows, length), np.int32))
 
 
 def num_batches(documents: Documents, eval: EvalConfig, seq_len: int) -> int:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from mixtral_jax.config import UserError
 from mixtral_jax.model.attention import KV_HEADS
 from mixtral_jax.model.layers import embed, rotary_tables, rotate
-from mixtral_jax.model.mixtral import Architecture, Mixtral
+from mixtral_jax.model.mixtral import Architecture, Arrays, Mixtral
 from mixtral_jax.precision import FULL
 from mixtral_jax.sharding import axis_size, constrain, named_sharding
 
@@ -96,7 +96,7 @@ def _attend(q: Array, keys: Array, values: Array, visible: Array) -> Array:
     return out.reshape(batch, seq, heads, head_dim).astype(q.dtype)
 
 
-def make_generator(architecture: Architecture) -> Callable[[dict[str, Any]], Generate]:
+def make_generator(architecture: Architecture) -> Callable[[Arrays], Generate]:
     """Compiles decoding once a shape and returns a function from a model's arrays to a generator; see `_generate`.
 
     Raises:
@@ -139,8 +139,7 @@ def make_generator(architecture: Architecture) -> Callable[[dict[str, Any]], Gen
         (cache, last), tokens = jax.lax.scan(step, (cache, last), jnp.arange(STEPS, dtype=jnp.int32))
         return cache, last, jax.lax.with_sharding_constraint(tokens.T, replicated)
 
-    def with_arrays(arrays: dict[str, Any]) -> Generate:
-        arrays = {name: arrays[name] for name in ("params", "selection_bias")}
+    def with_arrays(arrays: Arrays) -> Generate:
         multiple = axis_size(mesh, "batch")
         return partial(_generate, multiple, start, partial(prefill, arrays), partial(draw, arrays))
 

@@ -1,19 +1,17 @@
 """One sampled continuation, by running the whole window again for every token: simple, for short texts."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixtral_jax.model.mixtral import Architecture
+from mixtral_jax.model.mixtral import Architecture, Arrays
 from mixtral_jax.sharding import axis_size
 from mixtral_jax.zigzag import column_order, sequence_multiple
 
 
 def sample(
     architecture: Architecture,
-    arrays: dict[str, Any],
+    arrays: Arrays,
     prompt: list[int],
     *,
     new_tokens: int,
@@ -41,7 +39,7 @@ def sample(
     length += -length % sequence_multiple(devices)
     position_of = column_order(length, devices)  # the model's columns are in this order
 
-    def draw(arrays: dict[str, Any], tokens: jax.Array, key: jax.Array) -> jax.Array:
+    def draw(arrays: Arrays, tokens: jax.Array, key: jax.Array) -> jax.Array:
         model = architecture.bind(arrays)
         index = jnp.asarray(position_of, jnp.int32)
         column_of = jnp.argsort(index)
@@ -59,7 +57,6 @@ def sample(
 
     padded = np.zeros(length, np.int32)
     padded[: len(prompt)] = prompt
-    arrays = {name: arrays[name] for name in ("params", "selection_bias")}
     tokens = np.asarray(jax.jit(draw)(arrays, padded, jax.random.key(seed)))
     drawn = tokens[len(prompt) : len(prompt) + new_tokens].tolist()
     return drawn[: drawn.index(stop)] if stop in drawn else drawn

@@ -1,11 +1,11 @@
 """The decoder: embedding, scanned layers, final norm and output matrix."""
 
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.kernels.expert_ffn import ExpertStack
@@ -109,12 +109,15 @@ class Mixtral(nnx.Module):
         return jnp.einsum("bsd,dv->bsv", x, self.head(), preferred_element_type=FULL)
 
 
-class Architecture:
-    """A model without its arrays: shapes, logical axes, and the way from plain arrays to a callable `Mixtral`.
+class Arrays(TypedDict):
+    """Nested dicts of a model's arrays (or of shapes, axes, shardings): what is trained, saved, imported, exported."""
 
-    The arrays live in a plain nested dict {"params": ..., "selection_bias": ...}, which is what is trained, saved,
-    sharded, imported and exported.
-    """
+    params: PyTree
+    selection_bias: PyTree
+
+
+class Architecture:
+    """A model without its arrays: shapes, logical axes, and the way from plain arrays to a callable `Mixtral`."""
 
     def __init__(self, config: ModelConfig, runtime: Runtime):
         self.config = config
@@ -123,22 +126,22 @@ class Architecture:
         split: Any = nnx.split(abstract, nnx.Param, SelectionBias)
         self._graph, self._params, self._bias = split
 
-    def init(self, seed: int) -> dict[str, Any]:
+    def init(self, seed: int) -> Arrays:
         """Creates the arrays from a seed, each device only its own part; the same numbers on every mesh."""
 
-        def create(key: Array) -> dict[str, Any]:
+        def create(key: Array) -> Arrays:
             model = Mixtral(self.config, self.runtime, rngs=nnx.Rngs(params=key))
             params, bias = nnx.state(model, nnx.Param), nnx.state(model, SelectionBias)
             return {"params": nnx.to_pure_dict(params), "selection_bias": nnx.to_pure_dict(bias)}
 
         return jax.jit(create, out_shardings=self.shardings())(jax.random.key(seed))
 
-    def abstract(self) -> dict[str, Any]:
+    def abstract(self) -> Arrays:
         """Returns the tree of shapes, types and shardings."""
         shapes = {"params": nnx.to_pure_dict(self._params), "selection_bias": nnx.to_pure_dict(self._bias)}
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.shardings())
 
-    def axes(self) -> dict[str, Any]:
+    def axes(self) -> Arrays:
         """Returns the tree of logical axes."""
 
         def named(path: Any, variable: nnx.Variable) -> Axes:
@@ -151,17 +154,17 @@ class Architecture:
         ]
         return {"params": nnx.to_pure_dict(trees[0]), "selection_bias": nnx.to_pure_dict(trees[1])}
 
-    def shardings(self) -> dict[str, Any]:
+    def shardings(self) -> Arrays:
         """Returns the tree of shardings on the runtime's mesh."""
         mesh = self.runtime.mesh
         return jax.tree.map(
             lambda axes: named_sharding(mesh, axes), self.axes(), is_leaf=lambda x: isinstance(x, tuple)
         )
 
-    def bind(self, arrays: dict[str, Any]) -> Mixtral:
+    def bind(self, arrays: Arrays) -> Mixtral:
         """Puts arrays into a model that can be called."""
         states = [
-            jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(arrays[name]))
-            for state, name in ((self._params, "params"), (self._bias, "selection_bias"))
+            jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(tree))
+            for state, tree in ((self._params, arrays["params"]), (self._bias, arrays["selection_bias"]))
         ]
         return nnx.merge(self._graph, *states)

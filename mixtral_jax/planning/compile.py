@@ -7,17 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from mixtral_jax.config import Config, UserError
-from mixtral_jax.data.batch import BATCH_KEYS
 from mixtral_jax.hardware import GIB
 from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.planning.topology import Topology, quiet
 from mixtral_jax.runtime import Runtime, make_runtime
 from mixtral_jax.sharding import make_mesh
+from mixtral_jax.training.state import TrainState
 from mixtral_jax.training.step import Trainable
 
 # What libtpu says when the whole program or its temporaries alone exceed the chip.
@@ -41,7 +40,7 @@ class Memory:
     """Bytes of one device."""
 
     parameters: float
-    optimizer: float  # moments and counters
+    optimizer: float  # moments, counters and selection bias
     batch: float
     temporaries: float  # gradients, activations and buffers, at their highest
     aliased: float  # results that take the place of arguments
@@ -81,7 +80,7 @@ def compile_step(config: Config, topology: Topology) -> Program:
     state = trainable.abstract()
     try:
         with quiet():
-            compiled = trainable.step.lower(state, abstract_batch(trainable)).compile()
+            compiled = trainable.step.lower(state, trainable.abstract_batch()).compile()
     except jax.errors.JaxRuntimeError as error:
         raise _explained(error) from None
     return Program(
@@ -94,13 +93,6 @@ def compile_step(config: Config, topology: Topology) -> Program:
     )
 
 
-def abstract_batch(trainable: Trainable) -> dict[str, Any]:
-    """Describes a batch: shape, type and sharding."""
-    shape = (trainable.config.train.batch_size, trainable.config.data.seq_len)
-    types = {key: jnp.bool_ if key == "loss_mask" else jnp.int32 for key in BATCH_KEYS}
-    return {key: jax.ShapeDtypeStruct(shape, dtype, sharding=trainable.batch_sharding) for key, dtype in types.items()}
-
-
 def bytes_per_device(tree: Any) -> float:
     """Adds up what one device holds of a tree of abstract arrays."""
     return float(
@@ -108,9 +100,9 @@ def bytes_per_device(tree: Any) -> float:
     )
 
 
-def _memory(stats: Any, state: dict[str, Any]) -> Memory:
-    parameters = bytes_per_device(state["params"])
-    rest = bytes_per_device({key: value for key, value in state.items() if key != "params"})
+def _memory(stats: Any, state: TrainState) -> Memory:
+    parameters = bytes_per_device(state.params)
+    rest = bytes_per_device(state) - parameters
     arguments, aliased = float(stats.argument_size_in_bytes), float(stats.alias_size_in_bytes)
     # The highest use at one time; `temp_size_in_bytes` adds up heaps that TPU programs do not fill together.
     peak = float(stats.peak_memory_in_bytes)

@@ -11,14 +11,15 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jaxtyping import PyTree
 
 from mixtral_jax.config import CheckpointConfig, UserError
 from mixtral_jax.distributed.processes import barrier, from_main, is_main
@@ -31,6 +32,8 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 META = "meta.json"
 FILES = 256  # more than a checkpoint has, with what is made and removed on the way
+
+Parts = TypeVar("Parts", bound=Mapping[str, PyTree])
 
 
 class Checkpoints:
@@ -64,7 +67,7 @@ class Checkpoints:
             return []
         return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal())
 
-    def save(self, step: int, state: dict[str, Any], meta: dict[str, Any], files: dict[str, bytes]) -> None:
+    def save(self, step: int, state: Mapping[str, PyTree], meta: dict[str, Any], files: dict[str, bytes]) -> None:
         """Saves in the background; the state's buffers may be donated as soon as this returns.
 
         Args:
@@ -95,7 +98,7 @@ class Checkpoints:
     def save_streamed(
         self,
         step: int,
-        state: dict[str, Any],
+        state: Mapping[str, PyTree],
         meta: dict[str, Any],
         files: dict[str, bytes],
         advance: Callable[[int], None],
@@ -124,7 +127,7 @@ class Checkpoints:
             raise self._failure(step, error) from error
         self._retain(step)
 
-    def _make(self, bundle: Path, state: dict[str, Any], files: dict[str, bytes]) -> None:
+    def _make(self, bundle: Path, state: Mapping[str, PyTree], files: dict[str, bytes]) -> None:
         """Makes a bundle that lacks only the arrays and the manifest."""
         self.directory.mkdir(parents=True, exist_ok=True)
         self._check_room(state)
@@ -195,9 +198,7 @@ class Checkpoints:
                 f"{error.filename} is missing: checkpoints must lie on storage that all processes share"
             ) from None
 
-    def restore(
-        self, step: int, abstract: dict[str, Any], advance: Callable[[int], None] | None = None
-    ) -> dict[str, Any]:
+    def restore(self, step: int, abstract: Parts, advance: Callable[[int], None] | None = None) -> Parts:
         """Restores the named parts of a state onto any devices.
 
         Args:
@@ -220,10 +221,11 @@ class Checkpoints:
                 restored: Any = reader.restore(bundle / "state", args=ocp.args.Composite(**items))
         else:
             restored = {name: read_arrays(bundle / "state" / name, part, advance) for name, part in named.items()}
-        return {
+        parts = {
             name: jax.tree.unflatten(jax.tree.structure(part), [restored[name][key] for key in _named(part)])
             for name, part in abstract.items()
         }
+        return cast(Parts, parts)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -265,8 +267,8 @@ class Checkpoints:
                 (bundle / MANIFEST).unlink(missing_ok=True)  # a half-removed bundle must not look like a damaged one
                 shutil.rmtree(bundle)
 
-    def _check_room(self, state: dict[str, Any]) -> None:
-        needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    def _check_room(self, state: Mapping[str, PyTree]) -> None:
+        needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(dict(state)))
         free = shutil.disk_usage(self.directory).free
         if free < needed * 1.05:
             raise UserError(

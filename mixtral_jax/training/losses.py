@@ -46,12 +46,12 @@ class Losses(NamedTuple):
 
 def count(batch: Batch) -> Counts:
     """Counts targets and tokens of a batch."""
-    return Counts(jnp.sum(batch["loss_mask"], dtype=FULL), jnp.sum(batch["segment_ids"] > 0, dtype=FULL))
+    return Counts(jnp.sum(batch.loss_mask, dtype=FULL), jnp.sum(batch.segment_ids > 0, dtype=FULL))
 
 
 def router_sums(router: RouterOutput, batch: Batch) -> RouterSums:
     """Sums the router's statistics over the tokens that are not padding."""
-    valid = (batch["segment_ids"] > 0).astype(FULL)
+    valid = (batch.segment_ids > 0).astype(FULL)
     num_experts = router.router_logits.shape[-1]
     logsumexp = jax.nn.logsumexp(router.router_logits, axis=-1)
     probs = jnp.exp(router.router_logits - logsumexp[..., None])
@@ -104,13 +104,13 @@ def compute_losses(
         load: f over the whole batch; None counts it over this part.
         config: coefficients.
     """
-    x, router = model(batch["tokens"], batch["segment_ids"], batch["positions"])
+    x, router = model(batch.tokens, batch.segment_ids, batch.positions)
     runtime = model.runtime
     nats = cross_entropy_sum(
         x,
         model.head(),
-        batch["targets"],
-        batch["loss_mask"],
+        batch.targets,
+        batch.loss_mask,
         mesh=runtime.mesh,
         backend=runtime.matmul,
         chunk=runtime.loss_chunk,

@@ -8,10 +8,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from mixtral_jax.config import Config
-from mixtral_jax.data.batch import BATCH_KEYS, Batch, put_batch
+from mixtral_jax.data.batch import Batch, HostBatch, abstract_batch, put_batch
 from mixtral_jax.kernels.adamw import global_norm
-from mixtral_jax.model.mixtral import Architecture
+from mixtral_jax.model.mixtral import Architecture, Arrays
 from mixtral_jax.precision import FULL
+from mixtral_jax.pytree import build
 from mixtral_jax.runtime import check_divides, check_sequence
 from mixtral_jax.sharding import named_sharding
 from mixtral_jax.training.losses import (
@@ -31,8 +32,8 @@ from mixtral_jax.training.optimizer import (
     update,
     widen,
 )
+from mixtral_jax.training.state import TrainState
 
-TrainState = dict[str, Any]
 Metrics = dict[str, Array]
 
 
@@ -53,7 +54,7 @@ class Trainable:
         # The state after a batch, in the memory of the one before, and statistics.
         self.step: Any = jax.jit(
             self._step,
-            in_shardings=(self.shardings(), {key: self.batch_sharding for key in BATCH_KEYS}),
+            in_shardings=(self.shardings(), self.batch_sharding),
             out_shardings=(self.shardings(), self.replicated),
             donate_argnums=0,
             compiler_options=architecture.runtime.compiler_options,
@@ -61,18 +62,17 @@ class Trainable:
 
     def shardings(self) -> TrainState:
         """Returns the state's tree of shardings."""
-        arrays = self.architecture.abstract()
-        counters = {name: self.replicated for name in ("step", "skipped", "skipped_in_a_row")}
-        opt_state = optimizer_shardings(self.optimizer, arrays["params"], self.replicated)
-        return {**self.architecture.shardings(), "opt_state": opt_state, **counters}
+        counters = dict.fromkeys(("step", "skipped", "skipped_in_a_row"), self.replicated)
+        opt_state = optimizer_shardings(self.optimizer, self.architecture.abstract()["params"], self.replicated)
+        return build(TrainState, **self.architecture.shardings(), opt_state=opt_state, **counters)
 
-    def start(self, arrays: dict[str, Any]) -> TrainState:
+    def start(self, arrays: Arrays) -> TrainState:
         """Builds the state before the first step around a model's arrays, which it takes over."""
 
-        def create(arrays: dict[str, Any]) -> TrainState:
+        def create(arrays: Arrays) -> TrainState:
             zero = jnp.zeros((), jnp.int32)
-            counters = {"step": zero, "skipped": zero, "skipped_in_a_row": zero}
-            return {**arrays, "opt_state": self.optimizer.init(arrays["params"]), **counters}
+            return TrainState(**arrays, opt_state=self.optimizer.init(arrays["params"]), step=zero, skipped=zero,
+                              skipped_in_a_row=zero)  # fmt: skip
 
         return jax.jit(create, out_shardings=self.shardings(), donate_argnums=0)(arrays)
 
@@ -81,6 +81,10 @@ class Trainable:
         shapes = jax.eval_shape(self.start, self.architecture.abstract())
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.shardings())
 
+    def abstract_batch(self) -> Batch[Any]:
+        """Describes a global batch by shape, type and sharding."""
+        return abstract_batch(self.config.train.batch_size, self.config.data.seq_len, self.batch_sharding)
+
     def host_rows(self) -> slice:
         """Returns the part of a global batch, from the first row to the last, that this host's devices need."""
         shape = (self.config.train.batch_size, self.config.data.seq_len)
@@ -88,7 +92,7 @@ class Trainable:
         parts = [place[0].indices(shape[0]) for place in places]
         return slice(min(start for start, _, _ in parts), max(stop for _, stop, _ in parts))
 
-    def put(self, batch: dict[str, Any], rows: slice | None = None) -> Batch:
+    def put(self, batch: HostBatch, rows: slice | None = None) -> Batch:
         """Spreads a global batch, of which `batch` holds the given rows (None: all), over the devices."""
         return put_batch(batch, self.batch_sharding, self.config.train.batch_size, rows.start if rows else 0)
 
@@ -98,27 +102,27 @@ class Trainable:
         grads = widen(grads, runtime.precision)
         grad_norm = global_norm(jax.tree.leaves(grads), backend=runtime.adamw)
         finite = jnp.isfinite(losses.total) & jnp.isfinite(grad_norm)
-        learning_rate = jnp.asarray(self.schedule(state["step"]), FULL)
+        learning_rate = jnp.asarray(self.schedule(state.step), FULL)
         params, opt_state = update(
             self.config.optimizer,
             self.architecture.axes()["params"],
             learning_rate,
             Gradients(grads, grad_norm, finite),
-            state["params"],
-            state["opt_state"],
+            state.params,
+            state.opt_state,
             runtime.adamw,
         )
         load = expert_load(sums.assignments)
-        bias = _choose(finite, self._move_bias(state["selection_bias"], load), state["selection_bias"])
+        bias = _choose(finite, self._move_bias(state.selection_bias, load), state.selection_bias)
         skip = 1 - finite.astype(jnp.int32)
-        state = {
-            "params": params,
-            "opt_state": opt_state,
-            "selection_bias": bias,
-            "step": state["step"] + 1,
-            "skipped": state["skipped"] + skip,
-            "skipped_in_a_row": (state["skipped_in_a_row"] + 1) * skip,
-        }
+        state = TrainState(
+            params=params,
+            selection_bias=bias,
+            opt_state=opt_state,
+            step=state.step + 1,
+            skipped=state.skipped + skip,
+            skipped_in_a_row=(state.skipped_in_a_row + 1) * skip,
+        )
         metrics = {
             "loss": losses.total,
             "cross_entropy": losses.cross_entropy,
@@ -126,15 +130,15 @@ class Trainable:
             "router_z_loss": losses.router_z,
             "learning_rate": learning_rate,
             "grad_norm": grad_norm,
-            "skipped_updates": state["skipped"],
-            "skipped_in_a_row": state["skipped_in_a_row"],
+            "skipped_updates": state.skipped,
+            "skipped_in_a_row": state.skipped_in_a_row,
             **router_metrics(sums, counts, load),
         }
         return state, metrics
 
     def _gradients(self, state: TrainState, batch: Batch) -> tuple[Any, Losses, RouterSums, Counts]:
         """Sums losses and gradients over the microbatches."""
-        config, bias = self.config, state["selection_bias"]
+        config, bias = self.config, state.selection_bias
         counts = count(batch)
 
         def loss(params: Any, part: Batch, load: Array | None) -> tuple[Array, tuple[Losses, RouterSums]]:
@@ -144,10 +148,10 @@ class Trainable:
 
         gradient = jax.grad(loss, has_aux=True)
         if config.train.microbatches == 1:
-            grads, (losses, sums) = gradient(state["params"], batch, None)
+            grads, (losses, sums) = gradient(state.params, batch, None)
             return grads, losses, sums, counts
 
-        parts = {key: self._split(value) for key, value in batch.items()}
+        parts = jax.tree.map(self._split, batch)
         load = None
         if config.losses.balance_over == "batch" and config.losses.load_balance > 0:
             load = self._whole_load(state, parts)
@@ -155,10 +159,10 @@ class Trainable:
         def body(totals: Any, part: Batch) -> tuple[Any, None]:
             # Behind the barrier the sums over devices stay in the loop: XLA would keep what is not summed yet, whole
             # gradients on every device, and its pass for TPU fails on some of them.
-            new = jax.lax.optimization_barrier(gradient(state["params"], part, load))
+            new = jax.lax.optimization_barrier(gradient(state.params, part, load))
             return jax.tree.map(lambda total, x: total + x.astype(total.dtype), totals, new), None
 
-        shapes = jax.eval_shape(gradient, state["params"], jax.tree.map(lambda x: x[0], parts), load)
+        shapes = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], parts), load)
         dtype = self.architecture.runtime.precision.gradients
         zeros = (
             jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), shapes[0]),
@@ -169,10 +173,10 @@ class Trainable:
 
     def _whole_load(self, state: TrainState, parts: Batch) -> Array:
         """Counts the experts' load over all microbatches: the price of balancing over the batch is a forward pass."""
-        model = self.architecture.bind({"params": state["params"], "selection_bias": state["selection_bias"]})
+        model = self.architecture.bind(state.arrays)
 
         def body(total: Array, part: Batch) -> tuple[Array, None]:
-            _, router = model(part["tokens"], part["segment_ids"], part["positions"])
+            _, router = model(part.tokens, part.segment_ids, part.positions)
             return total + router_sums(router, part).assignments, None
 
         config = self.config.model

@@ -40,7 +40,7 @@ def summarize(config: Config, outcome: Outcome, console: Console) -> None:
 def _show_perplexity(config: Config, outcome: Outcome, console: Console) -> None:
     pairs = [pair for pair in zip(outcome.training, outcome.heldout, strict=True) if pair[1].num_documents]
     texts = [heldout for _, heldout in pairs]
-    score = make_scorer(outcome.architecture)(outcome.state)
+    score = make_scorer(outcome.architecture)(outcome.state.arrays)
     evaluation = measure_with_progress(score, texts, config.eval, config.data.seq_len)
     total = evaluation.total
     nats = {
@@ -55,7 +55,7 @@ def _show_sample(config: Config, outcome: Outcome, console: Console) -> None:
     documents = next(documents for documents in outcome.heldout if documents.num_documents)
     prompt = [int(token) for token in documents.tokens(0)[:PROMPT_TOKENS]]
     drawn = sample(
-        outcome.architecture, outcome.state, prompt,
+        outcome.architecture, outcome.state.arrays, prompt,
         new_tokens=NEW_TOKENS, temperature=TEMPERATURE, seed=config.seed, stop=outcome.tokenizer.eos_id,
     )  # fmt: skip
     # Decoded together: a tokenizer's pieces lose spaces and parts of characters when decoded alone.

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -35,7 +34,8 @@ from mixtral_jax.runtime import make_runtime
 from mixtral_jax.sharding import ANY_MESH
 from mixtral_jax.training.admission import admit_kernels
 from mixtral_jax.training.signals import StopRequest
-from mixtral_jax.training.step import Trainable, TrainState
+from mixtral_jax.training.state import TrainState
+from mixtral_jax.training.step import Metrics, Trainable
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 IN_FLIGHT = 2  # steps that the host may run ahead of the device
@@ -110,9 +110,9 @@ class Trainer:
                     f"{self.config.run_dir} was trained on other data than data.sources gives now (files or tokenizer "
                     "changed): restore them or choose another run_dir"
                 )
-            state = self.checkpoints.restore(step, self.trainable.abstract())
+            parts = self.checkpoints.restore(step, vars(self.trainable.abstract()))
             self.say(f"resumed from step {step} of {self.config.run_dir}")
-            return state, step
+            return TrainState(**parts), step
         architecture = self.trainable.architecture
         if not self.config.init_from:
             return self.trainable.start(architecture.init(self.config.seed)), 0
@@ -146,7 +146,7 @@ class Trainer:
             """In the thread of the prefetcher: to put a host's own rows on its own devices takes no other process."""
             return self.trainable.put(self.data.batch(step, rows), rows)
 
-        pending: deque[tuple[int, dict[str, Any]]] = deque()
+        pending: deque[tuple[int, Metrics]] = deque()
         with (
             MetricsLogger(
                 path, config.train.steps, resume_step=step, descriptions={"mfu": mfu}, is_main=processes.is_main()
@@ -181,13 +181,13 @@ class Trainer:
     def _is_logged(self, step: int) -> bool:
         return step % self.config.train.log_every == 0 or step in (1, self.config.train.steps)
 
-    def _fetch(self, step: int, metrics: dict[str, Any]) -> None:
+    def _fetch(self, step: int, metrics: Metrics) -> None:
         """Lets the device send what `_report` reads as soon as it is there; without it, every value is a round trip."""
         for name, value in metrics.items():
             if name == "skipped_in_a_row" or self._is_logged(step):
                 value.copy_to_host_async()
 
-    def _report(self, step: int, metrics: dict[str, Any]) -> None:
+    def _report(self, step: int, metrics: Metrics) -> None:
         """Waits for a step, watches for trouble and logs every `train.log_every` steps, the first and the last."""
         jax.block_until_ready(metrics)
         processes.progress()
@@ -217,7 +217,7 @@ class Trainer:
             "data_fingerprint": self.data.fingerprint,
             "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
         }
-        self.checkpoints.save(step, state, meta, {"tokenizer.model": self.tokenizer.model_bytes})
+        self.checkpoints.save(step, vars(state), meta, {"tokenizer.model": self.tokenizer.model_bytes})
 
     def _evaluate(self, step: int, state: TrainState) -> None:
         """Measures a bounded part of the held-out text, packed as in training."""
@@ -228,7 +228,7 @@ class Trainer:
         if not texts:
             return
         progress = lambda *_: processes.progress()  # noqa: E731
-        evaluation = measure(self.score(state), texts, settings, config.data.seq_len, progress)
+        evaluation = measure(self.score(state.arrays), texts, settings, config.data.seq_len, progress)
         named = {**evaluation.sources, "total": evaluation.total}
         self.logger.log(step, {f"heldout/{name}": result.nats_per_token for name, result in named.items()})
         self.logger.say(

@@ -4,7 +4,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import yaml
@@ -12,7 +11,7 @@ import yaml
 from mixtral_jax.config import CheckpointConfig, Config, UserError
 from mixtral_jax.config_loading import parse_config, to_yaml
 from mixtral_jax.data.tokenizer import Tokenizer, load_tokenizer
-from mixtral_jax.model.mixtral import Architecture
+from mixtral_jax.model.mixtral import Architecture, Arrays
 from mixtral_jax.runs.checkpoint import Checkpoints, find_checkpoint
 from mixtral_jax.runtime import make_runtime
 from mixtral_jax.sharding import ANY_MESH
@@ -87,7 +86,7 @@ def _configuration(released: Released, overrides: list[str]) -> Config:
     return config
 
 
-def _size(arrays: dict[str, Any]) -> int:
+def _size(arrays: Arrays) -> int:
     """Adds up the bytes of arrays, there or abstract."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays))
 
@@ -145,7 +144,7 @@ def export_checkpoint(
     say(architecture.runtime.describe())
     abstract = architecture.abstract()
     with byte_progress("read the checkpoint", _size(abstract)) as advance:
-        arrays: dict[str, Any] = checkpoints.restore(step, abstract, advance)
+        arrays = checkpoints.restore(step, abstract, advance)
     facts = meta.get("released", {})
     files = export_weights(
         arrays,

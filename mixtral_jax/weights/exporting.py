@@ -10,6 +10,7 @@ import numpy as np
 
 from mixtral_jax.config import ModelConfig, UserError
 from mixtral_jax.data.tokenizer import Tokenizer
+from mixtral_jax.model.mixtral import Arrays
 from mixtral_jax.weights.blocks import BlockLayout, block_layout, host_view, take_block
 from mixtral_jax.weights.destination import new_directory
 from mixtral_jax.weights.hf_tokenizer import tokenizer_files
@@ -26,7 +27,7 @@ LAYERS_A_FILE = 4  # of the fused Mistral format
 
 
 def export_weights(
-    arrays: dict[str, Any],
+    arrays: Arrays,
     config: ModelConfig,
     directory: str | Path,
     format_name: FormatName,
@@ -78,7 +79,7 @@ def export_weights(
     return sorted(directory.iterdir())
 
 
-def _check(arrays: dict[str, Any], config: ModelConfig, layout: Format, tokenizer: bytes | None) -> None:
+def _check(arrays: Arrays, config: ModelConfig, layout: Format, tokenizer: bytes | None) -> None:
     if config.rope_scaling.kind != "none" and layout.config_file != "config.json":
         raise UserError(
             f"params.json has no place for model.rope_scaling.kind={config.rope_scaling.kind}: use --format hf"

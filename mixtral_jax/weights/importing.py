@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixtral_jax.config import UserError
-from mixtral_jax.model.mixtral import Architecture
+from mixtral_jax.model.mixtral import Architecture, Arrays
 from mixtral_jax.runtime import Runtime
 from mixtral_jax.weights.blocks import BlockLayout, block_layout, host_view, put_block
 from mixtral_jax.weights.names import Row
@@ -17,8 +17,6 @@ from mixtral_jax.weights.progress import byte_progress
 from mixtral_jax.weights.released import Released, Upcycling
 from mixtral_jax.weights.stored import FILE_TYPES
 from mixtral_jax.weights.upcycling import finish_upcycling
-
-Arrays = dict[str, Any]
 
 
 def import_weights(released: Released, runtime: Runtime, upcycling: Upcycling | None = None) -> Arrays:

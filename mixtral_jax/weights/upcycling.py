@@ -4,18 +4,17 @@ Every expert is a copy of the dense feed-forward layer, and the weights of the c
 the mixture computes exactly what the dense model did, whatever its new routers choose. Source: arXiv 2212.05055.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mixtral_jax.config import ModelConfig
+from mixtral_jax.model.mixtral import Arrays
 from mixtral_jax.precision import FULL
 from mixtral_jax.weights.released import Upcycling
 
 
-def finish_upcycling(arrays: dict[str, Any], config: ModelConfig, upcycling: Upcycling) -> dict[str, Any]:
+def finish_upcycling(arrays: Arrays, config: ModelConfig, upcycling: Upcycling) -> Arrays:
     """Draws the routers, and adds noise to the copied experts.
 
     Args:

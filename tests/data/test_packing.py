@@ -44,8 +44,8 @@ def test_rows_equal_an_obvious_loop(make_documents, lengths, seq_len):
     batch = pack_rows(documents, order, seq_len)
     for place, row in enumerate(order):
         for name, values in expected[row].items():
-            np.testing.assert_array_equal(batch[name][place], values, err_msg=name)
-    kinds = {name: array.dtype for name, array in batch.items()}
+            np.testing.assert_array_equal(getattr(batch, name)[place], values, err_msg=name)
+    kinds = {name: array.dtype for name, array in vars(batch).items()}
     assert kinds == {name: np.bool_ if name == "loss_mask" else np.int32 for name in expected[0]}
 
 
@@ -54,7 +54,7 @@ def test_rows_equal_an_obvious_loop(make_documents, lengths, seq_len):
 def test_every_token_but_the_first_of_a_document_is_a_target_once(make_documents, lengths, seq_len):
     documents = make_documents(lengths)
     batch = pack_rows(documents, np.arange(num_rows(documents, seq_len)), seq_len)
-    counts = Counter(batch["targets"][batch["loss_mask"]].tolist())
+    counts = Counter(batch.targets[batch.loss_mask].tolist())
     assert counts == Counter(
         token for index in range(documents.num_documents) for token in documents.tokens(index)[1:].tolist()
     )

@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import jax
 import numpy as np
 import pytest
 
@@ -25,9 +26,7 @@ def three(make_documents):
 
 
 def equal(left, right):
-    assert left.keys() == right.keys()
-    for name in left:
-        np.testing.assert_array_equal(left[name], right[name], err_msg=name)
+    jax.tree.map(np.testing.assert_array_equal, left, right)
 
 
 def test_an_epoch_shows_every_target_once_and_the_next_one_in_another_order(make_documents):
@@ -35,7 +34,7 @@ def test_an_epoch_shows_every_target_once_and_the_next_one_in_another_order(make
     data = TrainingData(config(batch_size=4), [documents])
     rows = -(-(documents.num_tokens - 1) // 16)
     assert rows % 4 == 1  # epochs end inside of batches
-    stream = np.concatenate([np.where(b["loss_mask"], b["targets"], 0) for b in map(data.batch, range(rows))])
+    stream = np.concatenate([np.where(b.loss_mask, b.targets, 0) for b in map(data.batch, range(rows))])
     expected = Counter(token for index in range(5) for token in documents.tokens(index)[1:].tolist())
     epochs = [stream[number * rows : (number + 1) * rows] for number in range(4)]
     for epoch in epochs:
@@ -47,7 +46,7 @@ def test_an_epoch_shows_every_target_once_and_the_next_one_in_another_order(make
 def test_progress_says_what_the_batches_held(three):
     data = TrainingData(config((3, 2, 1)), three)
     steps = 5
-    rows = np.bincount(np.concatenate([data.batch(step)["source_ids"] for step in range(steps)]), minlength=3)
+    rows = np.bincount(np.concatenate([data.sources(step)[0] for step in range(steps)]), minlength=3)
     said = data.progress(steps)
     for number, count in enumerate(rows):
         assert said[f"tokens_seen/s{number}"] == count * 16
@@ -61,7 +60,7 @@ def test_hosts_make_the_parts_of_the_same_batch(three, hosts):
     for step in (0, 1, 1000):
         whole = data.batch(step)
         parts = [data.batch(step, slice(host * share, (host + 1) * share)) for host in range(hosts)]
-        equal(whole, {name: np.concatenate([part[name] for part in parts]) for name in whole})
+        equal(whole, jax.tree.map(lambda *pieces: np.concatenate(pieces), *parts))
 
 
 def test_a_batch_depends_on_nothing_but_config_seed_and_step(three):
@@ -71,7 +70,7 @@ def test_a_batch_depends_on_nothing_but_config_seed_and_step(three):
         equal(second.batch(step), expected)
     assert first.fingerprint == second.fingerprint
     other = TrainingData(config((3, 2, 1), seed=1), three)
-    assert not np.array_equal(other.batch(0)["tokens"], first.batch(0)["tokens"])
+    assert not np.array_equal(other.batch(0).tokens, first.batch(0).tokens)
 
 
 def test_the_fingerprint_tells_other_data(three, make_documents):
@@ -89,9 +88,7 @@ def test_sources_are_named_counted_and_shuffled(three):
     data = TrainingData(config((5, 3, 2), batch_size=10), three)
     assert data.source_names == ["s0", "s1", "s2"]
     for step in range(20):
-        batch = data.batch(step)
-        assert np.bincount(batch["source_ids"]).tolist() == [5, 3, 2]
-    assert batch["source_ids"].dtype == np.int32
+        assert np.bincount(data.sources(step)[0]).tolist() == [5, 3, 2]
 
 
 @pytest.mark.parametrize(
@@ -184,9 +181,9 @@ def test_from_files_to_batches(real, tmp_path):
     data = TrainingData(real, training)
     again = TrainingData(real, open_documents(real)[1])
     assert data.fingerprint == again.fingerprint
-    batch = data.batch(0)
-    assert np.bincount(batch["source_ids"]).tolist() == [2, 6]
-    row = batch["tokens"][batch["source_ids"] == 1][0]
+    sources, _ = data.sources(0)
+    assert np.bincount(sources).tolist() == [2, 6]
+    row = data.batch(0).tokens[sources == 1][0]
     assert tokenizer.decode(row).strip()[:8] in "One long document. " * 3
 
 

@@ -9,7 +9,7 @@ from mixtral_jax.data.prefetch import Prefetcher
 
 
 def make(step):
-    return {"step": np.array([step])}
+    return np.array([step])
 
 
 def threads():
@@ -18,7 +18,7 @@ def threads():
 
 def test_batches_come_in_order_and_the_thread_ends():
     with Prefetcher(make, 3, 40) as batches:
-        assert [int(batch["step"][0]) for batch in batches] == list(range(3, 40))
+        assert [int(batch[0]) for batch in batches] == list(range(3, 40))
         assert list(batches) == []
     assert not threads()
 
@@ -47,12 +47,12 @@ def test_an_error_reaches_the_consumer_after_the_batches_before_it():
 
     seen = []
     with Prefetcher(fail, 0, 10) as batches, pytest.raises(ValueError, match="step two"):
-        seen.extend(int(batch["step"][0]) for batch in batches)
+        seen.extend(int(batch[0]) for batch in batches)
     assert seen == [0, 1]
     assert not threads()
 
 
 def test_leaving_early_ends_the_thread():
     with Prefetcher(make, 0, 10**9) as batches:
-        assert int(next(iter(batches))["step"][0]) == 0
+        assert int(next(iter(batches))[0]) == 0
     assert not threads()

@@ -46,16 +46,16 @@ def history_nats(history: Sequence[int], target: int) -> float:
 
 def score_by_history(batch: dict[str, np.ndarray]) -> TokenScores:
     """Scores a batch as a model would that attends within its segment, up to the token itself."""
-    nats = np.full(batch["tokens"].shape, np.nan)  # what is not asked for must not be counted
-    for row, column in zip(*np.nonzero(batch["loss_mask"]), strict=True):
-        segment = batch["segment_ids"][row]
+    nats = np.full(batch.tokens.shape, np.nan)  # what is not asked for must not be counted
+    for row, column in zip(*np.nonzero(batch.loss_mask), strict=True):
+        segment = batch.segment_ids[row]
         start = np.nonzero(segment == segment[column])[0][0]
-        history = batch["tokens"][row, start : column + 1].tolist()
-        assert batch["positions"][row, start : column + 1].tolist() == list(range(len(history)))
-        nats[row, column] = history_nats(history, int(batch["targets"][row, column]))
+        history = batch.tokens[row, start : column + 1].tolist()
+        assert batch.positions[row, start : column + 1].tolist() == list(range(len(history)))
+        nats[row, column] = history_nats(history, int(batch.targets[row, column]))
     return TokenScores(nats, nats < 0)
 
 
 def constant(value: float) -> Callable[[dict[str, np.ndarray]], TokenScores]:
     """Scores every target alike."""
-    return lambda batch: TokenScores(np.full(batch["tokens"].shape, value), np.zeros(batch["tokens"].shape, bool))
+    return lambda batch: TokenScores(np.full(batch.tokens.shape, value), np.zeros(batch.tokens.shape, bool))

@@ -66,9 +66,9 @@ def test_every_context_scores_the_same_targets(context, contexts):
     asked = {}
 
     def score(batch):
-        length = batch["tokens"].shape[1]
-        for row, column in zip(*np.nonzero(batch["loss_mask"]), strict=True):
-            asked.setdefault(length, []).append(int(batch["targets"][row, column]))
+        length = batch.tokens.shape[1]
+        for row, column in zip(*np.nonzero(batch.loss_mask), strict=True):
+            asked.setdefault(length, []).append(int(batch.targets[row, column]))
             assert length == context or column + 1 > length // 2
         return constant(1.0)(batch)
 

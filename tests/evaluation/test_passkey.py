@@ -18,12 +18,12 @@ def score_that_reads(tokenizer, blind_before=0):
     """Knows a key if its digits stand in the text after the first `blind_before` tokens."""
 
     def score(batch):
-        nats, greedy = np.full(batch["tokens"].shape, 9.0), np.zeros(batch["tokens"].shape, bool)
-        for row, column in zip(*np.nonzero(batch["loss_mask"]), strict=True):
-            here = batch["segment_ids"][row] == batch["segment_ids"][row, column]
-            text = batch["tokens"][row, here]
-            place = batch["positions"][row, column]
-            key = tokenizer.decode(np.append(text, batch["targets"][row, here][-1])).split()[-1]
+        nats, greedy = np.full(batch.tokens.shape, 9.0), np.zeros(batch.tokens.shape, bool)
+        for row, column in zip(*np.nonzero(batch.loss_mask), strict=True):
+            here = batch.segment_ids[row] == batch.segment_ids[row, column]
+            text = batch.tokens[row, here]
+            place = batch.positions[row, column]
+            key = tokenizer.decode(np.append(text, batch.targets[row, here][-1])).split()[-1]
             found = key in tokenizer.decode(text[blind_before : max(0, place - 15)])
             greedy[row, column], nats[row, column] = found, 0.0 if found else 9.0
         return TokenScores(nats, greedy)

@@ -21,7 +21,7 @@ MODES = [EvalConfig("packed", 4, batch_size=2), EvalConfig("document", 3, batch_
 
 
 def score_by_bigram(batch):
-    pairs = np.stack([batch["tokens"], batch["targets"]], axis=-1)
+    pairs = np.stack([batch.tokens, batch.targets], axis=-1)
     bits = np.array([[BIGRAM_BITS.get((a, b), np.nan) for a, b in row] for row in pairs.tolist()])
     return TokenScores(bits * math.log(2), bits < 0)
 

@@ -45,7 +45,7 @@ def test_answers_are_those_of_a_slow_loop(share):
     shapes, done = set(), []
 
     def score(batch):
-        shapes.add(batch["tokens"].shape)
+        shapes.add(batch.tokens.shape)
         return score_by_history(batch)
 
     answers = score_requests(score, requests, row_lengths(70), 140, share_rows=share, on_batch=done.append)
@@ -60,7 +60,7 @@ def test_answers_are_those_of_a_slow_loop(share):
 
 def test_greedy_means_every_scored_token():
     def score(batch):  # a model that always says 7
-        return TokenScores(np.ones(batch["tokens"].shape), batch["targets"] == 7)
+        return TokenScores(np.ones(batch.tokens.shape), batch.targets == 7)
 
     requests = [Request([1, 7, 7], 1), Request([1, 5, 7], 2), Request([1, 7, 5, 7], 1), Request([1, 2], 1)]
     answers = score_requests(score, requests, [8], 16)
@@ -85,7 +85,7 @@ def test_requests_that_share_a_row_do_not_see_each_other_on_a_mesh():
     ([Request([1, 2], 1)], np.nan, "the model's score of the texts is nan in batch 1: its parameters have diverged"),
 ])  # fmt: skip
 def test_what_cannot_be_scored_is_one_sentence(requests, value, sentence):
-    score = lambda batch: TokenScores(np.full(batch["tokens"].shape, value), batch["loss_mask"])  # noqa: E731
+    score = lambda batch: TokenScores(np.full(batch.tokens.shape, value), batch.loss_mask)  # noqa: E731
     with pytest.raises(UserError, match=sentence):
         score_requests(score, requests, [32], 64, what="the texts")
 

@@ -1,6 +1,7 @@
 from collections import Counter
 from itertools import pairwise
 
+import jax
 import numpy as np
 import pytest
 
@@ -35,8 +36,8 @@ def test_a_corpus_is_documents():
 def test_every_token_but_the_first_is_a_target_exactly_once(corpus, eval):
     pairs = Counter()
     for batch in evaluation_batches(corpus, eval, seq_len=7):
-        mask = batch["loss_mask"]
-        pairs.update(zip(batch["tokens"][mask].tolist(), batch["targets"][mask].tolist(), strict=True))
+        mask = batch.loss_mask
+        pairs.update(zip(batch.tokens[mask].tolist(), batch.targets[mask].tolist(), strict=True))
     expected = Counter()
     for index in range(corpus.num_documents):
         document = corpus.tokens(index).tolist()
@@ -52,13 +53,13 @@ def test_batches_have_one_shape_and_segments_are_stretches_of_one_document(corpu
     batches = list(evaluation_batches(corpus, eval, seq_len=7))
     assert len(batches) == num_batches(corpus, eval, seq_len=7)
     for batch in batches:
-        assert {name: array.dtype.name for name, array in batch.items()} == {
+        assert {name: array.dtype.name for name, array in vars(batch).items()} == {
             "tokens": "int32", "targets": "int32", "segment_ids": "int32", "positions": "int32", "loss_mask": "bool",
             "documents": "int32",
         }  # fmt: skip
-        assert {array.shape for array in batch.values()} == {(eval.batch_size, eval.context)}
+        assert {array.shape for array in vars(batch).values()} == {(eval.batch_size, eval.context)}
         for tokens, segments, positions, mask in zip(
-            batch["tokens"], batch["segment_ids"], batch["positions"], batch["loss_mask"], strict=True
+            batch.tokens, batch.segment_ids, batch.positions, batch.loss_mask, strict=True
         ):
             used = int((segments > 0).sum())
             assert not segments[used:].any()
@@ -77,18 +78,18 @@ def test_batches_have_one_shape_and_segments_are_stretches_of_one_document(corpu
 @pytest.mark.parametrize(("corpus", "eval"), [cut for cut in cuts() if "strided" in cut.id])
 def test_strided_targets_have_their_context(corpus, eval):
     for batch in evaluation_batches(corpus, eval, seq_len=7):
-        for row, column in zip(*np.nonzero(batch["loss_mask"]), strict=True):
-            start = column - batch["positions"][row, column]
-            whole_history = batch["tokens"][row, start] == BOS
-            assert whole_history or batch["positions"][row, column] + 1 > eval.context - eval.stride
+        for row, column in zip(*np.nonzero(batch.loss_mask), strict=True):
+            start = column - batch.positions[row, column]
+            whole_history = batch.tokens[row, start] == BOS
+            assert whole_history or batch.positions[row, column] + 1 > eval.context - eval.stride
 
 
 def test_packed_rows_are_the_stream_cut_as_in_training():
     corpus = random_corpus(np.random.default_rng(0), documents=20, longest=30)
     stream = np.concatenate([corpus.tokens(index) for index in range(corpus.num_documents)])
     batches = list(evaluation_batches(corpus, EvalConfig("packed", 16, batch_size=3), seq_len=99))
-    rows = np.concatenate([batch["tokens"] for batch in batches]).reshape(-1)
-    segments = np.concatenate([batch["segment_ids"] for batch in batches]).reshape(-1)
+    rows = np.concatenate([batch.tokens for batch in batches]).reshape(-1)
+    segments = np.concatenate([batch.segment_ids for batch in batches]).reshape(-1)
     np.testing.assert_array_equal(rows[: len(stream)], stream)
     assert (segments > 0).sum() == len(stream)
     assert len(batches) == -(-len(stream) // (16 * 3))
@@ -99,17 +100,16 @@ def test_document_mode_is_strided_mode_whose_stride_is_the_context():
     document = evaluation_batches(corpus, EvalConfig("document", 16), seq_len=99)
     strided = evaluation_batches(corpus, EvalConfig("strided", 16, stride=16), seq_len=99)
     for left, right in zip(document, strided, strict=True):
-        for name in left:
-            np.testing.assert_array_equal(left[name], right[name])
+        jax.tree.map(np.testing.assert_array_equal, left, right)
 
 
 def test_a_strided_example_by_hand():
     (batch,) = evaluation_batches(Corpus([[10, 11, 12, 13, 14], [20]]), EvalConfig("strided", 4, 2, 3), seq_len=99)
-    assert batch["tokens"].tolist() == [[1, 10, 11, 12], [11, 12, 13, 14], [1, 20, 0, 0]]
-    assert batch["targets"].tolist() == [[10, 11, 12, 13], [12, 13, 14, 2], [20, 2, 0, 0]]
-    assert batch["segment_ids"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0]]
-    assert batch["positions"].tolist() == [[0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 0, 0]]
-    assert batch["loss_mask"].astype(int).tolist() == [[1, 1, 1, 1], [0, 0, 1, 1], [1, 1, 0, 0]]
+    assert batch.tokens.tolist() == [[1, 10, 11, 12], [11, 12, 13, 14], [1, 20, 0, 0]]
+    assert batch.targets.tolist() == [[10, 11, 12, 13], [12, 13, 14, 2], [20, 2, 0, 0]]
+    assert batch.segment_ids.tolist() == [[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 0, 0]]
+    assert batch.loss_mask.astype(int).tolist() == [[1, 1, 1, 1], [0, 0, 1, 1], [1, 1, 0, 0]]
 
 
 @pytest.mark.parametrize(("mode", "stride"), [("packed", 512), ("document", 512), ("strided", 256)])
@@ -123,5 +123,5 @@ def test_the_limit_stops_at_whole_documents(max_tokens, selected):
     corpus = Corpus([[10, 11, 12], [], [13, 14, 15], [16]])  # 4, 1, 4 and 2 targets
     assert num_selected(corpus, max_tokens) == selected
     eval = EvalConfig("document", 3, max_tokens=max_tokens)
-    targets = sum(int(batch["loss_mask"].sum()) for batch in evaluation_batches(corpus, eval, seq_len=3))
+    targets = sum(int(batch.loss_mask.sum()) for batch in evaluation_batches(corpus, eval, seq_len=3))
     assert targets == sum([4, 1, 4, 2][:selected])

@@ -106,7 +106,7 @@ def test_a_training_step_equals_that_of_xla(engine, train):
         for step in range(3):
             state, metrics = trainable.step(state, trainable.put(tiny_batch(config, step)))
             runs.append((float(metrics["loss"]), float(metrics["grad_norm"])))
-        runs.append(jax.tree.map(np.asarray, state["opt_state"][1].mu))
+        runs.append(jax.tree.map(np.asarray, state.opt_state[1].mu))
     ours, theirs = runs[:4], runs[4:]
     np.testing.assert_allclose(ours[:3], theirs[:3], rtol=1e-5)
     assert max(jax.tree.leaves(jax.tree.map(oracles.error, ours[3], theirs[3]))) < 100 * LIMITS[engine]

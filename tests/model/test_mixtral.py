@@ -106,13 +106,12 @@ def test_recomputation_changes_memory_and_no_gradient():
     for remat in ("none", "dots", "full"):
         config = tiny_config(train={"remat": remat})
         arch = tiny_architecture(config)
-        batch = {key: jnp.asarray(value) for key, value in tiny_batch(config).items()}
+        batch = jax.tree.map(jnp.asarray, tiny_batch(config))
 
         def loss(arrays, arch=arch, batch=batch):
             model = arch.bind(arrays)
-            return jnp.mean(
-                jnp.square(model.logits(model(*(batch[k] for k in ("tokens", "segment_ids", "positions")))[0]))
-            )
+            x, _ = model(batch.tokens, batch.segment_ids, batch.positions)
+            return jnp.mean(jnp.square(model.logits(x)))
 
         program = jax.jit(jax.grad(loss)).lower(initial()).compile()
         gradients[remat] = program(initial())

@@ -20,7 +20,7 @@ def test_a_layer_saves_once_what_takes_long_to_compute(engine, d_ff):
     @jax.jit
     def pullback(params):
         model = architecture.bind({**arrays, "params": params})
-        inputs = (jnp.asarray(batch[key]) for key in ("tokens", "segment_ids", "positions"))
+        inputs = map(jnp.asarray, (batch.tokens, batch.segment_ids, batch.positions))
         return jax.vjp(lambda model: model(*inputs)[0], model)[1]
 
     shapes = {x.shape for x in jax.tree.leaves(arrays)}

@@ -7,7 +7,7 @@ import pytest
 
 from mixtral_jax.config_loading import replace
 from mixtral_jax.planning.collectives import find_collectives
-from mixtral_jax.planning.compile import abstract_batch, bytes_per_device
+from mixtral_jax.planning.compile import bytes_per_device
 from mixtral_jax.planning.hlo import parse
 from tests.tiny import mesh_of, tiny_config, tiny_trainable
 
@@ -20,7 +20,7 @@ def step(layers=2, experts=4, exchange="gather", microbatches=1, **sizes):
     config = tiny_config(f"kernels.exchange={exchange}", f"train.microbatches={microbatches}", "train.batch_size=16")
     config = replace(config, model={"num_layers": layers, "num_experts": experts}, train={"remat": "full"})
     trainable = tiny_trainable(config, mesh_of(**sizes))
-    compiled = trainable.step.lower(trainable.abstract(), abstract_batch(trainable)).compile()
+    compiled = trainable.step.lower(trainable.abstract(), trainable.abstract_batch()).compile()
     module = parse(compiled.as_text())
     return find_collectives(module, trainable.architecture.runtime.mesh), compiled.memory_analysis(), trainable
 
@@ -66,7 +66,7 @@ def test_nothing_of_the_state_is_held_twice(sizes):
     small = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state) if x.sharding.is_fully_replicated)
     assert bytes_per_device(state) == (whole - small) / (8 // copies) + small
     assert small < 0.06 * whole
-    batch = bytes_per_device(abstract_batch(trainable))
+    batch = bytes_per_device(trainable.abstract_batch())
     assert memory.argument_size_in_bytes == pytest.approx(bytes_per_device(state) + batch, rel=0.01)
     assert memory.alias_size_in_bytes == pytest.approx(bytes_per_device(state), rel=0.01)
 

@@ -117,7 +117,7 @@ def test_training_takes_the_caches_as_sources_wherever_they_lie(prepared):
     data = TrainingData(config, training)
     assert sorted(data.source_names) == ["de", "en", "es", "fr", "it"]
     assert all(view.num_tokens for view in held_out)
-    assert set(data.batch(0)["source_ids"]) == set(range(5))
+    assert set(data.sources(0)[0]) == set(range(5))
 
 
 def test_training_refuses_another_tokenizer(prepared):

@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import pytest
 
-from mixtral_jax.data.batch import BATCH_KEYS
 from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.runtime import make_runtime
 from mixtral_jax.sharding import make_mesh
@@ -22,12 +21,7 @@ D_MODEL, D_FF = 40, 56  # no other size of the model is one of these
 
 
 def compile_step(trainable: Trainable):
-    shape = (trainable.config.train.batch_size, trainable.config.data.seq_len)
-    batch = {
-        key: jax.ShapeDtypeStruct(shape, bool if key == "loss_mask" else np.int32, sharding=trainable.batch_sharding)
-        for key in BATCH_KEYS
-    }
-    return trainable.step.lower(trainable.abstract(), batch).compile()
+    return trainable.step.lower(trainable.abstract(), trainable.abstract_batch()).compile()
 
 
 @functools.cache
@@ -94,8 +88,7 @@ def test_keys_and_values_of_whole_sequences_are_gathered_once_a_direction_and_no
 def test_the_optimizer_state_is_split_like_the_parameters():
     program, shares = step("gather"), collections.Counter()
     leaves = [
-        jax.tree_util.tree_leaves_with_path(tree[0]["opt_state"])
-        for tree in (program.output_shardings, program.out_info)
+        jax.tree_util.tree_leaves_with_path(tree[0].opt_state) for tree in (program.output_shardings, program.out_info)
     ]
     for (path, sharding), (_, array) in zip(*leaves, strict=True):
         shares[getattr(path[-1], "key", "")] += array.size // np.prod(sharding.shard_shape(array.shape))

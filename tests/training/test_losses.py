@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mixtral_jax.data.batch import Batch
 from mixtral_jax.model.moe import RouterOutput
 from mixtral_jax.training.losses import count, expert_load, load_balance_loss, router_sums
 from mixtral_jax.training.step import router_metrics
@@ -14,8 +15,8 @@ def routed(logits, k, segment_ids=None):
     """Batch, counts and sums of routers with these logits [layers, batch, seq, experts]."""
     logits = jnp.asarray(logits, jnp.float32)
     indices = jax.lax.top_k(logits, k)[1]
-    ids = jnp.ones(logits.shape[1:3], jnp.int32) if segment_ids is None else jnp.asarray(segment_ids)
-    batch = {"segment_ids": ids, "loss_mask": ids > 0}
+    ids = jnp.ones(logits.shape[1:3], jnp.int32) if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
+    batch = Batch(ids, ids, ids, ids, ids > 0)
     return count(batch), router_sums(RouterOutput(logits, indices, jnp.zeros(logits.shape[0])), batch)
 
 

@@ -92,7 +92,7 @@ def test_evaluation_and_sampling_over_split_sequences():
         batch = tiny_batch(config)
         scores = make_scorer(architecture)(arrays)(batch)
         text = sample(architecture, arrays, [1, 2, 3], new_tokens=10, temperature=1.0, seed=0, stop=-1)
-        mask = batch["loss_mask"]
+        mask = batch.loss_mask
         results.append((scores.nats[mask], scores.greedy[mask], text))
     (nats, greedy, text), (split_nats, split_greedy, split_text) = results
     np.testing.assert_allclose(split_nats, nats, rtol=2e-6)
@@ -137,7 +137,7 @@ def test_initial_parameters_are_bitwise_those_of_one_device(mesh):
 def test_every_device_holds_its_part_alone():
     step = tiny_trainable(tiny_config(), mesh_of(fsdp=2, expert=2, tensor=2))
     state = step.start(step.architecture.init(0))
-    for tree in (state["params"], next(part for part in state["opt_state"] if hasattr(part, "mu")).mu):
+    for tree in (state.params, next(part for part in state.opt_state if hasattr(part, "mu")).mu):
         w_gate = tree["layers"]["moe"]["w_gate"]
         assert w_gate.shape == (2, 4, 32, 48)
         assert {shard.data.shape for shard in w_gate.addressable_shards} == {(2, 2, 16, 24)}

@@ -1,5 +1,6 @@
 """The training step: microbatches, skipped updates, balancing by bias, float types."""
 
+import dataclasses
 import functools
 import re
 
@@ -8,6 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mixtral_jax.config import CheckpointConfig
+from mixtral_jax.runs.checkpoint import Checkpoints
+from mixtral_jax.training.state import TrainState
 from mixtral_jax.training.step import Trainable
 from tests import oracles
 from tests.tiny import tiny_architecture, tiny_batch, tiny_config, tiny_trainable
@@ -45,7 +49,7 @@ def one_step(*overrides: str, batch=None):
 
 def first_moment(state):
     """After one step: 0.1 times the clipped gradient."""
-    return next(part for part in state["opt_state"] if hasattr(part, "mu")).mu
+    return next(part for part in state.opt_state if hasattr(part, "mu")).mu
 
 
 def largest_error(tree, reference) -> float:
@@ -61,7 +65,7 @@ def test_microbatches_give_the_same_update(parts, dispatch):
     for name, value in whole_metrics.items():
         np.testing.assert_allclose(split_metrics[name], value, rtol=1e-5, err_msg=name)
     assert largest_error(first_moment(split), first_moment(whole)) < 1e-5
-    for new, reference in zip(jax.tree.leaves(split["params"]), jax.tree.leaves(whole["params"]), strict=True):
+    for new, reference in zip(jax.tree.leaves(split.params), jax.tree.leaves(whole.params), strict=True):
         np.testing.assert_allclose(new, reference, rtol=0, atol=2.5e-7)  # two steps of float32 near 1
 
 
@@ -84,60 +88,59 @@ def test_what_is_padding_does_not_matter():
     """Neither tokens of padding nor targets outside the mask reach the loss or a gradient."""
     config = tiny_config(*LOUD)
     batch = tiny_batch(config)
-    padding = batch["segment_ids"] == 0
+    padding = batch.segment_ids == 0
     assert padding.any()
-    other = {
-        **batch,
-        "tokens": np.where(padding, 1, batch["tokens"]),
-        "targets": np.where(batch["loss_mask"], batch["targets"], 2),
-    }
+    other = dataclasses.replace(
+        batch,
+        tokens=np.where(padding, 1, batch.tokens).astype(np.int32),
+        targets=np.where(batch.loss_mask, batch.targets, 2).astype(np.int32),
+    )
     state, metrics = one_step(*LOUD)
     state_other, metrics_other = one_step(*LOUD, batch=other)
     jax.tree.map(np.testing.assert_array_equal, (state, metrics), (state_other, metrics_other))
 
 
 def test_a_batch_without_targets_updates_without_nan():
-    batch = tiny_batch(tiny_config(*LOUD))
-    empty = {key: np.zeros_like(value) for key, value in batch.items()}
+    empty = jax.tree.map(np.zeros_like, tiny_batch(tiny_config(*LOUD)))
     state, metrics = one_step(*LOUD, batch=empty)
     assert metrics["loss"] == 0
     assert metrics["skipped_updates"] == 0
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state["params"]))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
 
 
 def test_a_non_finite_loss_skips_the_update_and_training_recovers():
     step = trainable(*LOUD, "losses.selection_bias_rate=0.1")
     batch = tiny_batch(step.config)
     state = host(step.step(begin(step), step.put(batch))[0])
-    healthy = state["params"]["embedding"].copy()
-    state["params"]["embedding"][batch["tokens"][0, 0]] = np.inf
+    healthy = state.params["embedding"].copy()
+    state.params["embedding"][batch.tokens[0, 0]] = np.inf
     poisoned = host(state)
     for row in (1, 2):
         state, metrics = host(step.step(jax.tree.map(jnp.asarray, state), step.put(batch)))
         assert not np.isfinite(metrics["loss"])
         assert (metrics["skipped_updates"], metrics["skipped_in_a_row"]) == (row, row)
-        assert state["step"] == 1 + row
+        assert state.step == 1 + row
         for part in ("params", "opt_state", "selection_bias"):
-            jax.tree.map(np.testing.assert_array_equal, state[part], poisoned[part])
-    state["params"]["embedding"] = healthy
+            jax.tree.map(np.testing.assert_array_equal, getattr(state, part), getattr(poisoned, part))
+    state.params["embedding"] = healthy
     after, metrics = host(step.step(jax.tree.map(jnp.asarray, state), step.put(batch)))
     assert np.isfinite(metrics["loss"])
     assert (metrics["skipped_updates"], metrics["skipped_in_a_row"]) == (2, 0)
-    assert np.any(after["params"]["embedding"] != healthy)
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(after["params"]))
+    assert np.any(after.params["embedding"] != healthy)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(after.params))
 
 
 def test_the_bias_rises_for_idle_experts_and_falls_for_busy_ones():
     options = (*LOUD, "losses.selection_bias_rate=0.1")
     state, metrics = one_step(*options)
-    (bias,) = jax.tree.leaves(state["selection_bias"])
+    (bias,) = jax.tree.leaves(state.selection_bias)
     load = metrics["expert_load"]
     assert np.abs(load - 1 / 4).max() > 0.01
     np.testing.assert_allclose(bias, 0.1 * np.sign(1 / 4 - load))
     # The bias took no part in this step: everything else is as without it.
     plain, _ = one_step(*LOUD)
-    jax.tree.map(np.testing.assert_array_equal, state["params"], plain["params"])
-    assert not any(np.any(x) for x in jax.tree.leaves(plain["selection_bias"]))
+    jax.tree.map(np.testing.assert_array_equal, state.params, plain.params)
+    assert not any(np.any(x) for x in jax.tree.leaves(plain.selection_bias))
 
 
 def test_the_bias_alone_balances_the_load():
@@ -173,7 +176,7 @@ def test_bfloat16_trains_and_its_gradients_are_near(options):
     assert metrics["cross_entropy"] == pytest.approx(reference_metrics["cross_entropy"], rel=5e-3)
     step = trainable(*LOUD, *options)
     types = jax.tree.map(lambda x: x.dtype, step.abstract())
-    assert jax.tree.map(lambda x: x.dtype, state) == types, "a step changes the types of the state"
+    assert vars(jax.tree.map(lambda x: x.dtype, state)) == vars(types), "a step changes the types of the state"
     state, losses = begin(step), []
     for seed in range(15):
         state, metrics = step.step(state, step.put(tiny_batch(step.config, seed)))
@@ -185,7 +188,7 @@ def test_the_abstract_state_is_the_state():
     step = trainable(*LOUD)
     state = begin(step)
     described = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), step.abstract())
-    assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), state) == described
+    assert vars(jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), state)) == vars(described)
 
 
 def test_dropped_assignments_are_counted():
@@ -202,3 +205,18 @@ def test_the_state_is_overwritten_in_place():
     program = trainable.step.lower(trainable.abstract(), batch).compile().as_text()
     assert "%state" in program
     assert not re.findall(r"= f32\S+ copy\(%state\S*\)", program)
+
+
+def test_a_stored_state_keeps_its_names(tmp_path):
+    """Checkpoints of earlier versions hold a dictionary with these; what is stored must not depend on our classes."""
+    names = {"params", "selection_bias", "opt_state", "step", "skipped", "skipped_in_a_row"}
+    step = trainable(*LOUD)
+    state = begin(step)
+    assert set(vars(state)) == names
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    checkpoints.save(1, {name: getattr(state, name) for name in names}, {}, {})
+    checkpoints.wait()
+    stored = {f"{name}/{leaf}" for name, leaves in checkpoints.read_meta(1)["arrays"].items() for leaf in leaves}
+    assert {"step/value", "params/embedding", "opt_state/1/mu/layers/moe/w_gate", "opt_state/1/count"} <= stored
+    restored = TrainState(**checkpoints.restore(1, vars(step.abstract())))
+    jax.tree.map(np.testing.assert_array_equal, restored, state)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from mixtral_jax.config import LossesConfig
+from mixtral_jax.data.batch import Batch
 from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.training.losses import compute_losses, count
 from mixtral_jax.weights.exporting import export_weights
@@ -115,13 +116,13 @@ def test_gradients_and_load_balancing_loss(name: str, tmp_path: Path) -> None:
     (cross_entropy + coefficient * balance).backward()
 
     architecture, arrays = imported(tmp_path / "hf", ONE_DEVICE, batch, length)
-    data = {
-        "tokens": jnp.asarray(tokens[:, :-1]),
-        "targets": jnp.asarray(tokens[:, 1:]),
-        "segment_ids": jnp.ones((batch, length), jnp.int32),
-        "positions": jnp.broadcast_to(jnp.arange(length), (batch, length)),
-        "loss_mask": jnp.ones((batch, length), bool),
-    }
+    data = Batch(
+        tokens=jnp.asarray(tokens[:, :-1]),
+        targets=jnp.asarray(tokens[:, 1:]),
+        segment_ids=jnp.ones((batch, length), jnp.int32),
+        positions=jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length)),
+        loss_mask=jnp.ones((batch, length), bool),
+    )
     losses_config = LossesConfig(load_balance=coefficient * config.num_experts_per_tok, router_z=0.0)
 
     def loss(params: dict[str, Any]) -> tuple[jax.Array, Any]:
@@ -154,13 +155,13 @@ def test_the_load_balancing_coefficient_keeps_its_meaning(tmp_path: Path) -> Non
     tokens = torch.from_numpy(random_tokens(config, 2, 16)).long()
     out = oracle(tokens, labels=tokens, output_router_logits=True)
     plain = oracle(tokens, labels=tokens, output_router_logits=False)
-    data = {
-        "tokens": jnp.asarray(tokens.numpy(), jnp.int32),
-        "targets": jnp.zeros((2, 16), jnp.int32),
-        "segment_ids": jnp.ones((2, 16), jnp.int32),
-        "positions": jnp.broadcast_to(jnp.arange(16), (2, 16)),
-        "loss_mask": jnp.ones((2, 16), bool),
-    }
+    data = Batch(
+        tokens=jnp.asarray(tokens.numpy(), jnp.int32),
+        targets=jnp.zeros((2, 16), jnp.int32),
+        segment_ids=jnp.ones((2, 16), jnp.int32),
+        positions=jnp.broadcast_to(jnp.arange(16, dtype=jnp.int32), (2, 16)),
+        loss_mask=jnp.ones((2, 16), bool),
+    )
     losses, _ = jax.jit(
         lambda a: compute_losses(architecture.bind(a), data, count(data), None, LossesConfig(load_balance=0.6))
     )(arrays)
