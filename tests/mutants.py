@@ -17,8 +17,8 @@ class Mutant(NamedTuple):
 
 TABLE: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("training/losses.py", "training/test_losses.py training/test_step.py"): [
-        ("jnp.sum(batch[\"loss_mask\"], dtype=FULL)", "jnp.sum(batch[\"segment_ids\"] > 0, dtype=FULL)"),
-        ("valid = (batch[\"segment_ids\"] > 0)", "valid = (batch[\"segment_ids\"] >= 0)"),
+        ("jnp.sum(batch.loss_mask, dtype=FULL)", "jnp.sum(batch.segment_ids > 0, dtype=FULL)"),
+        ("valid = (batch.segment_ids > 0)", "valid = (batch.segment_ids >= 0)"),
         ("entropy = logsumexp - jnp.sum", "entropy = logsumexp + jnp.sum"),
         ("jnp.square(logsumexp), valid", "jnp.abs(logsumexp), valid"),
         ("return num_experts * jnp.mean(jnp.sum", "return num_experts * jnp.sum(jnp.sum"),
@@ -34,9 +34,9 @@ TABLE: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("training/step.py", "training/test_step.py"): [
         ("& jnp.isfinite(grad_norm)", "& True"),
         ("jnp.isfinite(losses.total) &", "True &"),
-        ("\"step\": state[\"step\"] + 1", "\"step\": state[\"step\"] + 1 - skip"),
-        ("(state[\"skipped_in_a_row\"] + 1) * skip", "state[\"skipped_in_a_row\"] + skip"),
-        ("state[\"skipped\"] + skip", "skip"),
+        ("step=state.step + 1", "step=state.step + 1 - skip"),
+        ("(state.skipped_in_a_row + 1) * skip", "state.skipped_in_a_row + skip"),
+        ("state.skipped + skip", "skip"),
         ("config.losses.balance_over == \"batch\" and", "config.losses.balance_over != \"batch\" and"),
         ("jnp.sign(1 / load.shape[-1] - load)", "jnp.sign(load - 1 / load.shape[-1])"),
         ("bias = _choose(finite, self._move_bias", "bias = _choose(True, self._move_bias"),
