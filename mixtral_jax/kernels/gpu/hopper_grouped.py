@@ -1,0 +1,162 @@
+"""Grouped products for Hopper GPUs.
+
+Groups of rows begin at multiples of a tile's height, so that no row needs a mask; what pads a group is zeros, which add
+nothing.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from mixtral_jax.kernels.gpu.hopper_ring import Ring, Tile, Tiling, cut, place
+
+TILING = Tiling()
+
+
+def gmm(
+    pairs: Sequence[tuple[Float[Array, "rows inner"], Float[Array, "groups ..."]]],
+    sizes: Int[Array, " groups"],
+    *,
+    transposed: bool = False,
+    fill: bool = True,
+    tiling: Tiling = TILING,
+    processors: int | None = None,
+    interpret: Any = None,
+) -> Float[Array, "rows outer"]:
+    """Multiplies every row with its group's matrix, and adds up over the pairs.
+
+    Args:
+        pairs: one or two of rows sorted by group, and matrices [groups, inner, outer]; all pairs of the same shapes.
+        sizes: rows of each group, multiples of the tiling's height.
+        transposed: whether the matrices are [groups, outer, inner].
+        fill: whether rows of nobody are zeros; otherwise they are what the memory held.
+        tiling: how to cut the product.
+        processors: how many to run on; None: all of the device.
+        interpret: how to run the kernel step by step, on a CPU.
+    """
+    (num_rows, inner), (groups, *shape), dtype = pairs[0][0].shape, pairs[0][1].shape, pairs[0][0].dtype
+    outer = shape[0 if transposed else 1]
+    grid, steps = (num_rows // tiling.height, outer // tiling.width), inner // tiling.depth
+    group_of_block = groups_of_blocks(sizes, grid[0], tiling.height)
+
+    def tile(index: Array, partner: Array, group_ref: Any, *refs: Any) -> Tile:
+        block, column = place(index, partner, grid, tiling)
+        group, somebody = jnp.minimum(group_ref[block], groups - 1), group_ref[block] < groups
+
+        def send(step: Array, copy: Callable[..., None]) -> None:
+            def one(pair: int, step: Array) -> None:
+                deep, columns = cut(step, tiling.depth), cut(column, tiling.width)
+                rows_ref, matrices_ref = refs[2 * pair], refs[2 * pair + 1]
+                copy(0, rows_ref.at[cut(block, tiling.height), deep])
+                copy(1, matrices_ref.at[(group, columns, deep) if transposed else (group, deep, columns)])
+
+            if len(pairs) == 1:
+                one(0, step)
+            else:
+                lax.cond(step < steps, lambda: one(0, step), lambda: one(1, step - steps))
+
+        def results(rows: Any, columns: Any, sums: Array) -> list[tuple[Array, Any]]:
+            mine = refs[-1].at[cut(block, tiling.height), cut(column, tiling.width)]
+            return [(sums, mine.at[rows, columns])]
+
+        return Tile(jnp.where(somebody, len(pairs) * steps, 0), send, results, somebody | fill)
+
+    ring = Ring(tile, grid[0] * grid[1] // tiling.partners, 1, (False, transposed), tiling, dtype)
+    result = jax.ShapeDtypeStruct((num_rows, outer), dtype)
+    return ring.kernel("hopper_gmm", result, processors, interpret)(group_of_block, *(x for p in pairs for x in p))
+
+
+def gated(
+    rows: Float[Array, "rows inner"],
+    gate_matrices: Float[Array, "groups inner outer"],
+    up_matrices: Float[Array, "groups inner outer"],
+    sizes: Int[Array, " groups"],
+    *,
+    tiling: Tiling = TILING,
+    processors: int | None = None,
+    interpret: Any = None,
+) -> list[Float[Array, "rows outer"]]:
+    """Multiplies every row with both of its group's matrices; gives both and silu(gate) * up."""
+    (num_rows, inner), (groups, _, outer), dtype = rows.shape, gate_matrices.shape, rows.dtype
+    half = tiling.width // 2  # columns of a tile are half those of the gate's and half those of up's
+    grid, steps = (num_rows // tiling.height, outer // half), inner // tiling.depth
+
+    def tile(index: Array, partner: Array, group_ref: Any, rows_ref: Any, *refs: Any) -> Tile:
+        block, column = place(index, partner, grid, tiling)
+        group, somebody = jnp.minimum(group_ref[block], groups - 1), group_ref[block] < groups
+        mine = cut(block, tiling.height), cut(column, half)
+
+        def send(step: Array, copy: Callable[..., None]) -> None:
+            deep = cut(step, tiling.depth)
+            copy(0, rows_ref.at[mine[0], deep])
+            for i, matrices_ref in enumerate(refs[:2]):
+                copy(1, matrices_ref.at[group, deep, mine[1]], i)
+
+        def results(rows: Any, _: Any, gate: Array, up: Array) -> list[tuple[Array, Any]]:
+            values = gate, up, gate / (1 + jnp.exp(-gate)) * up
+            return [(value, ref.at[mine].at[rows]) for value, ref in zip(values, refs[2:], strict=True)]
+
+        return Tile(jnp.where(somebody, steps, 0), send, results, somebody)
+
+    ring = Ring(tile, grid[0] * grid[1] // tiling.partners, 2, (False, False), tiling, dtype)
+    result = [jax.ShapeDtypeStruct((num_rows, outer), dtype)] * 3
+    arrays = groups_of_blocks(sizes, grid[0], tiling.height), rows, gate_matrices, up_matrices
+    return ring.kernel("hopper_gated", result, processors, interpret)(*arrays)
+
+
+def tgmm(
+    left: Float[Array, "rows inner"],
+    right: Float[Array, "rows outer"],
+    sizes: Int[Array, " groups"],
+    dtype: Any,
+    *,
+    tiling: Tiling = TILING,
+    processors: int | None = None,
+    interpret: Any = None,
+) -> Float[Array, "groups inner outer"]:
+    """Sums over every group's rows the products of each left element with each right one.
+
+    Args:
+        left, right: rows sorted by group.
+        sizes: rows of each group, multiples of the tiling's depth.
+        dtype: of the result.
+        tiling: how to cut the product.
+        processors: how many to run on; None: all of the device.
+        interpret: how to run the kernel step by step, on a CPU.
+    """
+    inner, outer, groups = left.shape[1], right.shape[1], sizes.size
+    grid = inner // tiling.height, outer // tiling.width
+    of_group = grid[0] * grid[1] // tiling.partners
+    counts = sizes // tiling.depth
+    first = jnp.cumsum(counts) - counts
+
+    def tile(index: Array, partner: Array, first_ref: Any, count_ref: Any, *refs: Any) -> Tile:
+        group = lax.div(index, jnp.int32(of_group))
+        i, j = place(lax.rem(index, jnp.int32(of_group)), partner, grid, tiling)
+        left_ref, right_ref, out_ref = refs
+        above, below, start = cut(i, tiling.height), cut(j, tiling.width), first_ref[group]
+
+        def send(step: Array, copy: Callable[..., None]) -> None:
+            deep = cut(start + step, tiling.depth)
+            copy(0, left_ref.at[deep, above])
+            copy(1, right_ref.at[deep, below])
+
+        def results(rows: Any, columns: Any, sums: Array) -> list[tuple[Array, Any]]:
+            return [(sums, out_ref.at[group, above, below].at[rows, columns])]
+
+        return Tile(count_ref[group], send, results, True)
+
+    ring = Ring(tile, groups * of_group, 1, (True, False), tiling, left.dtype)
+    result = jax.ShapeDtypeStruct((groups, inner, outer), dtype)
+    arrays = first.astype(jnp.int32), counts.astype(jnp.int32), left, right
+    return ring.kernel("hopper_tgmm", result, processors, interpret)(*arrays)
+
+
+def groups_of_blocks(sizes: Int[Array, " groups"], num_blocks: int, height: int) -> Int[Array, " blocks"]:
+    """The group that each block of rows belongs to, the number of groups where nobody's, if all sizes are multiples."""
+    ends, blocks = jnp.cumsum(sizes) // height, jnp.arange(num_blocks)
+    return jnp.searchsorted(ends, blocks, side="right", method="compare_all").astype(jnp.int32)

@@ -1,0 +1,140 @@
+"""The experts' kernels for Hopper GPUs, interpreted on a CPU, against each row with its own expert in float64."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from mixtral_jax.kernels.gpu import hopper_ffn
+from mixtral_jax.kernels.gpu.hopper_ffn import pad_groups
+from mixtral_jax.kernels.gpu.hopper_grouped import gated, gmm, groups_of_blocks, tgmm
+from mixtral_jax.kernels.gpu.hopper_ring import Tiling, place
+from tests import oracles
+
+interpreted = pytest.mark.skipif(
+    not hasattr(plgpu, "InterpretGPUParams"), reason="needs JAX's interpreter of these kernels, of JAX 0.11 or later"
+)
+ROWS, INNER, OUTER = 512, 128, 256
+CASES = {  # sizes, tiling, multiprocessors
+    "one after the other": ([128, 0, 256], Tiling(width=128, stages=3, neighbours=2), 1),
+    "more than tiles": ([256, 128], Tiling(width=128, stages=2, split=1), 40),
+    "partners": ([0, 512], Tiling(width=128, stages=3, neighbours=2, partners=2), 4),
+}
+UNPADDED = {
+    "uneven": [130, 1, 128, 41],
+    "empty ones": [0, 30, 0, 9],
+    "one has all": [0, 300, 0],
+    "nobody": [0, 0, 0],
+    "more than tiles": [1] * 40,
+}
+
+
+def interpret():
+    return plgpu.InterpretGPUParams(detect_races=True)
+
+
+def normal(seed, *shape, scale=1.0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape) * scale, jnp.bfloat16)
+
+
+def owners(sizes):
+    return np.repeat(np.arange(len(sizes)), sizes)
+
+
+def exact(a):
+    return np.asarray(a, np.float64)
+
+
+@interpreted
+@pytest.mark.parametrize(("sizes", "tiling", "processors"), CASES.values(), ids=CASES)
+def test_products_equal_each_row_with_its_matrix(sizes, tiling, processors):
+    groups, used = owners(sizes), sum(sizes)
+    rows = normal(0, ROWS, INNER).at[used:].set(jnp.nan)  # what nobody's rows hold must reach nothing
+    matrices, other = normal(1, len(sizes), INNER, OUTER), normal(2, ROWS, OUTER).at[used:].set(jnp.nan)
+    how = {"tiling": tiling, "processors": processors, "interpret": interpret()}
+
+    straight = gmm([(rows, matrices)], jnp.asarray(sizes), **how)
+    turned = gmm(
+        [(rows, m.swapaxes(1, 2)) for m in (matrices, 2 * matrices)], jnp.asarray(sizes), transposed=True, **how
+    )
+    sums = tgmm(rows, other, jnp.asarray(sizes), jnp.float32, **how)
+
+    expected = np.einsum("rk,rkn->rn", exact(rows[:used]), exact(matrices)[groups])
+    assert oracles.error(straight[:used], expected) < 0.005
+    assert oracles.error(turned[:used], 3 * expected) < 0.005
+    for out in (straight, turned):
+        np.testing.assert_array_equal(out[used:], 0)
+    x, y = exact(rows[:used]), exact(other[:used])
+    assert oracles.error(sums, [x[groups == g].T @ y[groups == g] for g in range(len(sizes))]) < 1e-5
+
+
+@interpreted
+def test_gate_and_up_in_one_pass():
+    sizes = [128, 0, 256]
+    groups, used = owners(sizes), sum(sizes)
+    rows, matrices = normal(0, ROWS, INNER), [normal(i, 3, INNER, OUTER, scale=INNER**-0.5) for i in (1, 2)]
+    found = gated(
+        rows, *matrices, jnp.asarray(sizes), tiling=Tiling(stages=3, neighbours=2), processors=3, interpret=interpret()
+    )
+    gate, up = (np.einsum("rk,rkn->rn", exact(rows[:used]), exact(m)[groups]) for m in matrices)
+    for out, expected in zip(found, (gate, up, gate / (1 + np.exp(-gate)) * up), strict=True):
+        assert oracles.error(out[:used], expected) < 0.005
+
+
+@interpreted
+def test_experts_and_their_gradients(monkeypatch):
+    monkeypatch.setattr("mixtral_jax.kernels.gpu.hopper_ring.num_processors", lambda: 2)
+    sizes = np.array([130, 0, 1])
+    groups, used, d_model, d_ff = owners(sizes), sizes.sum(), 256, 256
+    rows, d_out = (normal(seed, used + 20, d_model).at[used:].set(jnp.nan) for seed in (0, 1))
+    w_in, w_out = (3, d_model, d_ff), (3, d_ff, d_model)
+    weights = [normal(seed, *shape, scale=d_model**-0.5) for seed, shape in ((2, w_in), (3, w_in), (4, w_out))]
+
+    out, pull = jax.vjp(lambda x, *w: hopper_ffn.hopper_ffn(x, jnp.asarray(sizes), *w, interpret()), rows, *weights)
+    d_rows, *d_weights = pull(d_out)
+
+    def by_row(x, *w):
+        gate, up, down = (m[groups] for m in w)
+        inner = jax.nn.silu(jnp.einsum("rd,rdf->rf", x[:used], gate)) * jnp.einsum("rd,rdf->rf", x[:used], up)
+        return jnp.einsum("rf,rfd->rd", inner, down)
+
+    expected, (expected_rows, *expected_weights) = oracles.value_and_pull(by_row, [rows, *weights], d_out[:used])
+    assert oracles.error(out[:used], expected) < 0.02
+    assert oracles.error(d_rows[:used], np.asarray(expected_rows)[:used]) < 0.02
+    for found, right in zip(d_weights, expected_weights, strict=True):
+        assert oracles.error(found, right) < 0.02
+        np.testing.assert_array_equal(found[1], 0)
+    for array in (out, d_rows):
+        np.testing.assert_array_equal(array[used:], 0)
+
+
+@pytest.mark.parametrize("height", [8, 128])
+@pytest.mark.parametrize("sizes", UNPADDED.values(), ids=UNPADDED)
+def test_every_row_has_a_place_in_its_padded_group(sizes, height):
+    num_rows = 300
+    padding = jax.tree.map(np.asarray, pad_groups(jnp.asarray(sizes), num_rows, height))
+    counts = -(-np.array(sizes) // height) * height
+    np.testing.assert_array_equal(padding.sizes, counts)
+    starts, used = np.cumsum(counts) - counts, sum(sizes)
+    ranks = np.concatenate([np.arange(size) for size in sizes])
+    np.testing.assert_array_equal(padding.place[:used, 0], starts[owners(sizes)] + ranks)
+    assert len(padding.source) % height == 0
+    assert np.all(padding.place[used:, 0] >= len(padding.source))
+    source = np.full(len(padding.source), num_rows)
+    source[padding.place[:used, 0]] = np.arange(used)
+    np.testing.assert_array_equal(padding.source, source)
+
+    blocks = np.asarray(groups_of_blocks(jnp.asarray(counts), len(source) // height, height))
+    nobody = len(blocks) - counts.sum() // height
+    np.testing.assert_array_equal(blocks, [*owners(counts // height), *[len(sizes)] * nobody])
+
+
+@pytest.mark.parametrize("tiling", [Tiling(), Tiling(neighbours=3), Tiling(partners=2), Tiling(partners=2, along=0)])
+@pytest.mark.parametrize("grid", [(2, 2), (34, 6), (20, 58)])
+def test_every_tile_has_one_place(grid, tiling):
+    turns, partners = np.divmod(np.arange(grid[0] * grid[1], dtype=np.int32), np.int32(tiling.partners))
+    i, j = jax.vmap(lambda turn, partner: place(turn, partner, grid, tiling))(turns, partners)
+    assert sorted(zip(i.tolist(), j.tolist(), strict=True)) == list(itertools.product(*map(range, grid)))
