@@ -1,6 +1,6 @@
 """Where and how a model runs: the mesh, the float types and the backends, resolved once at start."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 from jax.sharding import Mesh
@@ -53,8 +53,12 @@ class Runtime:
 
     @property
     def reads_stack(self) -> bool:
-        """Whether the experts' weights are read where they lie in the stack of all layers."""
-        return find("experts", self.experts).reads_stack
+        """Whether the experts' weights are read where they lie in the stack of all layers.
+
+        Not where all layers' would have to be there at once for it: gathered, or in another type.
+        """
+        whole = self.mesh.size == 1 and (self.remat == "none" or self.precision.params == self.precision.compute)
+        return find("experts", self.experts).reads_stack and (whole or self.platform == "cpu")
 
     def describe(self) -> str:
         """Says in one line what was chosen."""
@@ -86,6 +90,17 @@ def target(platform: str, devices: int, precision: Precision, head_dim: int = 0,
     )
 
 
+def target_of(config: Config, device: jax.Device, devices: int, shares: int) -> Target:
+    """Says what the choice depends on, but for `matmul`; the devices `shares` divide the width of the experts."""
+    model = config.model
+    return replace(
+        target(device.platform, devices, make_precision(config.precision), model.head_dim),
+        capability=float(getattr(device, "compute_capability", 0)),
+        d_model=model.d_model,
+        d_ff=model.d_ff // shares,
+    )
+
+
 def make_runtime(config: Config, mesh: Mesh | None = None) -> Runtime:
     """Resolves `auto` by platform and checks that shapes divide over the mesh.
 
@@ -94,9 +109,8 @@ def make_runtime(config: Config, mesh: Mesh | None = None) -> Runtime:
     """
     mesh = make_mesh(config.mesh) if mesh is None else mesh
     precision, kernels, model = make_precision(config.precision), config.kernels, config.model
-    platform = mesh.devices.flat[0].platform
-    place = target(platform, mesh.size, precision, model.head_dim)
-    place = target(platform, mesh.size, precision, model.head_dim, choose("matmul", kernels.matmul, place))
+    place = target_of(config, mesh.devices.flat[0], mesh.size, axis_size(mesh, "d_ff"))
+    place = replace(place, matmul=choose("matmul", kernels.matmul, place))
     check_divides(mesh, "d_model", "model.d_model", model.d_model)
     check_divides(mesh, "d_ff", "model.d_ff", model.d_ff)
     check_divides(mesh, "heads", "model.num_heads", model.num_heads)
@@ -104,7 +118,7 @@ def make_runtime(config: Config, mesh: Mesh | None = None) -> Runtime:
     check_divides(mesh, "vocab", "model.vocab_size", model.vocab_size)
     check_divides(mesh, "experts", "model.num_experts", model.num_experts)
     experts = choose("experts", kernels.experts, place)
-    saves_named = config.train.remat == "none" and find("experts", experts).reads_stack
+    saves_named = config.train.remat == "none" and experts in ("amx", "mkl")
     return Runtime(
         mesh=mesh,
         precision=precision,

@@ -5,6 +5,7 @@ import itertools
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import jax
 import pytest
@@ -16,6 +17,9 @@ from mixtral_jax.kernels.backends import BACKENDS, Target, choose, names
 from mixtral_jax.runtime import make_runtime
 from mixtral_jax.sharding import MESH_AXES, RULES, axis_size, make_mesh, spec
 from tests.tiny import mesh_of, tiny_config, tiny_trainable
+
+
+HOPPER = Target("gpu", full_compute=False, capability=9.0, d_model=512, d_ff=1792)
 
 
 def refusal(call, *arguments) -> str:
@@ -87,6 +91,13 @@ def test_shapes_that_the_mesh_does_not_divide_are_refused(changes, sizes, senten
         ("experts", "mkl", Target("cpu", matmul="mkl")),
         ("experts", "amx", Target("cpu", matmul="amx")),
         ("experts", "triton", Target("gpu")),
+        ("experts", "hopper", HOPPER),
+        ("experts", "triton", replace(HOPPER, full_compute=True)),
+        ("experts", "triton", replace(HOPPER, capability=10.0)),
+        ("experts", "triton", replace(HOPPER, capability=8.0)),
+        ("experts", "triton", replace(HOPPER, d_model=384)),
+        ("experts", "triton", replace(HOPPER, d_ff=384)),
+        ("experts", "ragged_dot", replace(HOPPER, eight_bit=True)),
         ("experts", "megablox", Target("tpu")),
         ("experts", "grouped_blocks", Target("cpu", matmul="mkl", eight_bit=True)),
         ("experts", "ragged_dot", Target("gpu", eight_bit=True)),
@@ -132,6 +143,10 @@ def test_the_table_names_modules_that_are_there():
         ("attention", "cudnn", Target("gpu"),
          "does not compute in float32: set precision.compute=bfloat16, or use auto or blockwise"),
         ("experts", "megablox", Target("gpu"), "does not run on gpu: use auto or triton or ragged_dot"),
+        ("experts", "hopper", replace(HOPPER, capability=8.0),
+         "is for GPUs of compute capability 9.0, not 8.0: use auto or triton or ragged_dot"),
+        ("experts", "hopper", replace(HOPPER, d_ff=1000), "takes a model.d_model and a device's share of model.d_ff "
+         "in steps of 256, not 512 and 1000: use auto or triton or ragged_dot"),
         ("experts", "triton", Target("tpu"), "does not run on tpu: use auto or megablox"),
         ("experts", "mkl", Target("cpu"), "needs kernels.matmul=mkl: set both, or use auto or grouped_blocks"),
         ("experts", "amx", Target("cpu", matmul="mkl"),

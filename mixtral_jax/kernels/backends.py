@@ -14,6 +14,7 @@ from types import ModuleType
 
 from mixtral_jax.config import UserError
 
+HOPPER, HOPPER_WIDTH = 9.0, 256  # compute capability, and columns of a tile of its grouped products
 LARGEST_AMX_HEAD = 256  # elements; what is made of some blocks of such heads fits the L2 cache
 
 
@@ -27,7 +28,10 @@ class Target:
     full_params: bool = True
     full_moments: bool = True  # of the optimizer
     eight_bit: bool = False  # the experts' factors
+    capability: float = 0.0  # compute capability of a GPU
     head_dim: int = 0
+    d_model: int = 0  # and the next one: of the experts on one device
+    d_ff: int = 0
     matmul: str = "xla"  # backend of dense products
 
 
@@ -81,6 +85,16 @@ HEAD = Need(
     f"takes a model.head_dim of up to {LARGEST_AMX_HEAD}, not {{head_dim}}",
     short=f"heads of up to {LARGEST_AMX_HEAD}",
 )
+IS_HOPPER = Need(
+    lambda t: t.capability == HOPPER,
+    f"is for GPUs of compute capability {HOPPER}, not {{capability}}",
+    short="H100, H200",
+)
+WIDTHS = Need(
+    lambda t: t.d_model % HOPPER_WIDTH == t.d_ff % HOPPER_WIDTH == 0,
+    f"takes a model.d_model and a device's share of model.d_ff in steps of {HOPPER_WIDTH}, not {{d_model}} and {{d_ff}}",
+    short=f"widths in steps of {HOPPER_WIDTH}",
+)
 AMX = Need(lambda _: available("amx"), "needs a processor with AMX, Linux, and pip install numba", short="AMX")
 MKL = Need(lambda _: available("mkl"), "needs packages: pip install mkl numba", short="package mkl")
 
@@ -113,6 +127,8 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
                 reads_stack=True),
         Backend("mkl", CPU, "cpu.experts", "oneMKL's products in one batch", (NOT_8_BIT, _with_matmul("mkl")),
                 reads_stack=True),
+        Backend("hopper", GPU, "gpu.hopper_ffn", "our grouped kernels for Hopper: TMA, warp specialisation",
+                (IS_HOPPER, NOT_FLOAT32, NOT_8_BIT, WIDTHS), reads_stack=True),
         Backend("triton", GPU, "gpu.triton_grouped", "our grouped kernels, from compute capability 8.0",
                 (NOT_8_BIT,), if_asked=CPU),
         Backend("megablox", TPU, "tpu.megablox", "JAX's grouped kernel for TPU", if_asked=CPU),

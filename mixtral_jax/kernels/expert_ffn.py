@@ -32,6 +32,11 @@ class ExpertWeights(NamedTuple):
     w_down: Float[Array, "experts d_ff d_model"]
     stack: ExpertStack | None = None
 
+    def in_stack(self) -> ExpertStack:
+        """Returns where to read them: in the stack, or in one of this layer alone."""
+        w_gate, w_up, w_down, stack = self
+        return stack or ExpertStack(w_gate[None], w_up[None], w_down[None], jnp.zeros((), jnp.int32))
+
 
 def expert_ffn(
     rows: Float[Array, "rows d_model"],
@@ -72,6 +77,8 @@ def expert_ffn(
     engine = load("experts", backend)
     if backend == "grouped_blocks":
         out: Array = engine.grouped_blocks_ffn(rows, sizes, w_gate, w_up, w_down, block_sizes)
+    elif backend == "hopper":
+        out = engine.hopper_ffn(rows, sizes, weights)
     elif backend == "triton":
         out = engine.grouped_ffn(rows, sizes, w_gate, w_up, w_down, interpret)
     elif backend == "megablox":

@@ -18,7 +18,7 @@ from mixtral_jax.planning.collectives import Collective
 from mixtral_jax.planning.network import Seconds, network_time
 from mixtral_jax.planning.topology import Topology
 from mixtral_jax.precision import FULL, make_precision
-from mixtral_jax.runtime import target
+from mixtral_jax.runtime import target_of
 from mixtral_jax.sharding import MESH_AXES
 
 WIDE = jnp.dtype(FULL).itemsize
@@ -145,7 +145,7 @@ def _rows_computed(config: Config, topology: Topology, dense: float) -> float:
             on TPU for the gradient of the weights, a third of the work; the other kernels skip padding rows.
     """
     platform = PLATFORMS[topology.platform]
-    place = target(platform, len(topology.devices), make_precision(config.precision))
+    place = target_of(config, topology.devices[0], len(topology.devices), config.mesh.tensor)
     if choose("experts", config.kernels.experts, place) != "ragged_dot":
         return 1.0
     return dense if platform == "gpu" else (2 + dense) / 3
@@ -163,7 +163,7 @@ def _weights(mesh: dict[str, int], axes: tuple[str, ...], payload: float, runs: 
 
 def _exchange(config: Config, topology: Topology, tokens: float, buffer: float, runs: int) -> list[Move]:
     """Rows to their experts and back, in bytes of this device's tokens and of its buffer."""
-    place = target(PLATFORMS[topology.platform], len(topology.devices), make_precision(config.precision))
+    place = target_of(config, topology.devices[0], len(topology.devices), config.mesh.tensor)
     exchange = choose("exchange", config.kernels.exchange, place)
     if exchange == "gather":
         whole = tokens * config.mesh.expert

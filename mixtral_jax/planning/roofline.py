@@ -89,6 +89,7 @@ def make_plan(program: Program, topology: Topology) -> Plan:
         # for every token, and num_heads is split over `tensor`, whose devices hold the same tokens:
         attention_product=part * config.data.seq_len * model.d_model,
         expert_rows=expert_rows,
+        experts=model.num_experts // mesh.shape["expert"],
     )
     return Plan(
         topology=topology,

@@ -3,6 +3,7 @@
 XLA's own cost analysis counts a loop's body once and is not there for CUDA programs compiled ahead of time.
 """
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -19,8 +20,8 @@ ATTENTION_PRODUCTS = {
 }  # fmt: skip
 
 GROUPED = re.compile(r"(t?gmm|ragged-dot-none)\b")  # kernels of grouped products: megablox's two and XLA's for TPU
-# Those of `kernels.gpu.triton_grouped`. They leave padding rows alone; only the results of `gmm` are filled there.
-ON_GPU = re.compile(r'[{ ]name = "(t?gmm|gmm_unfilled|swiglu)"')
+# Those of `kernels.gpu`. They leave padding rows alone; only the results of `gmm` are filled there.
+ON_GPU = re.compile(r'[{ ]name = "(t?gmm|gmm_unfilled|swiglu)"|/hopper_(t?gmm|gated)/')
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,14 @@ class Work:
         return self.dense + self.attention + self.grouped
 
 
-def count_work(module: Module, *, attention_product: float, expert_rows: float) -> Work:
+def count_work(module: Module, *, attention_product: float, expert_rows: float, experts: int = 0) -> Work:
     """Counts the work of a program.
 
     Args:
         module: the program.
         attention_product: FLOPs of one causal product of queries with keys in one run of an attention kernel.
         expert_rows: rows of a device's grouped products that belong to somebody, at a balanced load.
+        experts: of a device: as many matrices are read of a stack of all layers' by a kernel that takes the whole.
     """
     dense = attention = grouped = memory = 0.0
     for name, computation in module.computations.items():
@@ -57,16 +59,22 @@ def count_work(module: Module, *, attention_product: float, expert_rows: float) 
                 name_and_target = f"{instruction.name} {instruction.attribute('custom_call_target')}"
                 products = next((n for part, n in ATTENTION_PRODUCTS.items() if part in name_and_target), 0)
                 attention += runs * products * attention_product
-                if _is_grouped(instruction) and len(instruction.shapes) == 1:
+                if (ours := _our_kernel(instruction)) == "gated":  # two products
+                    grouped += 2 * runs * _grouped_flops(instruction, computation, expert_rows)
+                elif _is_grouped(instruction, ours) and len(instruction.shapes) == 1:
                     grouped += runs * _grouped_flops(instruction, computation, expert_rows)
             if name not in module.fused and instruction.opcode not in FREE and not instruction.opcode.endswith("-done"):
-                memory += runs * _traffic(instruction, computation, module, expert_rows)
+                memory += runs * _traffic(instruction, computation, module, expert_rows, experts)
     return Work(dense, attention, grouped, memory)
 
 
-def _is_grouped(instruction: Instruction) -> bool:
-    ours = ON_GPU.search(instruction.attributes)
-    return bool(GROUPED.match(instruction.name)) or (ours is not None and ours[1] != "swiglu")
+def _our_kernel(instruction: Instruction) -> str:
+    found = ON_GPU.search(instruction.attributes)
+    return (found[1] or found[2]) if found else ""
+
+
+def _is_grouped(instruction: Instruction, ours: str) -> bool:
+    return bool(GROUPED.match(instruction.name)) or ours not in ("", "swiglu")
 
 
 def _operands(instruction: Instruction, computation: Computation) -> list[Instruction]:
@@ -135,12 +143,12 @@ def _in_memory(shapes: tuple[Shape, ...]) -> float:
     return sum((shape.bytes for shape in shapes if not shape.fast_memory), 0.0)
 
 
-def _traffic(instruction: Instruction, computation: Computation, module: Module, expert_rows: float) -> float:
+def _traffic(instruction: Instruction, computation: Computation, module: Module, rows: float, experts: int) -> float:
     """Bytes that an operation reads and writes; slices, gathers and updates in place count what they touch."""
     operands = _operands(instruction, computation)
-    if ours := ON_GPU.search(instruction.attributes):
-        read = sum(_bytes_of_rows(shape, expert_rows) for operand in operands for shape in operand.shapes)
-        return read + sum(s.bytes if ours[1] == "gmm" else _bytes_of_rows(s, expert_rows) for s in instruction.shapes)
+    if ours := _our_kernel(instruction):
+        read = sum(_bytes_of_rows(shape, rows, experts) for operand in operands for shape in operand.shapes)
+        return read + sum(s.bytes if ours == "gmm" else _bytes_of_rows(s, rows) for s in instruction.shapes)
     if instruction.opcode in SLICING:
         return 2 * _in_memory(instruction.shapes)
     if instruction.opcode in ("dynamic-update-slice", "scatter"):
@@ -155,9 +163,10 @@ def _traffic(instruction: Instruction, computation: Computation, module: Module,
     return read + max(written, 0.0)
 
 
-def _bytes_of_rows(shape: Shape, rows: float) -> float:
-    """Bytes of so many rows of a matrix, of other arrays all."""
-    return shape.bytes * (min(1.0, rows / shape.dims[0]) if len(shape.dims) == 2 else 1.0)
+def _bytes_of_rows(shape: Shape, rows: float, experts: int = 0) -> float:
+    """Bytes of so many rows of a matrix, of so many matrices of a stack (0: all), of other arrays all."""
+    most = {2: rows, 3: experts or math.inf}.get(len(shape.dims), math.inf)
+    return shape.bytes * min(1.0, most / shape.dims[0]) if shape.dims else shape.bytes
 
 
 def _uses(name: str, inside: Computation) -> list[Instruction]:

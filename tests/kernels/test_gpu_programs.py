@@ -41,8 +41,8 @@ def kernels(module: Module) -> collections.Counter:
     found = collections.Counter()
     for name, computation in module.computations.items():
         for instruction in computation.values():
-            ours = re.search(r'[{ ]name = "(\w+)"', instruction.attributes)
-            kernel = ours[1] if ours else instruction.attribute("custom_call_target").strip('"')
+            ours = re.search(r'[{ ]name = "(\w+)"|/(hopper_\w+)/', instruction.attributes)
+            kernel = ours[1] or ours[2] if ours else instruction.attribute("custom_call_target").strip('"')
             if instruction.opcode == "custom-call":
                 found[kernel] += module.runs[name]
     return found
@@ -50,19 +50,23 @@ def kernels(module: Module) -> collections.Counter:
 
 def products_of(called: collections.Counter) -> tuple[int, int]:
     """Products with rows on the left, of which the gradient of the rows adds up two in one call, and sums over rows."""
-    gradients_of_rows = called["tgmm"] // 3
-    return called["gmm"] + gradients_of_rows + called["gmm_unfilled"], called["tgmm"]
+    sums = called["tgmm"] + called["hopper_tgmm"]
+    rows = called["gmm"] + called["gmm_unfilled"] + called["hopper_gmm"] + 2 * called["hopper_gated"]
+    return rows + sums // 3, sums
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
-@pytest.mark.parametrize("gpu", ["h100", "b200"])
-def test_expert_products_are_those_of_the_rows(gpu, dtype):
+@pytest.mark.parametrize(
+    ("gpu", "backend", "dtype"),
+    [("h100", "hopper", jnp.bfloat16), ("h100", "triton", jnp.bfloat16), ("h100", "triton", jnp.float32),
+     ("b200", "triton", jnp.bfloat16), ("b200", "triton", jnp.float32)],
+)  # fmt: skip
+def test_expert_products_are_those_of_the_rows(gpu, backend, dtype):
     """XLA's own grouped product multiplies every row with every expert's matrix."""
     rows, used, d_model, d_ff, experts = 4096, 1000, 4096, 14336, 8
 
     @jax.shard_map(mesh=one_gpu(gpu).mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
     def both(x, sizes, *w):
-        out, pull = jax.vjp(lambda x, *w: expert_ffn(x, sizes, ExpertWeights(*w), backend="triton"), x, *w)
+        out, pull = jax.vjp(lambda x, *w: expert_ffn(x, sizes, ExpertWeights(*w), backend=backend), x, *w)
         return out, pull(out)
 
     w_in, w_out = ((experts, d_model, d_ff), dtype), ((experts, d_ff, d_model), dtype)
@@ -103,7 +107,7 @@ def test_attention_of_packed_rows_is_flash_and_linear_in_memory(seq_len):
 def step(remat: str):
     """The whole training step for 8 H100, every size another one."""
     config = tiny_config(
-        model={"d_model": 256, "d_ff": 640, "num_heads": 2, "num_kv_heads": 1, "head_dim": 128, "num_layers": 3},
+        model={"d_model": 256, "d_ff": 768, "num_heads": 2, "num_kv_heads": 1, "head_dim": 128, "num_layers": 3},
         data={"seq_len": 384},
         mesh={"fsdp": 4, "expert": 2},
         precision={"compute": "bfloat16"},
@@ -111,7 +115,7 @@ def step(remat: str):
     )
     program = compile_step(config, describe_topology("h100:1x8"))
     runtime = program.runtime
-    assert (runtime.attention, runtime.experts, runtime.exchange) == ("cudnn", "triton", "ragged")
+    assert (runtime.attention, runtime.experts, runtime.exchange) == ("cudnn", "hopper", "ragged")
     return config, program.text, parse(program.text)
 
 

@@ -8,12 +8,11 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mixtral_jax.kernels.cpu.matmul import grouped, grouped_add, outer_products
 from mixtral_jax.kernels.cpu.swiglu import swiglu, swiglu_gradients
-from mixtral_jax.kernels.expert_ffn import ExpertStack, ExpertWeights
+from mixtral_jax.kernels.expert_ffn import ExpertWeights
 from mixtral_jax.remat import save_for_backward
 
 
@@ -26,10 +25,7 @@ def engine_ffn(
 
 
 def _fwd(rows: Array, group_sizes: Array, weights: ExpertWeights, engine: str) -> tuple[Array, tuple[Any, ...]]:
-    stack = weights.stack
-    if stack is None:
-        w_gate, w_up, w_down = (w[None] for w in weights[:3])
-        stack = ExpertStack(w_gate, w_up, w_down, jnp.zeros((), jnp.int32))
+    stack = weights.in_stack()
     gate, up = grouped(rows, group_sizes, stack.layer, (stack.w_gate, stack.w_up), engine)
     if gate.shape[1] <= rows.shape[1]:  # wider ones, saved for every layer, would be the largest of what a step saves
         gate, up = save_for_backward((gate, up))

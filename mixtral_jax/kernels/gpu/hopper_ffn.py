@@ -1,4 +1,7 @@
-"""SwiGLU experts on Hopper GPUs: grouped products over rows that are sorted by expert and padded to whole tiles."""
+"""SwiGLU experts on Hopper GPUs: grouped products over rows that are sorted by expert and padded to whole tiles.
+
+The weights are read in the stack of all layers where there is one, so that no layer's are copied out of it.
+"""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -7,9 +10,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mixtral_jax.kernels.gpu.hopper_grouped import TILING, gated, gmm, tgmm
+from mixtral_jax.kernels.expert_ffn import ExpertWeights
+from mixtral_jax.kernels.gpu.hopper_grouped import gated, gmm, tgmm
+from mixtral_jax.kernels.gpu.hopper_ring import Tiling
 from mixtral_jax.kernels.permutation import collect_rows, dispatch_rows
 from mixtral_jax.precision import FULL
+
+HEIGHT = Tiling().height
+# The fastest of those tried on an H200 at the widths of 8x7B; see docs/performance.md.
+BY_COLUMN = Tiling(split=1)
+TWO_PRODUCTS = Tiling(partners=2)
 
 
 class Padding(NamedTuple):
@@ -45,6 +55,22 @@ def hopper_ffn(
     return collect_rows(out, padding.source, padding.place)
 
 
+def hopper_ffn(
+    rows: Float[Array, "rows d_model"], group_sizes: Int[Array, " experts"], weights: ExpertWeights, interpret: Any = None
+) -> Float[Array, "rows d_model"]:
+    """Computes `expert_ffn`, adding up in float32; padding rows become zero.
+
+    Args:
+        rows: sorted by expert.
+        group_sizes: rows of each expert.
+        weights: the experts; `backends` says which widths.
+        interpret: how to run the kernels step by step, on a CPU.
+    """
+    padding = pad_groups(group_sizes, rows.shape[0], HEIGHT)
+    x = dispatch_rows(rows, padding.source, padding.place)
+    return collect_rows(padded_ffn(x, padding.sizes, weights, interpret), padding.source, padding.place)
+
+
 def pad_groups(sizes: Int[Array, " groups"], num_rows: int, height: int) -> Padding:
     """Finds where rows sorted by group go when each group is padded with empty rows to a multiple of `height`."""
     counts = -(-sizes // height) * height
@@ -65,27 +91,33 @@ def pad_groups(sizes: Int[Array, " groups"], num_rows: int, height: int) -> Padd
     return Padding(source, place[:, None], counts)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def padded_ffn(rows: Array, sizes: Array, w_gate: Array, w_up: Array, w_down: Array, interpret: Any) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def padded_ffn(
+    rows: Float[Array, "rows d_model"], sizes: Int[Array, " experts"], weights: ExpertWeights, interpret: Any
+) -> Float[Array, "rows d_model"]:
     """Computes the experts' outputs from rows whose groups are padded; see `hopper_ffn`."""
-    return _fwd(rows, sizes, w_gate, w_up, w_down, interpret)[0]
+    return _fwd(rows, sizes, weights, interpret)[0]
 
 
-def _fwd(
-    rows: Array, sizes: Array, w_gate: Array, w_up: Array, w_down: Array, interpret: Any
-) -> tuple[Array, tuple[Array, ...]]:
-    gate, up, inner = gated(rows, w_gate, w_up, sizes, interpret=interpret)
-    out = gmm([(inner, w_down)], sizes, interpret=interpret)
-    return out, (rows, sizes, w_gate, w_up, w_down, gate, up)
+def _fwd(rows: Array, sizes: Array, weights: ExpertWeights, interpret: Any) -> tuple[Array, tuple[Any, ...]]:
+    *stacked, layer = weights.in_stack()
+    matrices = [w.reshape(-1, *w.shape[2:]) for w in stacked]
+    place = {"first_matrix": layer * sizes.size, "interpret": interpret}
+    gate, up, inner = gated(rows, *matrices[:2], sizes, **place)
+    out = gmm([(inner, matrices[2])], sizes, **place)
+    return out, (rows, sizes, matrices, layer, gate, up)
 
 
-def _bwd(interpret: Any, residuals: tuple[Array, ...], d_out: Array) -> tuple[Array | None, ...]:
-    rows, sizes, w_gate, w_up, w_down, gate, up = residuals
-    d_inner = gmm([(d_out, w_down)], sizes, transposed=True, fill=False, interpret=interpret)
+def _bwd(interpret: Any, residuals: tuple[Any, ...], d_out: Array) -> tuple[Any, ...]:
+    rows, sizes, (w_gate, w_up, w_down), layer, gate, up = residuals
+    place = {"first_matrix": layer * sizes.size, "interpret": interpret, "transposed": True}
+    d_inner = gmm([(d_out, w_down)], sizes, fill=False, tiling=BY_COLUMN, **place)
     inner, d_gate, d_up = _swiglu_gradients(gate, up, d_inner)
-    d_rows = gmm([(d_gate, w_gate), (d_up, w_up)], sizes, transposed=True, interpret=interpret)
+    tiling = TWO_PRODUCTS if rows.shape[1] % (TWO_PRODUCTS.width * TWO_PRODUCTS.partners) == 0 else BY_COLUMN
+    d_rows = gmm([(d_gate, w_gate), (d_up, w_up)], sizes, tiling=tiling, **place)
     pairs = ((rows, d_gate), (rows, d_up), (inner, d_out))
-    return d_rows, None, *(tgmm(left, right, sizes, w_gate.dtype, interpret=interpret) for left, right in pairs)
+    d_weights = (tgmm(left, right, sizes, w_gate.dtype, interpret=interpret) for left, right in pairs)
+    return d_rows, None, ExpertWeights(*d_weights)
 
 
 padded_ffn.defvjp(_fwd, _bwd)

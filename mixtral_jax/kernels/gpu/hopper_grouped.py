@@ -18,9 +18,10 @@ TILING = Tiling()
 
 
 def gmm(
-    pairs: Sequence[tuple[Float[Array, "rows inner"], Float[Array, "groups ..."]]],
+    pairs: Sequence[tuple[Float[Array, "rows inner"], Float[Array, "matrices ..."]]],
     sizes: Int[Array, " groups"],
     *,
+    first_matrix: Int[Array, ""] | int = 0,
     transposed: bool = False,
     fill: bool = True,
     tiling: Tiling = TILING,
@@ -30,29 +31,30 @@ def gmm(
     """Multiplies every row with its group's matrix, and adds up over the pairs.
 
     Args:
-        pairs: one or two of rows sorted by group, and matrices [groups, inner, outer]; all pairs of the same shapes.
+        pairs: one or two of rows sorted by group, and matrices [matrices, inner, outer]; all pairs of the same shapes.
         sizes: rows of each group, multiples of the tiling's height.
-        transposed: whether the matrices are [groups, outer, inner].
+        first_matrix: that of the first group; those of the others follow.
+        transposed: whether the matrices are [matrices, outer, inner].
         fill: whether rows of nobody are zeros; otherwise they are what the memory held.
         tiling: how to cut the product.
         processors: how many to run on; None: all of the device.
         interpret: how to run the kernel step by step, on a CPU.
     """
-    (num_rows, inner), (groups, *shape), dtype = pairs[0][0].shape, pairs[0][1].shape, pairs[0][0].dtype
-    outer = shape[0 if transposed else 1]
+    (num_rows, inner), dtype = pairs[0][0].shape, pairs[0][0].dtype
+    outer = pairs[0][1].shape[1 if transposed else 2]
     grid, steps = (num_rows // tiling.height, outer // tiling.width), inner // tiling.depth
-    group_of_block = groups_of_blocks(sizes, grid[0], tiling.height)
+    matrix_of_block = matrices_of_blocks(sizes, first_matrix, grid[0], tiling.height)
 
-    def tile(index: Array, partner: Array, group_ref: Any, *refs: Any) -> Tile:
+    def tile(index: Array, partner: Array, matrix_ref: Any, *refs: Any) -> Tile:
         block, column = place(index, partner, grid, tiling)
-        group, somebody = jnp.minimum(group_ref[block], groups - 1), group_ref[block] < groups
+        matrix, somebody = jnp.maximum(matrix_ref[block], 0), matrix_ref[block] >= 0
 
         def send(step: Array, copy: Callable[..., None]) -> None:
             def one(pair: int, step: Array) -> None:
                 deep, columns = cut(step, tiling.depth), cut(column, tiling.width)
                 rows_ref, matrices_ref = refs[2 * pair], refs[2 * pair + 1]
                 copy(0, rows_ref.at[cut(block, tiling.height), deep])
-                copy(1, matrices_ref.at[(group, columns, deep) if transposed else (group, deep, columns)])
+                copy(1, matrices_ref.at[(matrix, columns, deep) if transposed else (matrix, deep, columns)])
 
             if len(pairs) == 1:
                 one(0, step)
@@ -67,34 +69,35 @@ def gmm(
 
     ring = Ring(tile, grid[0] * grid[1] // tiling.partners, 1, (False, transposed), tiling, dtype)
     result = jax.ShapeDtypeStruct((num_rows, outer), dtype)
-    return ring.kernel("hopper_gmm", result, processors, interpret)(group_of_block, *(x for p in pairs for x in p))
+    return ring.kernel("hopper_gmm", result, processors, interpret)(matrix_of_block, *(x for p in pairs for x in p))
 
 
 def gated(
     rows: Float[Array, "rows inner"],
-    gate_matrices: Float[Array, "groups inner outer"],
-    up_matrices: Float[Array, "groups inner outer"],
+    gate_matrices: Float[Array, "matrices inner outer"],
+    up_matrices: Float[Array, "matrices inner outer"],
     sizes: Int[Array, " groups"],
     *,
+    first_matrix: Int[Array, ""] | int = 0,
     tiling: Tiling = TILING,
     processors: int | None = None,
     interpret: Any = None,
 ) -> list[Float[Array, "rows outer"]]:
-    """Multiplies every row with both of its group's matrices; gives both and silu(gate) * up."""
-    (num_rows, inner), (groups, _, outer), dtype = rows.shape, gate_matrices.shape, rows.dtype
+    """Multiplies every row with both of its group's matrices; gives both and silu(gate) * up; see `gmm`."""
+    (num_rows, inner), outer, dtype = rows.shape, gate_matrices.shape[2], rows.dtype
     half = tiling.width // 2  # columns of a tile are half those of the gate's and half those of up's
     grid, steps = (num_rows // tiling.height, outer // half), inner // tiling.depth
 
-    def tile(index: Array, partner: Array, group_ref: Any, rows_ref: Any, *refs: Any) -> Tile:
+    def tile(index: Array, partner: Array, matrix_ref: Any, rows_ref: Any, *refs: Any) -> Tile:
         block, column = place(index, partner, grid, tiling)
-        group, somebody = jnp.minimum(group_ref[block], groups - 1), group_ref[block] < groups
+        matrix, somebody = jnp.maximum(matrix_ref[block], 0), matrix_ref[block] >= 0
         mine = cut(block, tiling.height), cut(column, half)
 
         def send(step: Array, copy: Callable[..., None]) -> None:
             deep = cut(step, tiling.depth)
             copy(0, rows_ref.at[mine[0], deep])
             for i, matrices_ref in enumerate(refs[:2]):
-                copy(1, matrices_ref.at[group, deep, mine[1]], i)
+                copy(1, matrices_ref.at[matrix, deep, mine[1]], i)
 
         def results(rows: Any, _: Any, gate: Array, up: Array) -> list[tuple[Array, Any]]:
             values = gate, up, gate / (1 + jnp.exp(-gate)) * up
@@ -104,7 +107,7 @@ def gated(
 
     ring = Ring(tile, grid[0] * grid[1] // tiling.partners, 2, (False, False), tiling, dtype)
     result = [jax.ShapeDtypeStruct((num_rows, outer), dtype)] * 3
-    arrays = groups_of_blocks(sizes, grid[0], tiling.height), rows, gate_matrices, up_matrices
+    arrays = matrices_of_blocks(sizes, first_matrix, grid[0], tiling.height), rows, gate_matrices, up_matrices
     return ring.kernel("hopper_gated", result, processors, interpret)(*arrays)
 
 
@@ -156,7 +159,10 @@ def tgmm(
     return ring.kernel("hopper_tgmm", result, processors, interpret)(*arrays)
 
 
-def groups_of_blocks(sizes: Int[Array, " groups"], num_blocks: int, height: int) -> Int[Array, " blocks"]:
-    """The group that each block of rows belongs to, the number of groups where nobody's, if all sizes are multiples."""
+def matrices_of_blocks(
+    sizes: Int[Array, " groups"], first_matrix: Int[Array, ""] | int, num_blocks: int, height: int
+) -> Int[Array, " blocks"]:
+    """The matrix of each block of rows, -1 where the block is nobody's, if all sizes are multiples of `height`."""
     ends, blocks = jnp.cumsum(sizes) // height, jnp.arange(num_blocks)
-    return jnp.searchsorted(ends, blocks, side="right", method="compare_all").astype(jnp.int32)
+    group = jnp.searchsorted(ends, blocks, side="right", method="compare_all")
+    return jnp.where(group < sizes.size, first_matrix + group, -1).astype(jnp.int32)

@@ -34,8 +34,7 @@ class Tiling:
     depth: int = 64  # of a stage
     stages: int = 4
     neighbours: int = 16  # tiles below each other that share columns in the second-level cache
-    partners: int = 1  # multiprocessors that work on adjacent tiles and share what they read of the common factor
-    along: int = 1  # axis of the result along which their tiles are adjacent
+    partners: int = 1  # multiprocessors that work on tiles beside each other and share what they read of the left factor
     split: int = 0  # axis of a tile that the two multiplying warpgroups divide
 
 
@@ -142,7 +141,7 @@ class Ring:
             pl.when(total >= stages)(lambda: plgpu.barrier_wait(freed.at[slot]))
 
             def copy(side: int, block: Any, product: int = 0) -> None:
-                shared = "partner" if partners > 1 and side != self.tiling.along else None
+                shared = "partner" if partners > 1 and side == 0 else None
                 place = (left, right)[side].at[slot, product]
                 plgpu.copy_gmem_to_smem(block, place, filled.at[slot], collective_axes=shared)
 
@@ -208,10 +207,8 @@ def num_processors() -> int:
 
 def place(index: Array, partner: Array, grid: tuple[int, int], tiling: Tiling) -> tuple[Array, Array]:
     """Orders a result's tiles so that those computed at the same time share rows and columns."""
-    ways = [tiling.partners if axis == tiling.along else 1 for axis in range(2)]
-    found = plgpu.planar_snake(index, (grid[0] // ways[0], grid[1] // ways[1]), 0, tiling.neighbours // ways[0])
-    i, j = (n * way + partner if way > 1 else n for n, way in zip(found, ways, strict=True))
-    return i, j
+    i, j = plgpu.planar_snake(index, (grid[0], grid[1] // tiling.partners), 0, tiling.neighbours)
+    return i, j * tiling.partners + partner if tiling.partners > 1 else j
 
 
 def cut(index: Array, size: int) -> Any:
