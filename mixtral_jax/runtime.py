@@ -90,14 +90,15 @@ def target(platform: str, devices: int, precision: Precision, head_dim: int = 0,
     )
 
 
-def target_of(config: Config, device: jax.Device, devices: int, shares: int) -> Target:
-    """Says what the choice depends on, but for `matmul`; the devices `shares` divide the width of the experts."""
+def target_of(config: Config, device: jax.Device, devices: int, *, expert: int, tensor: int) -> Target:
+    """Says what the choice depends on, but for `matmul`; given devices, in all and along two axes of the mesh."""
     model = config.model
     return replace(
         target(device.platform, devices, make_precision(config.precision), model.head_dim),
         capability=float(getattr(device, "compute_capability", 0)),
         d_model=model.d_model,
-        d_ff=model.d_ff // shares,
+        expert_devices=expert,
+        d_ff=model.d_ff // tensor,
     )
 
 
@@ -109,7 +110,8 @@ def make_runtime(config: Config, mesh: Mesh | None = None) -> Runtime:
     """
     mesh = make_mesh(config.mesh) if mesh is None else mesh
     precision, kernels, model = make_precision(config.precision), config.kernels, config.model
-    place = target_of(config, mesh.devices.flat[0], mesh.size, axis_size(mesh, "d_ff"))
+    sizes = {axis: mesh.shape[axis] for axis in ("expert", "tensor")}
+    place = target_of(config, mesh.devices.flat[0], mesh.size, **sizes)
     place = replace(place, matmul=choose("matmul", kernels.matmul, place))
     check_divides(mesh, "d_model", "model.d_model", model.d_model)
     check_divides(mesh, "d_ff", "model.d_ff", model.d_ff)

@@ -18,7 +18,6 @@ from mixtral_jax.runtime import make_runtime
 from mixtral_jax.sharding import MESH_AXES, RULES, axis_size, make_mesh, spec
 from tests.tiny import mesh_of, tiny_config, tiny_trainable
 
-
 HOPPER = Target("gpu", full_compute=False, capability=9.0, d_model=512, d_ff=1792)
 
 
@@ -97,6 +96,7 @@ def test_shapes_that_the_mesh_does_not_divide_are_refused(changes, sizes, senten
         ("experts", "triton", replace(HOPPER, capability=8.0)),
         ("experts", "triton", replace(HOPPER, d_model=384)),
         ("experts", "triton", replace(HOPPER, d_ff=384)),
+        ("experts", "triton", replace(HOPPER, expert_devices=2)),
         ("experts", "ragged_dot", replace(HOPPER, eight_bit=True)),
         ("experts", "megablox", Target("tpu")),
         ("experts", "grouped_blocks", Target("cpu", matmul="mkl", eight_bit=True)),
@@ -145,7 +145,7 @@ def test_the_table_names_modules_that_are_there():
         ("experts", "megablox", Target("gpu"), "does not run on gpu: use auto or triton or ragged_dot"),
         ("experts", "hopper", replace(HOPPER, capability=8.0),
          "is for GPUs of compute capability 9.0, not 8.0: use auto or triton or ragged_dot"),
-        ("experts", "hopper", replace(HOPPER, d_ff=1000), "takes a model.d_model and a device's share of model.d_ff "
+        ("experts", "hopper", replace(HOPPER, d_ff=1000), "takes model.d_model and a device's share of model.d_ff "
          "in steps of 256, not 512 and 1000: use auto or triton or ragged_dot"),
         ("experts", "triton", Target("tpu"), "does not run on tpu: use auto or megablox"),
         ("experts", "mkl", Target("cpu"), "needs kernels.matmul=mkl: set both, or use auto or grouped_blocks"),

@@ -29,6 +29,7 @@ class Target:
     full_moments: bool = True  # of the optimizer
     eight_bit: bool = False  # the experts' factors
     capability: float = 0.0  # compute capability of a GPU
+    expert_devices: int = 1  # that exchange rows
     head_dim: int = 0
     d_model: int = 0  # and the next one: of the experts on one device
     d_ff: int = 0
@@ -92,8 +93,14 @@ IS_HOPPER = Need(
 )
 WIDTHS = Need(
     lambda t: t.d_model % HOPPER_WIDTH == t.d_ff % HOPPER_WIDTH == 0,
-    f"takes a model.d_model and a device's share of model.d_ff in steps of {HOPPER_WIDTH}, not {{d_model}} and {{d_ff}}",
+    f"takes model.d_model and a device's share of model.d_ff in steps of {HOPPER_WIDTH}, not {{d_model}} and {{d_ff}}",
     short=f"widths in steps of {HOPPER_WIDTH}",
+)
+NO_EXCHANGE = Need(
+    lambda t: t.expert_devices == 1,
+    "computes all of a buffer, of which rows of other devices fill little",
+    "set mesh.expert=1",
+    "no exchange of rows",
 )
 AMX = Need(lambda _: available("amx"), "needs a processor with AMX, Linux, and pip install numba", short="AMX")
 MKL = Need(lambda _: available("mkl"), "needs packages: pip install mkl numba", short="package mkl")
@@ -128,7 +135,7 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
         Backend("mkl", CPU, "cpu.experts", "oneMKL's products in one batch", (NOT_8_BIT, _with_matmul("mkl")),
                 reads_stack=True),
         Backend("hopper", GPU, "gpu.hopper_ffn", "our grouped kernels for Hopper: TMA, warp specialisation",
-                (IS_HOPPER, NOT_FLOAT32, NOT_8_BIT, WIDTHS), reads_stack=True),
+                (IS_HOPPER, NOT_FLOAT32, NOT_8_BIT, WIDTHS, NO_EXCHANGE), reads_stack=True),
         Backend("triton", GPU, "gpu.triton_grouped", "our grouped kernels, from compute capability 8.0",
                 (NOT_8_BIT,), if_asked=CPU),
         Backend("megablox", TPU, "tpu.megablox", "JAX's grouped kernel for TPU", if_asked=CPU),

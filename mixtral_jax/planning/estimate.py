@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixtral_jax.config import Config, MeshConfig
-from mixtral_jax.kernels.backends import choose
+from mixtral_jax.kernels.backends import Target, choose
 from mixtral_jax.metrics import flops_per_token
 from mixtral_jax.model.routing import device_quota
 from mixtral_jax.planning.collectives import Collective
@@ -145,7 +145,7 @@ def _rows_computed(config: Config, topology: Topology, dense: float) -> float:
             on TPU for the gradient of the weights, a third of the work; the other kernels skip padding rows.
     """
     platform = PLATFORMS[topology.platform]
-    place = target_of(config, topology.devices[0], len(topology.devices), config.mesh.tensor)
+    place = _target(config, topology)
     if choose("experts", config.kernels.experts, place) != "ragged_dot":
         return 1.0
     return dense if platform == "gpu" else (2 + dense) / 3
@@ -163,13 +163,18 @@ def _weights(mesh: dict[str, int], axes: tuple[str, ...], payload: float, runs: 
 
 def _exchange(config: Config, topology: Topology, tokens: float, buffer: float, runs: int) -> list[Move]:
     """Rows to their experts and back, in bytes of this device's tokens and of its buffer."""
-    place = target_of(config, topology.devices[0], len(topology.devices), config.mesh.tensor)
+    place = _target(config, topology)
     exchange = choose("exchange", config.kernels.exchange, place)
     if exchange == "gather":
         whole = tokens * config.mesh.expert
         return [("all-gather", ("expert",), whole, runs), ("reduce-scatter", ("expert",), whole, runs)]
     rows = tokens * config.model.num_experts_per_tok if exchange == "ragged" else buffer
     return [("all-to-all", ("expert",), rows, 2 * runs)]
+
+
+def _target(config: Config, topology: Topology) -> Target:
+    sizes = {"expert": config.mesh.expert, "tensor": config.mesh.tensor}
+    return target_of(config, topology.devices[0], len(topology.devices), **sizes)
 
 
 @functools.cache

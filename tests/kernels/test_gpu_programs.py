@@ -107,7 +107,7 @@ def test_attention_of_packed_rows_is_flash_and_linear_in_memory(seq_len):
 def step(remat: str):
     """The whole training step for 8 H100, every size another one."""
     config = tiny_config(
-        model={"d_model": 256, "d_ff": 768, "num_heads": 2, "num_kv_heads": 1, "head_dim": 128, "num_layers": 3},
+        model={"d_model": 256, "d_ff": 640, "num_heads": 2, "num_kv_heads": 1, "head_dim": 128, "num_layers": 3},
         data={"seq_len": 384},
         mesh={"fsdp": 4, "expert": 2},
         precision={"compute": "bfloat16"},
@@ -115,7 +115,7 @@ def step(remat: str):
     )
     program = compile_step(config, describe_topology("h100:1x8"))
     runtime = program.runtime
-    assert (runtime.attention, runtime.experts, runtime.exchange) == ("cudnn", "hopper", "ragged")
+    assert (runtime.attention, runtime.experts, runtime.exchange) == ("cudnn", "triton", "ragged")
     return config, program.text, parse(program.text)
 
 

@@ -33,30 +33,8 @@ class Padding(NamedTuple):
 def hopper_ffn(
     rows: Float[Array, "rows d_model"],
     group_sizes: Int[Array, " experts"],
-    w_gate: Float[Array, "experts d_model d_ff"],
-    w_up: Float[Array, "experts d_model d_ff"],
-    w_down: Float[Array, "experts d_ff d_model"],
+    weights: ExpertWeights,
     interpret: Any = None,
-) -> Float[Array, "rows d_model"]:
-    """Computes w_down(silu(w_gate x) * w_up x) with each row's expert, adding up in float32; see `expert_ffn`.
-
-    Args:
-        rows: sorted by expert.
-        group_sizes: rows of each expert.
-        w_gate, w_up, w_down: the experts, their widths multiples of a tile's.
-        interpret: how to run the kernels step by step, on a CPU.
-
-    Returns:
-        One output a row, zeros in rows of nobody.
-    """
-    padding = pad_groups(group_sizes, rows.shape[0], TILING.height)
-    x = dispatch_rows(rows, padding.source, padding.place)
-    out = padded_ffn(x, padding.sizes, w_gate, w_up, w_down, interpret)
-    return collect_rows(out, padding.source, padding.place)
-
-
-def hopper_ffn(
-    rows: Float[Array, "rows d_model"], group_sizes: Int[Array, " experts"], weights: ExpertWeights, interpret: Any = None
 ) -> Float[Array, "rows d_model"]:
     """Computes `expert_ffn`, adding up in float32; padding rows become zero.
 
@@ -102,22 +80,23 @@ def padded_ffn(
 def _fwd(rows: Array, sizes: Array, weights: ExpertWeights, interpret: Any) -> tuple[Array, tuple[Any, ...]]:
     *stacked, layer = weights.in_stack()
     matrices = [w.reshape(-1, *w.shape[2:]) for w in stacked]
-    place = {"first_matrix": layer * sizes.size, "interpret": interpret}
-    gate, up, inner = gated(rows, *matrices[:2], sizes, **place)
-    out = gmm([(inner, matrices[2])], sizes, **place)
+    place = {"first_matrix": jnp.asarray(layer) * sizes.size, "interpret": interpret}
+    w_gate, w_up, w_down = matrices
+    gate, up, inner = gated(rows, w_gate, w_up, sizes, **place)
+    out = gmm([(inner, w_down)], sizes, **place)
     return out, (rows, sizes, matrices, layer, gate, up)
 
 
 def _bwd(interpret: Any, residuals: tuple[Any, ...], d_out: Array) -> tuple[Any, ...]:
     rows, sizes, (w_gate, w_up, w_down), layer, gate, up = residuals
-    place = {"first_matrix": layer * sizes.size, "interpret": interpret, "transposed": True}
+    place = {"first_matrix": jnp.asarray(layer) * sizes.size, "interpret": interpret, "transposed": True}
     d_inner = gmm([(d_out, w_down)], sizes, fill=False, tiling=BY_COLUMN, **place)
     inner, d_gate, d_up = _swiglu_gradients(gate, up, d_inner)
     tiling = TWO_PRODUCTS if rows.shape[1] % (TWO_PRODUCTS.width * TWO_PRODUCTS.partners) == 0 else BY_COLUMN
     d_rows = gmm([(d_gate, w_gate), (d_up, w_up)], sizes, tiling=tiling, **place)
     pairs = ((rows, d_gate), (rows, d_up), (inner, d_out))
-    d_weights = (tgmm(left, right, sizes, w_gate.dtype, interpret=interpret) for left, right in pairs)
-    return d_rows, None, ExpertWeights(*d_weights)
+    d_gate, d_up, d_down = (tgmm(left, right, sizes, w_gate.dtype, interpret=interpret) for left, right in pairs)
+    return d_rows, None, ExpertWeights(d_gate, d_up, d_down)
 
 
 padded_ffn.defvjp(_fwd, _bwd)

@@ -34,7 +34,9 @@ class Tiling:
     depth: int = 64  # of a stage
     stages: int = 4
     neighbours: int = 16  # tiles below each other that share columns in the second-level cache
-    partners: int = 1  # multiprocessors that work on tiles beside each other and share what they read of the left factor
+    partners: int = (
+        1  # multiprocessors that work on tiles beside each other and share what they read of the left factor
+    )
     split: int = 0  # axis of a tile that the two multiplying warpgroups divide
 
 
