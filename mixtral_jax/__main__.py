@@ -1,4 +1,4 @@
-"""The verbs beside training and evaluation: `python -m mixtral_jax VERB ...`."""
+"""The verbs beside training and evaluation: `python -m mixtral_jax VERB ...`, or `mixtral-jax VERB ...`."""
 
 from mixtral_jax import cli
 from mixtral_jax.config import UserError
@@ -17,5 +17,10 @@ def main(arguments: list[str]) -> None:
         VERBS[verb](arguments[1:])
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """What the command `mixtral-jax` calls."""
     cli.run(main)
+
+
+if __name__ == "__main__":
+    start()

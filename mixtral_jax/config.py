@@ -9,7 +9,7 @@ FloatName = Literal["float32", "bfloat16"]
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: one sentence that names the key or file and the remedy (exit code 2)."""
+    """A mistake that the user can fix: one sentence that names the key or file and the remedy (exit code 2)."""
 
 
 @dataclass(frozen=True)

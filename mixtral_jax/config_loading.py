@@ -113,7 +113,7 @@ def parse_structured(schema: type[T], text: str, overrides: list[str] | None = N
         mark = getattr(error, "problem_mark", None)
         line = f" in line {mark.line + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{where} is not valid YAML{line}: {problem}; mend the syntax") from None
+        raise UserError(f"{where} is not valid YAML{line}: {problem}; fix the syntax") from None
     if not isinstance(tree, dict | None):
         raise UserError(f"{where} holds no sections: write lines such as 'train:' and below it, indented, 'steps: 100'")
     merged = _merge(OmegaConf.structured(schema), tree or {}, where, schema)

@@ -59,7 +59,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     except (RuntimeError, AssertionError) as error:  # JAX's own
         reason = (str(error).strip() or "there are none").splitlines()[0].partition(" (set JAX_PLATFORMS")[0]
         asked = jax.config.jax_platforms or "any platform"  # type: ignore[attr-defined]
-        raise UserError(f"no devices of {asked}: {reason}; unset JAX_PLATFORMS, or mend the driver") from None
+        raise UserError(f"no devices of {asked}: {reason}; unset JAX_PLATFORMS, or fix the driver") from None
     grid = arrange_devices(config, found)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 

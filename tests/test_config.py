@@ -190,7 +190,7 @@ def test_mistyped_overrides_are_named(override, sentence):
         ("", "mine.yaml: model.d_model: a value is needed; add it to the file or the command line"),
         ("train: {steps: 5\n", "mine.yaml is not valid YAML in line 2: "),
         ("a: 1\na: b: c", "mine.yaml is not valid YAML in line 2: "),
-        ("seed: 1\nseed: 2", "mine.yaml is not valid YAML in line 2: found duplicate key seed; mend the syntax"),
+        ("seed: 1\nseed: 2", "mine.yaml is not valid YAML in line 2: found duplicate key seed; fix the syntax"),
         ("model: 3", "mine.yaml: model is a section: give it keys with values"),
         ("model:\n  d_modl: 3", "mine.yaml: model.d_modl: Key 'd_modl' not in 'ModelConfig'. Did you mean: 'd_model'?"),
         *[(text, "mine.yaml holds no sections: write lines such as 'train:' and below it, indented, 'steps: 100'")

@@ -131,7 +131,7 @@ def _listing(source: SourceConfig) -> Listing:
         return list_files(source.path or "", _kind, empty=False)
     except OSError as error:
         raise UserError(
-            f"source '{source.name}' of data.sources: cannot list {error.filename}: {error.strerror}; mend that or "
+            f"source '{source.name}' of data.sources: cannot list {error.filename}: {error.strerror}; fix that or "
             "name other files"
         ) from None
 
@@ -183,7 +183,7 @@ def _file_documents(file: Path, field: str, on_bytes: Callable[[int], None]) -> 
                 yield _decode(stream.read(), str(file))
                 on_bytes(raw.tell())
     except OSError as error:  # missing, forbidden, truncated, not really compressed
-        raise UserError(f"cannot read {file}: {error.strerror or error}; mend or leave out the file") from None
+        raise UserError(f"cannot read {file}: {error.strerror or error}; fix or leave out the file") from None
 
 
 def _decompressed(raw: IO[bytes], file: Path) -> contextlib.AbstractContextManager[IO[bytes]]:
@@ -234,7 +234,7 @@ def _table_documents(file: Path, field: str) -> Iterator[str]:
                     yield _checked(value, field, f"{file}, row {number}")
     except ArrowException as error:
         problem = str(error).splitlines()[0].rstrip(".")
-        raise UserError(f"cannot read {file}: {problem}; mend or leave out the file") from None
+        raise UserError(f"cannot read {file}: {problem}; fix or leave out the file") from None
 
 
 def _decode(data: bytes, where: str) -> str:
@@ -253,7 +253,7 @@ def _checked(value: Any, field: str, where: str) -> str:
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise UserError(f"{where}: the field '{field}' holds half of a surrogate pair: mend the text") from None
+            raise UserError(f"{where}: the field '{field}' holds half of a surrogate pair: fix the text") from None
     return value
 
 

@@ -244,7 +244,7 @@ def _end_all(mine: _Joined, error: BaseException) -> None:
     traceback.print_exception(error)
     who = f"process {mine.process} on {socket.gethostname()}"
     first_line = (str(error).strip() or "no message").splitlines()[0]
-    text = f"{who} failed with {type(error).__name__}: {first_line}; its log has the traceback; mend it and {RESTART}"
+    text = f"{who} failed with {type(error).__name__}: {first_line}; its log has the traceback; fix it and {RESTART}"
     mine.watchdog.end_all(code, text)
 
 

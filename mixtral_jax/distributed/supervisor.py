@@ -55,7 +55,7 @@ def _explain(number: int) -> str:
             f"above): find the first error in the logs of all processes, then {RESTART}"
         )
     cause = "; was it out of memory?" if number == signal.SIGKILL else ""
-    return f"{here} was ended by {signal.Signals(number).name}{cause}: mend the cause, then {RESTART}"
+    return f"{here} was ended by {signal.Signals(number).name}{cause}: fix the cause, then {RESTART}"
 
 
 def _die_with(parent: int) -> None:

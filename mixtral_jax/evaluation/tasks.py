@@ -90,7 +90,7 @@ def jsonl_task(path: Path) -> dict[str, Any]:
         except ValueError:
             record = None
         if not isinstance(record, dict):
-            raise UserError(f"line {number} of {path} is not a JSON object: mend or remove it")
+            raise UserError(f"line {number} of {path} is not a JSON object: fix or remove it")
         form = form or next((fields for fields in FORMS if set(fields) <= set(record)), ())
         if not form or not set(form) <= set(record):
             known = "; ".join(", ".join(fields) for fields in ([form] if form else FORMS))

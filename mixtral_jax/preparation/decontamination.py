@@ -72,7 +72,7 @@ def _texts(path: Path) -> Iterator[str]:
                 elif line.strip():
                     yield line
     except (OSError, EOFError, ValueError) as error:
-        raise UserError(f"decontamination.files: cannot read {path} ({error}): mend or leave out the file") from None
+        raise UserError(f"decontamination.files: cannot read {path} ({error}): fix or leave out the file") from None
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -297,7 +297,7 @@ class Checkpoints:
         if number is not None:
             reason = "the disk is full" if number == errno.ENOSPC else os.strerror(number)
             return UserError(
-                f"checkpoint {step} could not be written to {self.directory}: {reason}; mend that and start the same "
+                f"checkpoint {step} could not be written to {self.directory}: {reason}; fix that and start the same "
                 "command again, the earlier checkpoints are intact"
             )
         return error

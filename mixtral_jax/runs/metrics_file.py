@@ -61,7 +61,7 @@ class MetricsFile:
         self._file.close()
 
     def _unwritable(self, error: OSError) -> UserError:
-        return UserError(f"cannot write {self._path}: {error.strerror}; mend that and start the run again")
+        return UserError(f"cannot write {self._path}: {error.strerror}; fix that and start the run again")
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:

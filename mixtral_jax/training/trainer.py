@@ -74,7 +74,7 @@ class Trainer:
         """Trains from wherever the run stands to `train.steps`, a signal or `train.stop_at_step`.
 
         Raises:
-            UserError: anything that the user can mend.
+            UserError: anything that the user can fix.
         """
         with RunDirectory(Path(self.config.run_dir), self.config) as run_dir:
             self.say(self.runtime.describe())

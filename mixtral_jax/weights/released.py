@@ -136,7 +136,7 @@ def _check_tensors(tensors: dict[str, StoredTensor], layout: Format, config: Mod
         if key not in expected:
             raise UserError(
                 f"tensor '{key}' of {tensor.file} is not part of the {layout.name} format of the model in "
-                f"{config_file}: remove it, or mend the configuration"
+                f"{config_file}: remove it, or fix the configuration"
             )
         if tensor.shape != expected[key].shape:
             raise UserError(

@@ -67,7 +67,7 @@ def test_each_form_is_the_task_it_says(tmp_path):
 @pytest.mark.parametrize(("content", "sentence"), [
     ("", "has no records: give it at least one line"),
     ("\n", "has no records"),
-    ("[1]\n", "line 1 of .* is not a JSON object: mend or remove it"),
+    ("[1]\n", "line 1 of .* is not a JSON object: fix or remove it"),
     ('{"text": "a"}\nnonsense\n', "line 2 of .* is not a JSON object"),
     ('{"question": "a"}\n', "line 1 of .* has the fields question: it needs query, choices, gold; context_options"),
     ('{"text": "a"}\n{"query": "a"}\n', "line 2 of .* has the fields query: it needs text$"),

@@ -147,7 +147,7 @@ def test_a_full_disk_is_a_sentence(tmp_path):
     file = metrics_file.MetricsFile(tmp_path / "metrics.jsonl", 0)
     file._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
     reason = os.strerror(errno.ENOSPC)
-    with pytest.raises(UserError, match=re.escape(f"cannot write {tmp_path / 'metrics.jsonl'}: {reason}; mend that")):
+    with pytest.raises(UserError, match=re.escape(f"cannot write {tmp_path / 'metrics.jsonl'}: {reason}; fix that")):
         file.write(1, {"loss": 1.0}, {})
     file.close()
 

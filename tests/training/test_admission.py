@@ -38,11 +38,11 @@ def test_the_grouped_kernel_for_gpus_is_admitted():
     assert float(admit("precision.compute=bfloat16", experts="triton").split()[-1]) < 0.02
 
 
-def wrong(real, mend, backend):
+def wrong(real, fix, backend):
     """A kernel that goes wrong under one backend."""
 
     def kernel(*arrays, **settings):
-        return mend(real, *arrays, **settings) if settings["backend"] == backend else real(*arrays, **settings)
+        return fix(real, *arrays, **settings) if settings["backend"] == backend else real(*arrays, **settings)
 
     return kernel
 
@@ -65,7 +65,7 @@ def not_finite(real, rows, sizes, *weights, **settings):
 
 
 @pytest.mark.parametrize(
-    ("name", "backend", "mend", "figure"),
+    ("name", "backend", "fix", "figure"),
     [
         ("attention", "splash", across_documents, "output"),
         ("expert_ffn", "megablox", one_expert_for_all, "output"),
@@ -73,8 +73,8 @@ def not_finite(real, rows, sizes, *weights, **settings):
         ("expert_ffn", "megablox", not_finite, "output nan"),
     ],
 )
-def test_a_wrong_kernel_stops_the_run_with_its_figures(monkeypatch, name, backend, mend, figure):
-    monkeypatch.setattr(admission, name, wrong(getattr(admission, name), mend, backend))
+def test_a_wrong_kernel_stops_the_run_with_its_figures(monkeypatch, name, backend, fix, figure):
+    monkeypatch.setattr(admission, name, wrong(getattr(admission, name), fix, backend))
     with pytest.raises(UserError, match=f"{backend} does not compute what it should.*{figure}"):
         admit("precision.compute=bfloat16")
 
