@@ -60,6 +60,11 @@ class Runtime:
         whole = self.mesh.size == 1 and (self.remat == "none" or self.precision.params == self.precision.compute)
         return find("experts", self.experts).reads_stack and (whole or self.platform == "cpu")
 
+    @property
+    def unrolled(self) -> bool:
+        """Whether layers are written out: a loop moves what each keeps into a stack and out of it again."""
+        return self.platform == "gpu" and self.mesh.size == 1 and self.remat == "none"
+
     def describe(self) -> str:
         """Says in one line what was chosen."""
         device = self.mesh.devices.flat[0]

@@ -86,7 +86,9 @@ class Mixtral(nnx.Module):
         graph, params = nnx.split(self.layers)
         moe, stacked = self.layers.moe, None
         if runtime.reads_stack:
-            stacked = jax.lax.stop_gradient((moe.w_gate[...], moe.w_up[...], moe.w_down[...]))
+            c = runtime.precision.compute
+            experts = moe.w_gate[...].astype(c), moe.w_up[...].astype(c), moe.w_down[...].astype(c)
+            stacked = jax.lax.stop_gradient(experts)
 
         def body(x: Array, inputs: Any) -> tuple[Array, RouterOutput]:
             number, params = inputs
@@ -97,7 +99,7 @@ class Mixtral(nnx.Module):
         if runtime.remat != "none":
             body = jax.checkpoint(body, policy=REMAT_POLICIES[runtime.remat], prevent_cse=False)
         numbers = jnp.arange(config.num_layers, dtype=jnp.int32)
-        x, router = jax.lax.scan(body, x, (numbers, params))
+        x, router = jax.lax.scan(body, x, (numbers, params), unroll=runtime.unrolled)
         return self.final_norm(x), router
 
     def head(self) -> Float[Array, "d_model vocab"]:
