@@ -97,6 +97,11 @@ class Tokenizer:
             ) from None
         return cls(data, f"the tokenizer {path}")
 
+    def has_control(self, piece: str) -> bool:
+        """Whether a control token of this name is in the vocabulary."""
+        index = self._processor.piece_to_id(piece)
+        return index != self.unk_id and self._processor.is_control(index)
+
     def save(self, path: str | Path) -> None:
         """Writes the model as a sentencepiece file, whole or not at all."""
         write_file(Path(path), self.model_bytes)
