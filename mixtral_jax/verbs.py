@@ -1,9 +1,12 @@
 """The verbs of `python -m mixtral_jax`: each reads its own arguments, cheaply, before it imports what does the work."""
 
 import argparse
+import dataclasses
 import importlib.util
+import sys
+from pathlib import Path
 
-from mixtral_jax.config import UserError
+from mixtral_jax.config import Config, UserError
 from mixtral_jax.config_loading import home_expanded, user_path
 from mixtral_jax.evaluation.outputs import check_outputs
 
@@ -92,5 +95,49 @@ def lm_eval(arguments: list[str]) -> None:
     run_harness(arguments)
 
 
+def generate(arguments: list[str]) -> None:
+    """Text from a model: generate CHECKPOINT [PROMPT ...] [--max-new-tokens N] [--temperature T] [key=value ...]."""
+    parser = argparse.ArgumentParser(prog="mixtral_jax generate", description=generate.__doc__)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=home_expanded, help="a run, a checkpoint, an import, or released weights")
+    parser.add_argument("words", metavar="PROMPT", nargs="*", help="texts to continue; none: standard input. A word "
+                        "such as eval.context=4096 is an override of the configuration")  # fmt: skip
+    parser.add_argument("--prompts", metavar="FILE", type=user_path, help="a prompt a line, beside those given")
+    parser.add_argument("--max-new-tokens", metavar="N", type=int, default=128, help="at most (128)")
+    parser.add_argument("--temperature", metavar="T", type=float, default=0.0, help="0: the likeliest token (0)")
+    parser.add_argument("--top-k", metavar="K", type=int, default=0, help="only the K likeliest tokens; 0: all (0)")
+    parser.add_argument("--top-p", metavar="P", type=float, default=1.0, help="of these those that reach P (1)")
+    parser.add_argument("--min-p", metavar="P", type=float, default=0.0, help="least share of the likeliest's (0)")
+    parser.add_argument("--repetition-penalty", metavar="X", type=float, default=1.0, help="of used tokens (1)")
+    parser.add_argument("--seed", metavar="S", type=int, default=0, help="of the draws (0)")
+    parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help="ends a text; may be repeated")
+    parser.add_argument("--chat", action="store_true", help="prompts are questions, in Mixtral Instruct's template")
+    parser.add_argument("--system", metavar="TEXT", default="", help="system prompt of the chat")
+    parser.add_argument("--json", metavar="FILE", type=user_path, help="also write texts, tokens and log-probabilities")
+    options = parser.parse_intermixed_args(arguments)
+    check_outputs(options.json, None)
+    sections = {key.name for key in dataclasses.fields(Config)}
+    overrides = [word for word in options.words if "=" in word and word.split("=")[0].split(".")[0] in sections]
+    prompts = [word for word in options.words if word not in overrides]
+    if options.prompts:
+        prompts += [line for line in _read(options.prompts).splitlines() if line]
+    elif not prompts and not sys.stdin.isatty():
+        prompts = [text] if (text := sys.stdin.read().removesuffix("\n")) else []
+    from mixtral_jax.inference.sampling import Sampling
+    from mixtral_jax.serving.generate import Wish
+    from mixtral_jax.serving.generate import generate as run
+
+    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.min_p,
+                        options.repetition_penalty, options.seed)  # fmt: skip
+    wish = Wish(sampling, options.max_new_tokens, tuple(filter(None, options.stop)), options.chat, options.system)
+    run(options.checkpoint, prompts, wish, overrides, options.json)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the prompts in {path}: {error}; give a text file in UTF-8") from None
+
+
 VERBS = {"import": import_, "export": export, "prepare": prepare, "plan": plan,
-         "compare": compare, "lm_eval": lm_eval}  # fmt: skip
+         "compare": compare, "generate": generate, "lm_eval": lm_eval}  # fmt: skip

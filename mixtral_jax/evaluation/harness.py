@@ -10,7 +10,7 @@ from typing import Any
 
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 
 from mixtral_jax.config import UserError
@@ -20,6 +20,8 @@ from mixtral_jax.evaluation.requests import Answer, Request, row_lengths, score_
 from mixtral_jax.evaluation.scoring import make_scorer
 from mixtral_jax.evaluation.windows import window_sizes
 from mixtral_jax.inference.decoding import Generate, make_generator
+from mixtral_jax.inference.sampling import Sampling
+from mixtral_jax.inference.text import Prompt, complete_texts
 from mixtral_jax.zigzag import sequence_multiple
 
 MAX_NEW_TOKENS = 256  # where a task does not say
@@ -44,7 +46,7 @@ class MixtralJax(TemplateLM):
         self._score = make_scorer(loaded.architecture)(loaded.arrays)
         multiple = sequence_multiple(loaded.architecture.runtime.mesh.shape["context"])
         self._lengths = row_lengths(self.max_length, multiple)
-        self._drawn = 0  # batches of generated texts, each with a seed of its own
+        self._drawn = 0  # texts generated so far, each with a seed of its own
         self._batch_tokens = loaded.config.eval.batch_size * loaded.config.data.seq_len
 
     @classmethod
@@ -140,19 +142,16 @@ class MixtralJax(TemplateLM):
             raise UserError(
                 f"a task asks for {new_tokens} new tokens and the context is {self.max_length}: raise eval.context"
             )
-        cut = [prompt[-room:] for prompt in prompts]
-        longest = len(cut[0]) + new_tokens
-        self._drawn += 1
-        drawn = self._generate(
-            cut,
-            rows=self.loaded.config.eval.batch_size,
-            slots=next(length for length in self._lengths if length >= longest),
-            new_tokens=new_tokens,
-            temperature=wanted["temperature"] if wanted["do_sample"] else 0.0,
-            seed=self.loaded.config.seed + self._drawn,
-            stopped=lambda tokens: self._ended(tokens, until),
-        )
-        return [postprocess_generated_text(self._text(tokens), until, think_end_token=None) for tokens in drawn]
+        temperature = wanted["temperature"] if wanted["do_sample"] else 0.0
+        cut = []
+        for prompt in prompts:
+            sampling = Sampling(temperature=temperature, seed=self.loaded.config.seed + self._drawn)
+            # As `hf` does, the new tokens are decoded alone.
+            cut.append(Prompt(prompt[-room:], sampling, new_tokens, tuple(filter(None, until)), continues=False))
+            self._drawn += 1
+        rows = self.loaded.config.eval.batch_size
+        texts = complete_texts(self._generate, self.loaded.tokenizer, cut, rows=rows, context=self.max_length)
+        return [text.text for text in texts]
 
     @cached_property
     def _generate(self) -> Generate:
@@ -187,13 +186,3 @@ class MixtralJax(TemplateLM):
                 what=f"the {what} of the tasks",
                 on_batch=lambda done: progress.update(done, ""),
             )
-
-    def _text(self, tokens: list[int]) -> str:
-        """Decodes what was generated before the end sign; `hf`, too, shows nothing of the token for the unknown."""
-        end = tokens.index(self.eot_token_id) if self.eot_token_id in tokens else len(tokens)
-        tokenizer = self.loaded.tokenizer
-        return tokenizer.decode([token for token in tokens[:end] if token != tokenizer.unk_id])
-
-    def _ended(self, tokens: list[int], until: list[str]) -> bool:
-        text = self._text(tokens)
-        return self.eot_token_id in tokens or any(stop and stop in text for stop in until)

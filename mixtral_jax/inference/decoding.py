@@ -4,7 +4,7 @@ The slot of a token in the cache is its position. A query sees the slots up to i
 the text's own tokens before the query came: what a shorter text leaves in later slots is never seen.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from mixtral_jax.config import UserError
+from mixtral_jax.inference.sampling import Sampling, SamplingArrays, choose_tokens, stack
 from mixtral_jax.model.attention import KV_HEADS
 from mixtral_jax.model.layers import embed, rotary_tables, rotate
 from mixtral_jax.model.mixtral import Architecture, Arrays, Mixtral
@@ -27,6 +28,7 @@ STEPS = 16  # tokens that are drawn before the host looks at them
 MASKED = -1e30
 SLOTS = (None, "batch", None, "kv_heads", None)
 LAST = ("batch", None, None)
+SEEN = ("batch", None)
 
 
 class Cache(NamedTuple):
@@ -36,7 +38,14 @@ class Cache(NamedTuple):
     values: Float[Array, "layers batch slots kv_heads head_dim"]
 
 
-Generate = Callable[..., list[list[int]]]
+class Drawn(NamedTuple):
+    """What was drawn after one prompt since the last look."""
+
+    tokens: list[int]
+    log_probs: list[float]  # of each under the model, in nats
+
+
+Generate = Callable[..., Iterator[list[Drawn]]]
 
 
 def extend(
@@ -96,26 +105,34 @@ def _attend(q: Array, keys: Array, values: Array, visible: Array) -> Array:
     return out.reshape(batch, seq, heads, head_dim).astype(q.dtype)
 
 
+def obstacle(architecture: Architecture) -> str | None:
+    """Says what keeps a model from generating token by token, and the remedy."""
+    if architecture.runtime.mesh.shape["context"] > 1:
+        return "text is generated token by token, which mesh.context cannot split: set mesh.context=1"
+    if architecture.config.dispatch == "capacity":
+        return "model.dispatch=capacity drops tokens by whole sequences: to generate, set it to dropless"
+    return None
+
+
 def make_generator(architecture: Architecture) -> Callable[[Arrays], Generate]:
     """Compiles decoding once a shape and returns a function from a model's arrays to a generator; see `_generate`.
 
     Raises:
-        UserError: the mesh splits sequences, or experts drop tokens by whole sequences.
+        UserError: see `obstacle`.
     """
-    if architecture.runtime.mesh.shape["context"] > 1:
-        raise UserError("text is generated token by token, which mesh.context cannot split: set mesh.context=1")
-    if architecture.config.dispatch == "capacity":
-        raise UserError("model.dispatch=capacity drops tokens by whole sequences: to generate, set it to dropless")
-
+    if problem := obstacle(architecture):
+        raise UserError(problem)
     mesh = architecture.runtime.mesh
     replicated = NamedSharding(mesh, PartitionSpec())
 
-    @partial(jax.jit, static_argnums=(0, 1), out_shardings=(named_sharding(mesh, SLOTS), named_sharding(mesh, LAST)))
-    def start(rows: int, slots: int) -> tuple[Any, Array]:
+    @partial(
+        jax.jit, static_argnums=(0, 1), out_shardings=tuple(named_sharding(mesh, axes) for axes in (SLOTS, LAST, SEEN))
+    )
+    def start(rows: int, slots: int, seen: Array) -> tuple[Cache, Array, Array]:
         config, compute = architecture.config, architecture.runtime.precision.compute
         shape = (config.num_layers, rows, slots, config.num_kv_heads, config.head_dim)
         cache = Cache(jnp.zeros(shape, compute), jnp.zeros(shape, compute))
-        return cache, jnp.zeros((rows, 1, config.d_model), compute)
+        return cache, jnp.zeros((rows, 1, config.d_model), compute), seen
 
     @partial(jax.jit, donate_argnums=1)
     def prefill(arrays: Any, cache: Cache, last: Array, tokens: Array, start: Array, count: Array) -> Any:
@@ -124,75 +141,74 @@ def make_generator(architecture: Architecture) -> Callable[[Arrays], Generate]:
         ends = jnp.take_along_axis(x, jnp.maximum(count - 1, 0)[:, None, None], axis=1)
         return cache, jnp.where(count[:, None, None] > 0, ends, last)
 
-    @partial(jax.jit, donate_argnums=1)
-    def draw(arrays: Any, cache: Cache, last: Array, lengths: Array, temperature: Array, key: Array) -> Any:
+    @partial(jax.jit, donate_argnums=(1, 3))
+    def draw(
+        arrays: Any, cache: Cache, last: Array, seen: Array, lengths: Array, sampling: SamplingArrays
+    ) -> tuple[Any, ...]:
         model = architecture.bind(arrays)
+        rows = jnp.arange(len(lengths))
 
-        def step(carry: tuple[Cache, Array], i: Array) -> tuple[tuple[Cache, Array], Array]:
-            cache, last = carry
-            logits = model.logits(last)[:, 0]
-            warm = logits / jnp.maximum(temperature, jnp.finfo(FULL).tiny)
-            drawn = jax.random.categorical(jax.random.fold_in(key, lengths[0] + i), warm)
-            token = jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
-            return extend(model, cache, token[:, None], lengths + i, jnp.ones_like(lengths)), token
+        def step(carry: tuple[Cache, Array, Array], i: Array) -> tuple[tuple[Cache, Array, Array], tuple[Array, Array]]:
+            cache, last, seen = carry
+            token, log_prob = choose_tokens(model.logits(last)[:, 0], seen, lengths + i, sampling)
+            cache, last = extend(model, cache, token[:, None], lengths + i, jnp.ones_like(lengths))
+            seen = constrain(seen.at[rows, token].set(True), mesh, SEEN)
+            return (cache, last, seen), (token, log_prob)
 
-        (cache, last), tokens = jax.lax.scan(step, (cache, last), jnp.arange(STEPS, dtype=jnp.int32))
-        return cache, last, jax.lax.with_sharding_constraint(tokens.T, replicated)
+        carry, drawn = jax.lax.scan(step, (cache, last, seen), jnp.arange(STEPS, dtype=jnp.int32))
+        return *carry, *(jax.lax.with_sharding_constraint(x.T, replicated) for x in drawn)
 
     def with_arrays(arrays: Arrays) -> Generate:
-        multiple = axis_size(mesh, "batch")
-        return partial(_generate, multiple, start, partial(prefill, arrays), partial(draw, arrays))
+        programs = (start, partial(prefill, arrays), partial(draw, arrays))
+        return partial(_generate, axis_size(mesh, "batch"), architecture.config.vocab_size, programs)
 
     return with_arrays
 
 
 def _generate(
     multiple: int,
-    start: Callable[[int, int], Any],
-    prefill: Callable[..., Any],
-    draw: Callable[..., Any],
+    vocab_size: int,
+    programs: tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]],
     prompts: Sequence[Sequence[int]],
+    samplings: Sequence[Sampling],
     *,
     rows: int,
     slots: int,
-    new_tokens: int,
-    temperature: float = 0.0,
-    seed: int = 0,
-    stopped: Callable[[list[int]], bool] = lambda tokens: False,
-) -> list[list[int]]:
-    """Draws tokens after each prompt.
+) -> Iterator[list[Drawn]]:
+    """Draws tokens after each prompt, some at a time, for as long as there is room and the caller asks for more.
+
+    What a text gets depends on no other text.
 
     Args:
         multiple: of rows, so that every device gets some.
-        start, prefill, draw: see `make_generator`.
+        vocab_size: of the model.
+        programs: start, prefill and draw of `make_generator`.
         prompts: token ids, each at least one.
+        samplings: one for each prompt.
         rows: texts that run at once, at least as many as prompts; one program is compiled for each number.
         slots: tokens of the longest text with what is drawn, at least; the same.
-        new_tokens: how many to draw at most.
-        temperature: divides the logits; 0 takes the likeliest token.
-        seed: of the draws.
-        stopped: told of the tokens drawn after one prompt so far; whether no more are needed.
 
-    Returns:
-        The drawn ids of each prompt: at most `new_tokens`, a few more than `stopped` asked for.
+    Yields:
+        The next tokens of every prompt.
     """
+    start, prefill, draw = programs
     rows += -rows % multiple
-    lengths = np.array([len(prompt) for prompt in prompts] + [1] * (rows - len(prompts)), np.int32)
+    idle = rows - len(prompts)
+    lengths = np.array([len(prompt) for prompt in prompts] + [1] * idle, np.int32)
     slots += -slots % CHUNK + STEPS  # what is written beyond a text must not be moved back into it
-    cache, last = start(rows, slots)
     padded = np.zeros((rows, slots), np.int32)
+    seen = np.zeros((rows, vocab_size), bool)
     for row, prompt in enumerate(prompts):
         padded[row, : len(prompt)] = prompt
+        seen[row, list(prompt)] = True
+    cache, last, seen = start(rows, slots, seen)
     for place in range(0, int(lengths.max()), CHUNK):
         count = np.clip(lengths - place, 0, CHUNK).astype(np.int32)
         chunk = padded[:, place : place + CHUNK]
         cache, last = prefill(cache, last, chunk, np.full(rows, place, np.int32), count)
-    drawn: list[list[int]] = [[] for _ in prompts]
-    for _ in range(0, new_tokens, STEPS):
-        cache, last, tokens = draw(cache, last, lengths, jnp.asarray(temperature, FULL), jax.random.key(seed))
+    sampling = stack([*samplings, *[Sampling()] * idle])
+    while lengths.max() + STEPS <= slots:
+        cache, last, seen, tokens, log_probs = draw(cache, last, seen, lengths, sampling)
         lengths = lengths + STEPS
-        for mine, more in zip(drawn, np.asarray(tokens).tolist(), strict=False):
-            mine += more
-        if all(stopped(mine) for mine in drawn):
-            break
-    return [mine[:new_tokens] for mine in drawn]
+        found = zip(np.asarray(tokens).tolist(), np.asarray(log_probs).tolist(), strict=True)
+        yield [Drawn(*pair) for pair, _ in zip(found, prompts, strict=False)]

@@ -8,7 +8,9 @@ from mixtral_jax.config import Config
 from mixtral_jax.evaluation.perplexity import Result, uniform_nats, unigram_nats
 from mixtral_jax.evaluation.results import measure_with_progress, results_table
 from mixtral_jax.evaluation.scoring import make_scorer
-from mixtral_jax.inference.sample import sample
+from mixtral_jax.inference.decoding import make_generator, obstacle
+from mixtral_jax.inference.sampling import Sampling
+from mixtral_jax.inference.text import Prompt, complete_texts
 from mixtral_jax.training.trainer import Outcome
 
 PROMPT_TOKENS = 32
@@ -52,14 +54,15 @@ def _show_perplexity(config: Config, outcome: Outcome, console: Console) -> None
 
 
 def _show_sample(config: Config, outcome: Outcome, console: Console) -> None:
+    if problem := obstacle(outcome.architecture):
+        console.print(f"no sample: {problem}", soft_wrap=True)
+        return
+    tokenizer = outcome.tokenizer
     documents = next(documents for documents in outcome.heldout if documents.num_documents)
-    prompt = [int(token) for token in documents.tokens(0)[:PROMPT_TOKENS]]
-    drawn = sample(
-        outcome.architecture, outcome.state.arrays, prompt,
-        new_tokens=NEW_TOKENS, temperature=TEMPERATURE, seed=config.seed, stop=outcome.tokenizer.eos_id,
-    )  # fmt: skip
-    # Decoded together: a tokenizer's pieces lose spaces and parts of characters when decoded alone.
-    head = outcome.tokenizer.decode(prompt)
-    whole = outcome.tokenizer.decode(prompt + drawn)
-    text = Text.assemble((head, "dim"), (whole[len(head) :], "bold"))
-    console.print(Panel(text, title=f"held-out text, then {len(drawn)} sampled tokens (temperature {TEMPERATURE})"))
+    tokens = [int(token) for token in documents.tokens(0)[:PROMPT_TOKENS]]
+    prompt = Prompt(tokens, Sampling(temperature=TEMPERATURE, seed=config.seed), NEW_TOKENS)
+    generate = make_generator(outcome.architecture)(outcome.state.arrays)
+    (sample,) = complete_texts(generate, tokenizer, [prompt], rows=1, context=PROMPT_TOKENS + NEW_TOKENS)
+    text = Text.assemble((tokenizer.decode(tokens), "dim"), (sample.text, "bold"))
+    title = f"held-out text, then {len(sample.tokens)} sampled tokens (temperature {TEMPERATURE})"
+    console.print(Panel(text, title=title))

@@ -7,6 +7,7 @@ import pytest
 
 from mixtral_jax.config import UserError
 from mixtral_jax.inference.decoding import CHUNK, STEPS, make_generator
+from mixtral_jax.inference.sampling import Sampling
 from tests.tiny import mesh_of, tiny_architecture, tiny_config
 
 PROMPTS = [[1, 5, 9], [1], [1, *range(3, 60), *range(3, 40)], [1, 7, 7, 7, 8, 8]]
@@ -29,6 +30,19 @@ def greedy_by_whole_texts(architecture, arrays, prompt, new_tokens):
     return tokens[0, len(prompt) :].tolist()
 
 
+def draw(architecture, prompts, samplings, *, slots, new_tokens, rows=4):
+    """All tokens and log-probabilities that `new_tokens` take."""
+    generate = make_generator(architecture)(architecture.init(1))
+    found = [([], []) for _ in prompts]
+    for step in generate(prompts, samplings, rows=rows, slots=slots):
+        for (tokens, log_probs), drawn in zip(found, step, strict=True):
+            tokens += drawn.tokens
+            log_probs += drawn.log_probs
+        if len(found[0][0]) >= new_tokens:
+            break
+    return [tokens[:new_tokens] for tokens, _ in found], [log_probs[:new_tokens] for _, log_probs in found]
+
+
 @pytest.fixture(scope="module")
 def expected():
     architecture = tiny_architecture(CONFIG)
@@ -41,29 +55,44 @@ def test_greedy_equals_running_everything_again(expected, mesh):
     assert len(PROMPTS[2]) > CHUNK
     assert len({token for drawn in expected for token in drawn}) > 10
     architecture = tiny_architecture(CONFIG, mesh_of(**mesh))
-    generate = make_generator(architecture)(architecture.init(1))
-    drawn = generate(PROMPTS, rows=4, slots=len(PROMPTS[2]) + 21, new_tokens=21)
+    drawn, _ = draw(architecture, PROMPTS, [Sampling()] * 4, slots=len(PROMPTS[2]) + 21, new_tokens=21)
     assert drawn == expected
 
 
-def test_it_stops_when_every_text_is_done(expected):
+def test_log_probabilities_are_those_of_the_whole_text(expected):
+    architecture = tiny_architecture(CONFIG)
+    _, log_probs = draw(architecture, PROMPTS[:1], [Sampling()], slots=40, new_tokens=21)
+    tokens = jnp.array([PROMPTS[0] + expected[0]])
+    model = architecture.bind(architecture.init(1))
+    logits = model.logits(model(tokens, jnp.ones_like(tokens), jnp.arange(tokens.size)[None])[0])[0]
+    places = np.arange(len(PROMPTS[0]) - 1, tokens.size - 1)
+    np.testing.assert_allclose(log_probs[0], jax.nn.log_softmax(logits)[places, tokens[0, places + 1]], atol=1e-5)
+
+
+def test_there_is_room_for_what_was_asked(expected):
     architecture = tiny_architecture(CONFIG)
     generate = make_generator(architecture)(architecture.init(1))
-    drawn = generate(PROMPTS[:2], rows=4, slots=64, new_tokens=60, stopped=lambda tokens: len(tokens) >= 3)
-    assert [len(tokens) for tokens in drawn] == [STEPS, STEPS]
-    assert drawn == [tokens[:STEPS] for tokens in expected[:2]]
+    drawn = [step[0].tokens for step in generate(PROMPTS[:1], [Sampling()], rows=1, slots=64)]
+    assert len(drawn) * STEPS >= 64 - len(PROMPTS[0])
+    assert sum(drawn, [])[:21] == expected[0]
 
 
-def test_sampling_follows_the_seed_and_the_temperature(expected):
+def test_a_text_depends_on_its_seed_and_on_no_companion():
     architecture = tiny_architecture(CONFIG)
-    generate = make_generator(architecture)(architecture.init(1))
+    warm = [Sampling(temperature=1.0, seed=seed) for seed in (0, 1, 2, 0)]
+    together, _ = draw(architecture, [[1]] * 4, warm, slots=40, new_tokens=20)
+    assert together[0] == together[3]
+    assert len({tuple(tokens) for tokens in together}) == 3
+    mixed = [Sampling(), warm[1], Sampling(temperature=0.7, top_k=3, repetition_penalty=1.3), warm[0]]
+    others, _ = draw(architecture, [PROMPTS[2], [1], [1, 5, 9], [1]], mixed, slots=120, new_tokens=20)
+    assert [others[1], others[3]] == [together[1], together[0]]
 
-    def draw(temperature, seed):
-        return generate([[1]] * 4, rows=4, slots=40, new_tokens=20, temperature=temperature, seed=seed)
 
-    assert draw(1.0, 0) == draw(1.0, 0) != draw(1.0, 1)
-    assert len({tuple(tokens) for tokens in draw(1.0, 0)}) == 4
-    assert draw(1e-6, 0) == [expected[1][:20]] * 4
+def test_cold_is_greedy(expected):
+    architecture = tiny_architecture(CONFIG)
+    cold = [Sampling(temperature=1e-6, seed=seed) for seed in range(4)]
+    drawn, _ = draw(architecture, [[1]] * 4, cold, slots=40, new_tokens=20)
+    assert drawn == [expected[1][:20]] * 4
 
 
 def test_what_decoding_cannot_do_is_said():

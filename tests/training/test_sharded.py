@@ -7,10 +7,10 @@ import itertools
 import jax
 import numpy as np
 import pytest
+from mixtral_jax.inference.sample import sample
 
 from mixtral_jax.config import Config
 from mixtral_jax.evaluation.scoring import make_scorer
-from mixtral_jax.inference.sample import sample
 from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.runtime import make_runtime
 from mixtral_jax.sharding import MESH_AXES

@@ -1,0 +1,121 @@
+"""Drawn tokens become text as they come: whole characters, nothing of a stop string, and why it ended."""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mixtral_jax.config import UserError
+from mixtral_jax.data.tokenizer import Tokenizer
+from mixtral_jax.inference.decoding import Drawn, Generate
+from mixtral_jax.inference.sampling import Sampling
+
+BROKEN = "\ufffd"  # what decoding shows of a character whose bytes have not all come
+SLOTS = (64, 256, 1024)  # tokens of a text; a program is compiled for each, and for the model's context
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What to continue, and how."""
+
+    tokens: list[int]  # at least one
+    sampling: Sampling = field(default_factory=Sampling)
+    new_tokens: int = 128  # at most
+    stops: tuple[str, ...] = ()  # the text ends before any of these
+    continues: bool = True  # the text goes on where the prompt ends; False: it is an answer of its own
+
+
+@dataclass
+class Continuation:
+    """One text as far as it has come."""
+
+    prompt: Prompt
+    tokenizer: Tokenizer
+    tokens: list[int] = field(default_factory=list)  # the end sign is none of them
+    log_probs: list[float] = field(default_factory=list)  # nats
+    text: str = ""  # what is certain of it
+    finish_reason: Literal["stop", "length"] | None = None
+
+    def extend(self, drawn: Drawn) -> str:
+        """Takes tokens until the text ends, and returns what is new and certain of it."""
+        for token, log_prob in zip(drawn.tokens, drawn.log_probs, strict=True):
+            if self.finish_reason:
+                break
+            if token == self.tokenizer.eos_id:
+                self.finish_reason = "stop"
+                break
+            self.tokens.append(token)
+            self.log_probs.append(log_prob)
+            if self.prompt.stops and self._stop_in(self._whole()) is not None:
+                self.finish_reason = "stop"
+            elif len(self.tokens) == self.prompt.new_tokens:
+                self.finish_reason = "length"
+        before, self.text = self.text, self._certain()
+        return self.text[len(before) :]
+
+    def _whole(self) -> str:
+        """Decoded behind the prompt: a tokenizer's first piece loses its space when it is decoded alone."""
+        drawn = [token for token in self.tokens if token != self.tokenizer.unk_id]
+        if not self.prompt.continues:
+            return self.tokenizer.decode(drawn)
+        head = self.tokenizer.decode(self.prompt.tokens)
+        return self.tokenizer.decode([*self.prompt.tokens, *drawn])[len(head) :]
+
+    def _stop_in(self, text: str) -> int | None:
+        return min((place for stop in self.prompt.stops if (place := text.find(stop)) >= 0), default=None)
+
+    def _certain(self) -> str:
+        text = self._whole()
+        place = self._stop_in(text)
+        if place is not None:
+            return text[:place]
+        if self.finish_reason:
+            return text
+        text = text.rstrip(BROKEN)
+        held = max(
+            (size for stop in self.prompt.stops for size in range(1, len(stop)) if text.endswith(stop[:size])),
+            default=0,
+        )
+        return text[: len(text) - held]
+
+
+def continue_texts(
+    generate: Generate, tokenizer: Tokenizer, prompts: Sequence[Prompt], *, rows: int, context: int
+) -> Iterator[list[tuple[Continuation, str]]]:
+    """Continues prompts together until all have ended.
+
+    Args:
+        generate: of the model.
+        tokenizer: of the model.
+        prompts: at most `rows`.
+        rows: texts that run at once.
+        context: tokens of a text with its prompt, at most.
+
+    Yields:
+        Every text, and what is new of it since the last time.
+
+    Raises:
+        UserError: a prompt that leaves no room for a new token.
+    """
+    for prompt in prompts:
+        if len(prompt.tokens) + prompt.new_tokens > context:
+            raise UserError(
+                f"a prompt of {len(prompt.tokens):,} tokens and {prompt.new_tokens:,} new ones do not fit the context "
+                f"of {context:,}: shorten it, ask for fewer new tokens or raise eval.context"
+            )
+    texts = [Continuation(prompt, tokenizer) for prompt in prompts]
+    longest = max(len(prompt.tokens) + prompt.new_tokens for prompt in prompts)
+    slots = next(size for size in (*(size for size in SLOTS if size < context), context) if size >= longest)
+    wishes = [prompt.sampling for prompt in prompts]
+    for drawn in generate([prompt.tokens for prompt in prompts], wishes, rows=rows, slots=slots):
+        yield [(text, text.extend(more)) for text, more in zip(texts, drawn, strict=True)]
+        if all(text.finish_reason for text in texts):
+            return
+
+
+def complete_texts(
+    generate: Generate, tokenizer: Tokenizer, prompts: Sequence[Prompt], *, rows: int, context: int
+) -> list[Continuation]:
+    """Continues prompts to their ends; see `continue_texts`."""
+    (step,) = deque(continue_texts(generate, tokenizer, prompts, rows=rows, context=context), maxlen=1)
+    return [text for text, _ in step]

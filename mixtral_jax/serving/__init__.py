@@ -1,0 +1,1 @@
+"""A model for people who use it: text from the command line."""

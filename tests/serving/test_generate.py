@@ -1,0 +1,85 @@
+"""`python -m mixtral_jax generate` as a person calls it."""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from mixtral_jax import verbs
+from mixtral_jax.config import UserError
+from tests.small_run import run, write_config
+from tests.weights.models import small
+from tests.weights.synthetic import classic, write
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> str:
+    directory = tmp_path_factory.mktemp("trained")
+    result = run("train.py", write_config(directory), "train.eval_every=0")
+    assert result.returncode == 0, result.stderr
+    return str(directory / "run")
+
+
+def test_one_prompt_is_continued_as_the_json_says(trained, tmp_path, capsys):
+    options = ["--max-new-tokens", "20", "--json", str(tmp_path / "g.json"), "mesh.fsdp=1"]
+    verbs.generate([trained, "the river", *options])
+    (found,) = json.loads((tmp_path / "g.json").read_text())["texts"]
+    assert capsys.readouterr().out.endswith(f"the river{found['text']}\n")
+    assert len(found["tokens"]) == len(found["log_probs"]) <= 20
+    assert all(value <= 0 for value in found["log_probs"])
+    assert found["finish_reason"] in ("stop", "length")
+
+
+def test_prompts_do_not_see_each_other(trained, tmp_path):
+    (tmp_path / "prompts.txt").write_text("the river\nold trees were under a stone and\n\nlight\n")
+    warm = ["--max-new-tokens", "12", "--temperature", "1", "--seed", "3", "mesh.fsdp=1"]
+    verbs.generate([trained, "--prompts", str(tmp_path / "prompts.txt"), "--json", str(tmp_path / "all.json"), *warm])
+    for number, found in enumerate(json.loads((tmp_path / "all.json").read_text())["texts"]):
+        verbs.generate([trained, found["prompt"], "--json", str(tmp_path / f"{number}.json"), *warm])
+        (alone,) = json.loads((tmp_path / f"{number}.json").read_text())["texts"]
+        assert (alone["text"], alone["tokens"]) == (found["text"], found["tokens"])
+    assert number == 2
+
+
+def test_standard_input_is_a_prompt_and_a_chat_is_answered(trained, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the river = a\n"))
+    verbs.generate([trained, "--chat", "--system", "Be brief.", "--max-new-tokens", "1", "eval.context=128",
+                    "mesh.fsdp=1"])  # fmt: skip
+    assert capsys.readouterr().out.splitlines()[-1].startswith("the river = a")
+
+
+def test_released_weights_are_imported_for_the_occasion(tmp_path, capsys):
+    config = small()
+    write(tmp_path / "release", "hf", classic(config, "float32"), config, "float32")
+    before = sorted(tmp_path.rglob("*"))
+    verbs.generate([str(tmp_path / "release"), "Hello", "--max-new-tokens", "3", "mesh.fsdp=1"])
+    assert "Hello" in capsys.readouterr().out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["x", "--temperature", "-1"], "temperature is -1.0"),
+        (["x", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
+        (["x", "--max-new-tokens", "500"], "do not fit the context of 32"),
+        (["", "--max-new-tokens", "5"], "nothing to continue"),
+        (["x", "--system", "y"], "add --chat"),
+        (["x", "--prompts", "nowhere.txt"], "cannot read the prompts in nowhere.txt"),
+        (["x", "model.dispatch=capacity"], "set it to dropless"),
+    ],
+)
+def test_a_mistake_is_one_sentence(trained, arguments, sentence):
+    with pytest.raises(UserError) as error:
+        verbs.generate([trained, *arguments, "mesh.fsdp=1"])
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_that_is_not_there(tmp_path: Path):
+    with pytest.raises(UserError, match="nowhere"):
+        verbs.generate([str(tmp_path / "nowhere"), "x"])
