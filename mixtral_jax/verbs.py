@@ -98,7 +98,12 @@ def lm_eval(arguments: list[str]) -> None:
 def generate(arguments: list[str]) -> None:
     """Text from a model: generate CHECKPOINT [PROMPT ...] [--max-new-tokens N] [--temperature T] [key=value ...]."""
     parser = argparse.ArgumentParser(prog="mixtral_jax generate", description=generate.__doc__)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=home_expanded, help="a run, a checkpoint, an import, or released weights")
+    parser.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        type=home_expanded,
+        help="a run, a checkpoint, an import, or released weights",
+    )
     parser.add_argument("words", metavar="PROMPT", nargs="*", help="texts to continue; none: standard input. A word "
                         "such as eval.context=4096 is an override of the configuration")  # fmt: skip
     parser.add_argument("--prompts", metavar="FILE", type=user_path, help="a prompt a line, beside those given")

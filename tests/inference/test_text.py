@@ -27,10 +27,8 @@ def written(tokens, size):
 
 
 def shown(tokenizer, tokens, size, prompt):
-    parts, text = [], None
-    for ((text, new),) in continue_texts(written(tokens, size), tokenizer, [prompt], rows=1, context=200):
-        parts.append(new)
-    return parts, text
+    steps = [step[0] for step in continue_texts(written(tokens, size), tokenizer, [prompt], rows=1, context=200)]
+    return [new for _, new in steps], steps[-1][0]
 
 
 @pytest.mark.parametrize("size", [1, 2, 7])

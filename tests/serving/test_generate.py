@@ -25,7 +25,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_one_prompt_is_continued_as_the_json_says(trained, tmp_path, capsys):
-    options = ["--max-new-tokens", "20", "--json", str(tmp_path / "g.json"), "mesh.fsdp=1"]
+    options = ["--max-new-tokens", "20", "--json", str(tmp_path / "g.json")]
     verbs.generate([trained, "the river", *options])
     (found,) = json.loads((tmp_path / "g.json").read_text())["texts"]
     assert capsys.readouterr().out.endswith(f"the river{found['text']}\n")
@@ -36,7 +36,7 @@ def test_one_prompt_is_continued_as_the_json_says(trained, tmp_path, capsys):
 
 def test_prompts_do_not_see_each_other(trained, tmp_path):
     (tmp_path / "prompts.txt").write_text("the river\nold trees were under a stone and\n\nlight\n")
-    warm = ["--max-new-tokens", "12", "--temperature", "1", "--seed", "3", "mesh.fsdp=1"]
+    warm = ["--max-new-tokens", "12", "--temperature", "1", "--seed", "3"]
     verbs.generate([trained, "--prompts", str(tmp_path / "prompts.txt"), "--json", str(tmp_path / "all.json"), *warm])
     for number, found in enumerate(json.loads((tmp_path / "all.json").read_text())["texts"]):
         verbs.generate([trained, found["prompt"], "--json", str(tmp_path / f"{number}.json"), *warm])
@@ -47,8 +47,7 @@ def test_prompts_do_not_see_each_other(trained, tmp_path):
 
 def test_standard_input_is_a_prompt_and_a_chat_is_answered(trained, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO("the river = a\n"))
-    verbs.generate([trained, "--chat", "--system", "Be brief.", "--max-new-tokens", "1", "eval.context=128",
-                    "mesh.fsdp=1"])  # fmt: skip
+    verbs.generate([trained, "--chat", "--system", "Be brief.", "--max-new-tokens", "1", "eval.context=128"])
     assert capsys.readouterr().out.splitlines()[-1].startswith("the river = a")
 
 
@@ -56,7 +55,7 @@ def test_released_weights_are_imported_for_the_occasion(tmp_path, capsys):
     config = small()
     write(tmp_path / "release", "hf", classic(config, "float32"), config, "float32")
     before = sorted(tmp_path.rglob("*"))
-    verbs.generate([str(tmp_path / "release"), "Hello", "--max-new-tokens", "3", "mesh.fsdp=1"])
+    verbs.generate([str(tmp_path / "release"), "Hello", "--max-new-tokens", "3"])
     assert "Hello" in capsys.readouterr().out
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -75,7 +74,7 @@ def test_released_weights_are_imported_for_the_occasion(tmp_path, capsys):
 )
 def test_a_mistake_is_one_sentence(trained, arguments, sentence):
     with pytest.raises(UserError) as error:
-        verbs.generate([trained, *arguments, "mesh.fsdp=1"])
+        verbs.generate([trained, *arguments])
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
 
