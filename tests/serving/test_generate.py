@@ -10,8 +10,6 @@ import pytest
 from mixtral_jax import verbs
 from mixtral_jax.config import UserError
 from tests.small_run import run, write_config
-from tests.weights.models import small
-from tests.weights.synthetic import classic, write
 
 pytestmark = pytest.mark.slow
 
@@ -51,13 +49,14 @@ def test_standard_input_is_a_prompt_and_a_chat_is_answered(trained, monkeypatch,
     assert capsys.readouterr().out.splitlines()[-1].startswith("the river = a")
 
 
-def test_released_weights_are_imported_for_the_occasion(tmp_path, capsys):
-    config = small()
-    write(tmp_path / "release", "hf", classic(config, "float32"), config, "float32")
-    before = sorted(tmp_path.rglob("*"))
-    verbs.generate([str(tmp_path / "release"), "Hello", "--max-new-tokens", "3"])
-    assert "Hello" in capsys.readouterr().out
-    assert sorted(tmp_path.rglob("*")) == before
+def test_released_weights_are_imported_for_the_occasion(trained, tmp_path):
+    verbs.export([trained, str(tmp_path / "release"), "--format", "hf"])
+    found = []
+    for source in (trained, str(tmp_path / "release")):
+        verbs.generate([source, "old trees", "--max-new-tokens", "9", "--json", str(tmp_path / "g.json")])
+        found += json.loads((tmp_path / "g.json").read_text())["texts"]
+    assert found[0]["tokens"] == found[1]["tokens"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["g.json", "release"]
 
 
 @pytest.mark.parametrize(
