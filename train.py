@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> None:
 
         console = make_console()
         say = lambda text: console.print(text, soft_wrap=True)  # noqa: E731
-        outcome = Trainer(config, say=say).run()
+        outcome = Trainer(config, say=say, began=cli.BEGAN).run()
         summarize(config, outcome, console)
 
 

@@ -3,12 +3,15 @@
 import glob
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
 from mixtral_jax.config import DistributedConfig, UserError
 from mixtral_jax.distributed.processes import may_be_several, speaks
 from mixtral_jax.kernels.cpu.memory import ACCELERATORS, restart_with_huge_pages
+
+BEGAN = time.monotonic()  # before anything heavy is imported
 
 
 def run(main: Callable[[list[str]], None], *, several: bool = False) -> None:

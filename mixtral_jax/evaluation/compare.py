@@ -118,6 +118,7 @@ def _facts(loaded: LoadedModel, history: list[dict[str, Any]]) -> dict[str, floa
         # A value that is not finite is None in the log, and must not vanish from the mean.
         return float(np.mean(values)) if values and None not in values else None
 
+    rates = [entry["tokens_per_second"] for entry in training if "tokens_per_second" in entry]
     return {
         "step": loaded.step,
         "parameters": counts.total,
@@ -128,7 +129,7 @@ def _facts(loaded: LoadedModel, history: list[dict[str, Any]]) -> dict[str, floa
         "load-balancing loss": end("load_balance_loss"),
         "busiest expert, excess": end("max_violation"),
         "dead experts": end("dead_experts"),
-        "tokens/s, median": float(np.median([e["tokens_per_second"] for e in training])) if training else None,
+        "tokens/s, median": float(np.median(rates)) if rates else None,
     }
 
 

@@ -103,7 +103,9 @@ def _for_people(scalars: Mapping[str, int | float]) -> str:
         rate = scalars["tokens_per_second"]
         parts.append(f"{rate:,.0f} tok/s" if rate < 1e5 else f"{rate / 1e6:.2f}M tok/s")
     if "mfu" in scalars:
-        parts.append(f"MFU {scalars['mfu']:.1%}")
+        parts.append(
+            f"MFU {scalars['mfu']:.1%}" + (" (more than there is: see the warning)" if scalars["mfu"] > 1 else "")
+        )
     if scalars.get("skipped_updates"):
         parts.append(f"{scalars['skipped_updates']:.0f} updates skipped")
     return "  ".join(parts)

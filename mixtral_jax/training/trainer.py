@@ -2,14 +2,13 @@
 
 import dataclasses
 import importlib.metadata
-import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from mixtral_jax.compiled import keep_compiled
@@ -36,6 +35,7 @@ from mixtral_jax.training.admission import admit_kernels
 from mixtral_jax.training.signals import StopRequest
 from mixtral_jax.training.state import TrainState
 from mixtral_jax.training.step import Metrics, Trainable
+from mixtral_jax.training.step_clock import StartClock, StepClock, above_peak
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 IN_FLIGHT = 2  # steps that the host may run ahead of the device
@@ -57,18 +57,26 @@ class Outcome:
 class Trainer:
     """One run of one configuration, in this process or in several that do the same."""
 
-    def __init__(self, config: Config, say: Callable[[str], None] = print):
+    def __init__(self, config: Config, say: Callable[[str], None] = print, began: float | None = None):
         """Checks what can be checked without data.
+
+        Args:
+            config: of the run.
+            say: prints a line for people.
+            began: when the process did, by `time.monotonic`, for the account of the start.
 
         Raises:
             UserError: the configuration does not fit the devices.
         """
+        self.start = StartClock(began)
         self.config = dataclasses.replace(config, distributed=DistributedConfig())  # of this start, not of the run
         self.say = say
+        self.warned = False  # that more than the peak was measured
         self.runtime = make_runtime(config)
         keep_compiled(config.data.cache_dir)
         self.trainable = Trainable(Architecture(config.model, self.runtime), config)
         self.score = make_scorer(self.trainable.architecture)
+        self.start.end("devices")
 
     def run(self) -> Outcome:
         """Trains from wherever the run stands to `train.steps`, a signal or `train.stop_at_step`.
@@ -82,13 +90,16 @@ class Trainer:
                                    "give all processes the same command line and files")  # fmt: skip
             if self.config.kernels.admission and not self.runtime.interpret:
                 self.say(admit_kernels(self.config, self.runtime))
+                self.start.end("admission")
             self.tokenizer, training, self.heldout = processes.main_first(lambda: open_documents(self.config))
             self.data = TrainingData(self.config, training)
             processes.check_same(self.data.fingerprint, "this process sees other data than process 0: keep the "
                                    "sources on storage that all share, or the same copy on every host")  # fmt: skip
+            self.start.end("data")
             with Checkpoints(run_dir.path / "checkpoints", self.config.checkpoint, self.say) as self.checkpoints:
                 state, step = self._first_state()
                 run_dir.write_config()
+                self.start.end("parameters")
                 if step < self.config.train.steps:
                     state, step = self._train(run_dir.path, state, step)
             return Outcome(
@@ -140,39 +151,45 @@ class Trainer:
         work = f"{self.flops / 1e6:,.1f} MFLOP a token"
         mfu = f"model FLOP/s / (devices * peak FLOP/s of one); {work}; peak {self.peak.source}"
         self.say(f"MFU = {mfu}")
+        self.start.end("peak")
+        first = step + 1
         rows = self.trainable.host_rows()
 
         def place(step: int) -> Batch:
             """In the thread of the prefetcher: to put a host's own rows on its own devices takes no other process."""
             return self.trainable.put(self.data.batch(step, rows), rows)
 
-        pending: deque[tuple[int, Metrics]] = deque()
+        pending: deque[tuple[int, Metrics, Future[float]]] = deque()
+        self.start.begin_steps()
         with (
             MetricsLogger(
                 path, config.train.steps, resume_step=step, descriptions={"mfu": mfu}, is_main=processes.is_main()
             ) as self.logger,
             StopRequest() as stop,
+            StepClock(config.train.log_every) as clock,
             Prefetcher(place, step, last) as batches,
         ):
-            self.clock, self.clock_step = time.monotonic(), step
             for batch in batches:
                 processes.begin(step + 1)
                 state, metrics = self.trainable.step(state, batch)
                 step += 1
                 self._fetch(step, metrics)
-                pending.append((step, metrics))
+                pending.append((step, metrics, clock.watch(metrics)))
                 asked = stop.reached(step)
                 ends = step == last or asked
                 saves = ends or step % config.checkpoint.every == 0
                 evaluates = bool(config.train.eval_every) and step % config.train.eval_every == 0
                 while len(pending) > (0 if saves or evaluates else IN_FLIGHT):
-                    self._report(*pending.popleft())
+                    done, found, ended = pending.popleft()
+                    if done == first:
+                        self.logger.say(self.start.first_step(ended.result()))
+                    self._report(done, found, clock.interval(done, ended.result()))
                 if saves:
                     self._save(step, state)
                 if evaluates and not asked:  # who asks to stop has little time
                     self._evaluate(step, state)
-                if saves or evaluates:  # their time is not training's
-                    self.clock, self.clock_step = time.monotonic(), step
+                if saves or evaluates:
+                    clock.resume()
                 if ends:
                     break
         processes.rest()
@@ -187,9 +204,8 @@ class Trainer:
             if name == "skipped_in_a_row" or self._is_logged(step):
                 value.copy_to_host_async()
 
-    def _report(self, step: int, metrics: Metrics) -> None:
-        """Waits for a step, watches for trouble and logs every `train.log_every` steps, the first and the last."""
-        jax.block_until_ready(metrics)
+    def _report(self, step: int, metrics: Metrics, seconds: float | None) -> None:
+        """Watches for trouble and logs every `train.log_every` steps, with their seconds, the first and the last."""
         processes.progress()
         config = self.config.train
         in_a_row = int(metrics["skipped_in_a_row"])
@@ -203,12 +219,20 @@ class Trainer:
             return
         values = {name: np.asarray(value) for name, value in metrics.items() if name != "skipped_in_a_row"}
         load = values.pop("expert_load")
-        now = time.monotonic()
-        tokens = (step - self.clock_step) * config.batch_size * self.config.data.seq_len
-        rates = speed(tokens, now - self.clock, self.flops, self.runtime.mesh.size, self.peak)
-        self.clock, self.clock_step = now, step
+        rates = self._rates(step, seconds) if seconds else {}
         scalars = {name: value.item() for name, value in values.items()}
         self.logger.log(step, scalars | rates | memory_in_use() | self.data.progress(step), {"expert_load": load})
+
+    def _rates(self, step: int, seconds: float) -> dict[str, float]:
+        """Rates of a whole interval; what cannot be is said, at the first time at length."""
+        model, seq_len = self.config.model, self.config.data.seq_len
+        tokens = self.config.train.log_every * self.config.train.batch_size * seq_len
+        rates = speed(tokens, seconds, self.flops, self.runtime.mesh.size, self.peak)
+        if rates["mfu"] > 1 and not self.warned:
+            self.warned = True
+            attention = 1 - flops_per_token(model, 0) / self.flops
+            self.logger.say(above_peak(step, rates["mfu"], seconds, attention, seq_len, self.peak))
+        return rates
 
     def _save(self, step: int, state: TrainState) -> None:
         meta = {

@@ -42,9 +42,9 @@ def test_steps_go_out_before_metrics_come_in_and_batches_are_placed_ahead(traine
         events.append(("step", number + 1))
         return step(state, batch)
 
-    def note_report(self, number, metrics):
+    def note_report(self, number, metrics, seconds):
         events.append(("report", number))
-        report(self, number, metrics)
+        report(self, number, metrics, seconds)
 
     monkeypatch.setattr(Trainable, "put", note_put)
     monkeypatch.setattr(trainer.trainable, "step", note_step)

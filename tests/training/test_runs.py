@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -56,7 +57,12 @@ def test_a_run_shows_what_a_person_wants_to_know(uninterrupted):
     names = (
         "loss cross_entropy load_balance_loss router_z_loss learning_rate grad_norm tokens_per_second mfu expert_load"
     )
-    assert set(names.split()) <= set(lines[0])
+    assert set(names.split()) <= set(lines[1])
+    assert set(names.split()) - set(lines[0]) == {"tokens_per_second", "mfu"}  # the first step compiles
+    (start,) = re.findall(r"^start took (.+) s: (.+)$", result.stdout, re.MULTILINE)
+    parts = dict(part.rsplit(" ", 1) for part in start[1].split(", "))
+    assert list(parts) == ["imports", "devices", "data", "parameters", "peak", "compile", "first step"]
+    assert sum(map(float, parts.values())) == pytest.approx(float(start[0]), abs=0.4)
     assert losses(run_dir)[0][1] > losses(run_dir)[-1][1]
     assert any("heldout/words" in line for line in lines)
 
