@@ -23,8 +23,9 @@ from mixtral_jax.sharding import make_mesh
 
 BFLOAT16 = jnp.bfloat16
 EXPERTS, PER_TOKEN = 8, 2
-# Backends whose gmm, tgmm and swiglu can be called alone.
-GROUPED = {"triton": "mixtral_jax.kernels.gpu.triton_grouped"}
+TILE = 256  # rows; groups that are multiples of it need no padding in any backend
+# Backends whose gmm and tgmm can be called alone.
+GROUPED = {name: f"mixtral_jax.kernels.gpu.{name}_grouped" for name in ("triton", "hopper")}
 
 
 def automatic(operation: str, **where: bool) -> str:
@@ -41,8 +42,8 @@ def products(options: Options) -> None:
     """Products of the experts, alone and as a whole SwiGLU, each beside the dense product of its shape."""
     batch, seq_len, d, f, *_ = sizes(options.tiny)
     platform = jax.devices()[0].platform
-    rows, interpret = batch * seq_len * PER_TOKEN, platform == "cpu"
-    load = jnp.asarray(uneven_sizes(rows, EXPERTS), jnp.int32)
+    rows, settings = batch * seq_len * PER_TOKEN, {"interpret": True} if platform == "cpu" else {}
+    load, whole = (jnp.asarray(uneven_sizes(rows, EXPERTS, multiple), jnp.int32) for multiple in (1, TILE))
     x, y = normal((rows, d), BFLOAT16, 0), normal((rows, f), BFLOAT16, 1)
     w_gate, w_up, w_down = (
         normal((EXPERTS, *shape), BFLOAT16, seed, shape[0] ** -0.5)
@@ -56,15 +57,15 @@ def products(options: Options) -> None:
     for name in [*backends, *["triton"] * options.tiny]:
         if name in GROUPED:
             module = importlib.import_module(GROUPED[name])
-            gmm = jax.jit(partial(module.gmm, interpret=interpret), static_argnames="transposed")
-            tgmm = jax.jit(partial(module.tgmm, dtype=BFLOAT16, interpret=interpret))
+            gmm = jax.jit(partial(module.gmm, **settings), static_argnames="transposed")
+            tgmm = jax.jit(partial(module.tgmm, dtype=BFLOAT16, **settings))
             back = partial(gmm, transposed=True)
-            time_it(f"{name}, forward up", gmm, [(x, w_up)], load, flops=flops, dense=up)
-            time_it(f"{name}, forward down", gmm, [(y, w_down)], load, flops=flops, dense=down)
-            time_it(f"{name}, rows' gradients of down", back, [(x, w_down)], load, flops=flops, dense=up)
-            time_it(f"{name}, rows' gradients of up", back, [(y, w_up)], load, flops=flops, dense=down)
-            time_it(f"{name}, weights' gradients of up", tgmm, x, y, load, flops=flops, dense=sums)
-            time_it(f"{name}, weights' gradients of down", tgmm, y, x, load, flops=flops, dense=sums)
+            time_it(f"{name}, forward up", gmm, [(x, w_up)], whole, flops=flops, dense=up)
+            time_it(f"{name}, forward down", gmm, [(y, w_down)], whole, flops=flops, dense=down)
+            time_it(f"{name}, rows' gradients of down", back, [(x, w_down)], whole, flops=flops, dense=up)
+            time_it(f"{name}, rows' gradients of up", back, [(y, w_up)], whole, flops=flops, dense=down)
+            time_it(f"{name}, weights' gradients of up", tgmm, x, y, whole, flops=flops, dense=sums)
+            time_it(f"{name}, weights' gradients of down", tgmm, y, x, whole, flops=flops, dense=sums)
     for name in backends:
         swiglu(name, "compute", load, (x, w_gate, w_up, w_down), 3 / (2 / up + 1 / down))
 
@@ -130,19 +131,19 @@ def rest(options: Options) -> None:
     wide, x, out = normal((rows, f), BFLOAT16, 0), normal((tokens, d), BFLOAT16, 1), normal((rows, d), BFLOAT16, 2)
     one = 2 * wide.size
     time_it("device copy", jax.jit(jnp.copy), wide, moved=2 * one)
-    for name in [name for name in GROUPED if name in (options.experts or ("triton",))]:
-        module = importlib.import_module(GROUPED[name])
+    if "triton" in (options.experts or ("triton",)):  # others have it in their products
+        module = importlib.import_module(GROUPED["triton"])
         swiglu = jax.jit(partial(module.swiglu, sizes=load, interpret=interpret))
-        time_it(f"{name}, swiglu", swiglu, wide, wide, None, moved=3 * one)
+        time_it("triton, swiglu", swiglu, wide, wide, None, moved=3 * one)
         kept = [wide + 0, wide + 0, wide + 0]
         back = jax.jit(partial(module.swiglu, sizes=load, interpret=interpret), donate_argnums=(0, 1, 2))
 
-        def backward(kept=kept, back=back):
+        def backward() -> Array:
             kept[2], kept[0], kept[1] = back(*kept)
             return kept[2]
 
-        time_it(f"{name}, swiglu's gradients in place", backward, moved=6 * one)
-        del kept, backward
+        time_it("triton, swiglu's gradients in place", backward, moved=6 * one)
+        kept.clear()
     logits = normal((tokens, EXPERTS), jnp.float32, 3)
 
     @jax.jit

@@ -82,9 +82,9 @@ def normal(shape: tuple[int, ...], dtype: DTypeLike, seed: int, scale: float = 1
     return make(jax.random.key(seed))
 
 
-def uneven_sizes(rows: int, experts: int) -> list[int]:
-    """Rows of each expert, the busiest with about 1.5 times the mean load."""
+def uneven_sizes(rows: int, experts: int, multiple: int = 1) -> list[int]:
+    """Rows of each expert, the busiest with about 1.5 times the mean load; of all but that, multiples of a number."""
     popularity = [1 + 0.5 * math.cos(math.pi * expert / max(1, experts - 1)) for expert in range(experts)]
-    sizes = [int(rows * p / sum(popularity)) for p in popularity]
+    sizes = [int(rows * p / sum(popularity)) // multiple * multiple for p in popularity]
     sizes[0] += rows - sum(sizes)
     return sizes

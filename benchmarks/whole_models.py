@@ -15,6 +15,7 @@ from mixtral_jax.compiled import keep_compiled
 from mixtral_jax.config import Config, MeshConfig
 from mixtral_jax.config_loading import parse_config
 from mixtral_jax.config_loading import replace as changed
+from mixtral_jax.data.batch import Batch
 from mixtral_jax.hardware import GIB, find_chip
 from mixtral_jax.inference.decoding import make_generator
 from mixtral_jax.metrics import flops_per_token
@@ -59,10 +60,10 @@ def one_device(config: Config) -> Runtime:
 
 
 def admission(options: Options) -> None:
-    """Seconds of admission in every type, the first time and the second; its differences."""
+    """Seconds of admission at two widths, in every type at one, the first time and the second; its differences."""
     report("machine", is_=machine())
     for make in (wide_config, small_config):
-        for experts in ("compute", *["fp8", "int8"] * (not options.tiny)):
+        for experts in ("compute", *["fp8", "int8"] * (make is wide_config and not options.tiny)):
             config = make(options.tiny, f"precision.experts={experts}")
             runtime = one_device(config)
             keep_compiled("")
@@ -116,15 +117,13 @@ def small(options: Options) -> None:
     """Steps of `small`, with and without determinism, each from the start twice: equal hashes, and the price."""
     for deterministic in ("false", "true"):
         config = small_config(options.tiny, f"train.deterministic={deterministic}")
-        for turn in range(2):
-            title = f"small, deterministic={deterministic}, {'again' if turn else 'first'}"
-            train(title, config, 4 if options.tiny else STEPS)
+        train(f"small, deterministic={deterministic}", config, 4 if options.tiny else STEPS, ("first", "again"))
 
 
 def again(options: Options) -> None:
     """The deterministic half of `small` in a process of its own: the hash must be the same as there."""
     config = small_config(options.tiny, "train.deterministic=true")
-    train("small, deterministic=true, another process", config, 4 if options.tiny else STEPS)
+    train("small, deterministic=true", config, 4 if options.tiny else STEPS, ("another process",))
 
 
 def wide(options: Options) -> None:
@@ -136,13 +135,11 @@ def wide(options: Options) -> None:
         )
 
 
-def train(title: str, config: Config, steps: int) -> None:
-    """Trains from the start without looking, and tells rate, last loss and hashes of losses and state."""
+def train(title: str, config: Config, steps: int, turns: tuple[str, ...] = ("first",)) -> None:
+    """Trains from the start without looking, once a turn, and tells rate, last loss and hashes of losses and state."""
     keep_compiled("")
     runtime = one_device(config)
     trainable = Trainable(Architecture(config.model, runtime), config)
-    begin = time.perf_counter()
-    state = trainable.start(trainable.architecture.init(0))
     shape = config.train.batch_size, config.data.seq_len
     place = np.tile(np.arange(shape[1], dtype=np.int32), (shape[0], 1))
     same = {"segment_ids": np.ones_like(place), "positions": place, "loss_mask": np.ones(shape, bool)}
@@ -150,41 +147,50 @@ def train(title: str, config: Config, steps: int) -> None:
     for seed in range(4):
         text = np.random.default_rng(seed).zipf(1.3, (shape[0], shape[1] + 1)) % config.model.vocab_size
         text = text.astype(np.int32)
-        batches.append(trainable.put({"tokens": text[:, :-1], "targets": text[:, 1:], **same}))
-    jax.block_until_ready((state, batches))
-    made = time.perf_counter()
-    losses, ends = [], []
-    for step in range(steps):
-        state, metrics = trainable.step(state, batches[step % len(batches)])
-        losses.append(metrics["loss"])
-        if step in (1, steps - 1):
-            jax.block_until_ready((state, metrics))
-            ends.append(time.perf_counter())
-    seconds = (ends[1] - ends[0]) / (steps - 2)
-    rate = place.size / seconds
-    chip = find_chip(jax.devices()[0].device_kind)
-    values = np.asarray(jax.device_get(losses))
-    report(
-        title, ms=1e3 * seconds, tokens_a_second=rate, TFLOP_a_s=rate * flops_per_token(config.model, shape[1]) / 1e12,
-        mfu=rate * flops_per_token(config.model, shape[1]) / chip.flops if chip else None,
-        rows=shape[0], making_seconds=made - begin, first_steps_seconds=ends[0] - made,
-        peak_GiB=(jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / GIB, last_loss=float(values[-1]),
-        losses=f"{hash_of([values]):08x}", state=f"{hash_of(jax.tree.leaves(state)):08x}",
-    )  # fmt: skip
+        batches.append(trainable.put(Batch(text[:, :-1], text[:, 1:], **same)))
+    work, chip = flops_per_token(config.model, shape[1]), find_chip(jax.devices()[0].device_kind)
+    for turn in turns:
+        begin = time.perf_counter()
+        state = trainable.start(trainable.architecture.init(0))
+        jax.block_until_ready((state, batches))
+        made = time.perf_counter()
+        losses, ends = [], []
+        for step in range(steps):
+            state, metrics = trainable.step(state, batches[step % len(batches)])
+            losses.append(metrics["loss"])
+            if step in (1, steps - 1):
+                jax.block_until_ready((state, metrics))
+                ends.append(time.perf_counter())
+        seconds = (ends[1] - ends[0]) / (steps - 2)
+        rate = place.size / seconds
+        values = np.asarray(jax.device_get(losses))
+        report(
+            f"{title}, {turn}", ms=1e3 * seconds, tokens_a_second=rate, TFLOP_a_s=rate * work / 1e12,
+            mfu=rate * work / chip.flops if chip else None,
+            rows=shape[0], making_seconds=made - begin, first_steps_seconds=ends[0] - made,
+            peak_GiB=(jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / GIB,
+            last_loss=float(values[-1]),
+            losses=f"{hash_of([values]):08x}", state=f"{hash_of(jax.tree.leaves(state)):08x}",
+        )  # fmt: skip
+        del state, metrics
 
 
 @jax.jit
-def _hash(leaf: Any) -> Any:
-    bits = jax.lax.bitcast_convert_type(leaf, {2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]).astype(jnp.uint32)
-    place = jnp.arange(leaf.size, dtype=jnp.uint32).reshape(leaf.shape)
-    return jnp.sum((bits ^ (place * jnp.uint32(2654435761))) * jnp.uint32(2246822519), dtype=jnp.uint32)
+def _hashes(leaves: list[Any]) -> list[Any]:
+    def one(leaf: Any) -> Any:
+        bits = jax.lax.bitcast_convert_type(leaf, {2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize])
+        place = jnp.arange(leaf.size, dtype=jnp.uint32).reshape(leaf.shape)
+        mixed = (bits.astype(jnp.uint32) ^ (place * jnp.uint32(2654435761))) * jnp.uint32(2246822519)
+        return jnp.sum(mixed, dtype=jnp.uint32)
+
+    return [one(leaf) for leaf in leaves]
 
 
 def hash_of(leaves: list[Any]) -> int:
     """A number that another bit anywhere changes, with all likelihood."""
     total = 0
-    for leaf in leaves:
-        total = (total * 31 + int(_hash(jnp.asarray(leaf)))) % 2**32
+    for number in _hashes(leaves):
+        total = (total * 31 + int(number)) % 2**32
     return total
 
 
