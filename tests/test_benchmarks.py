@@ -22,7 +22,7 @@ def test_an_expert_layer_is_compared_with_a_dense_one(capsys):
 
 
 def test_parts_of_an_accelerator_report_as_they_go_in_their_time_and_a_file_holds_all(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(accelerator, "LIMITS", {"products": 0.1})
+    monkeypatch.setattr(accelerator, "LIMITS", {"products": 0.1, "attention": 300})
     assert accelerator.main(["--tiny", "--parts", "products", "attention", "--json", str(tmp_path / "rows")]) == 1
     rows = json.loads((tmp_path / "rows").read_text())["rows"]
     assert [(row["part"], row["failed"]) for row in rows if "failed" in row] == [("products", "more than 0 s")]
