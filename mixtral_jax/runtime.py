@@ -137,7 +137,7 @@ def make_runtime(config: Config, mesh: Mesh | None = None) -> Runtime:
         block_sizes=(kernels.block_size,) if kernels.block_size else (),
         loss_chunk=kernels.loss_chunk,
         remat="named" if saves_named else config.train.remat,
-        deterministic=config.train.deterministic and platform == "gpu",  # others always do
+        deterministic=config.train.deterministic and place.platform == "gpu",  # others always do
     )
 
 
