@@ -119,6 +119,27 @@ def step(remat: str):
     return config, program.text, parse(program.text)
 
 
+def test_one_gpu_reads_the_experts_where_they_lie_and_writes_the_layers_out():
+    config = tiny_config(
+        model={"d_model": 256, "d_ff": 512, "num_heads": 2, "num_kv_heads": 1, "head_dim": 128, "num_layers": 2},
+        precision={"compute": "bfloat16"},
+    )
+    program = compile_step(config, describe_topology("h100:1x1"))
+    assert (program.runtime.experts, program.runtime.remat) == ("hopper", "none")
+    module = parse(program.text)
+    called = kernels(module)
+    assert products_of(called) == (config.model.num_layers * 6, config.model.num_layers * 3)
+    runs = [
+        module.runs[name]
+        for name, computation in module.computations.items()
+        for instruction in computation.values()
+        if instruction.opcode == "custom-call" and "/hopper_gated/" in instruction.source
+    ]
+    assert runs == [1, 1]  # no loop over layers
+    whole = rf"bf16\[{2 * config.model.num_experts},256,512\]"
+    assert len(re.findall(rf"hopper_gated.*{whole}|{whole}.*hopper_gated", program.text)) == 2
+
+
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_the_step_uses_the_kernels_alone(remat):
     config, text, module = step(remat)
