@@ -22,9 +22,12 @@ DOCUMENTS = {
 }
 
 
-def stand_in(target, shapes, *arrays, products):
-    """Forward or backward of the sequences that lengths and offsets name, out of flat memory."""
+def stand_in(target, shapes, *arrays, places, products):
+    """Forward or backward of the sequences that lengths and offsets name, or of whole rows, out of flat memory."""
     scale = HEAD_DIM**-0.5
+    if not places:
+        rows = jnp.arange(len(arrays[0]), dtype=jnp.int32)
+        places = (jnp.full_like(rows, SEQ),) * 2 + tuple(rows * SEQ * heads * HEAD_DIM for heads in (HEADS, KV_HEADS))
 
     def compute(*arrays):
         arrays = [np.array(a) for a in arrays]
@@ -66,7 +69,7 @@ def stand_in(target, shapes, *arrays, products):
             for m, r in zip(memory, results, strict=True)
         ]
 
-    return jax.pure_callback(compute, [jax.ShapeDtypeStruct(*shape) for shape in shapes], *arrays)
+    return jax.pure_callback(compute, [jax.ShapeDtypeStruct(*shape) for shape in shapes], *arrays, *places)
 
 
 def differences(documents):
@@ -90,17 +93,42 @@ def test_equals_the_reference(monkeypatch, documents):
 
 
 @pytest.mark.parametrize("documents", DOCUMENTS)
+def test_the_call_with_the_least_room_that_is_enough_computes(monkeypatch, documents):
+    """Documents of two rows: 2, 4, 11, 3, 2, 6; the number of places of a row is counted as the call runs."""
+    called = []
+
+    def watched(target, shapes, *arrays, places, products):
+        results = stand_in(target, shapes, *arrays, places=places, products=products)
+        jax.debug.callback(lambda: called.append(places[0].shape[1] if places else 1))
+        return results
+
+    monkeypatch.setattr(cudnn_packed, "_call", watched)
+    monkeypatch.setattr(cudnn_packed, "_portable", lambda ids, q, k, v: jnp.nan * q)
+    monkeypatch.setattr(cudnn_packed, "rooms", lambda seq_len: (1, 2, 6))
+    assert max(differences(DOCUMENTS[documents])) < 2e-6
+    jax.effects_barrier()
+    number = sum(max(1, len(row) + (sum(row) < SEQ and len(row) > 0)) for row in DOCUMENTS[documents])
+    assert called == [next(room for room in (1, 2, 6) if number <= 2 * room)] * 2
+
+
+@pytest.mark.parametrize("documents", DOCUMENTS)
 def test_more_documents_than_there_is_room_for_are_computed_in_blocks(monkeypatch, documents):
-    def wrong(target, shapes, *arrays, products):
+    def wrong(target, shapes, *arrays, places, products):
         return [jnp.full(shape, jnp.nan, dtype) for shape, dtype in shapes]
 
     monkeypatch.setattr(cudnn_packed, "_call", wrong)
-    monkeypatch.setattr(cudnn_packed, "room", lambda seq_len: 1)
+    monkeypatch.setattr(cudnn_packed, "rooms", lambda seq_len: (1,))
     found = differences(DOCUMENTS[documents])
     if documents in ("one document", "only padding"):
         assert np.all(np.isnan(found))  # there is room for these two
     else:
         assert max(found) < 2e-6
+
+
+def test_rooms_grow_up_to_a_document_of_512_tokens():
+    assert cudnn_packed.rooms(512) == cudnn_packed.rooms(8192) == (1, 4, 16)
+    assert cudnn_packed.rooms(32768) == (1, 4, 16, 64)
+    assert cudnn_packed.rooms(20480) == (1, 4, 16, 40)
 
 
 @pytest.mark.parametrize("room", [1, 2, 16])
@@ -110,13 +138,12 @@ def test_documents_are_found_in_order(documents, room):
     begins = [
         row * SEQ + i for row, ids in enumerate(segment_ids) for i in range(SEQ) if i == 0 or ids[i] != ids[i - 1]
     ]
-    lengths, first, fits = (np.asarray(a) for a in find_documents(jnp.asarray(segment_ids), room))
-    assert lengths.shape == (2, room)
-    assert fits == (len(begins) <= 2 * room)
-    size = first.size
-    ends = [*begins, *[2 * SEQ] * size]
-    np.testing.assert_array_equal(first.reshape(-1), ends[:size])
-    np.testing.assert_array_equal(lengths.reshape(-1), np.diff(ends[: 2 * room + 1]))
+    lengths, first, number = (np.asarray(a) for a in find_documents(jnp.asarray(segment_ids), room))
+    assert lengths.shape == (2 * room,)
+    assert number == len(begins)
+    ends = [*begins, *[2 * SEQ] * first.size]
+    np.testing.assert_array_equal(first, ends[: first.size])
+    np.testing.assert_array_equal(lengths, np.diff(ends[: 2 * room + 1]))
 
 
 @pytest.mark.parametrize(

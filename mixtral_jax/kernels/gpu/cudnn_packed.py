@@ -1,8 +1,8 @@
 """cuDNN's flash attention over packed documents: no mask, memory linear in the number of tokens.
 
-For cuDNN every document is a sequence of its own, found by the offset of its first element. A device's rows have room
-for `room` documents each, on average; where they hold more, portable blocks compute instead: the running program
-chooses.
+For cuDNN every document is a sequence of its own, found by the offset of its first element. The running program chooses
+among calls with room for more and more documents: cuDNN visits all that there is room for. Where every row is one
+document, the plain causal call is right; where there are more than the largest has room for, portable blocks compute.
 
 The custom call is made here, because JAX's function for it asks for a GPU when it is traced, and multiplied the offsets
 of keys by the heads of queries until 2026 (jax-ml/jax pull request 39521). Source of the call's arguments:
@@ -11,13 +11,14 @@ jax/_src/cudnn/fused_attention_stablehlo.py.
 
 import json
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from mixtral_jax.config import UserError
 from mixtral_jax.kernels.attention import UNUSUAL, AttentionInputs
@@ -25,6 +26,7 @@ from mixtral_jax.kernels.blockwise import attend
 from mixtral_jax.precision import FULL
 
 LEAST_ROOM, TOKENS_OF_A_DOCUMENT = 16, 512
+ROOMIER = 4  # times as many documents in the next call
 STATUS_RETURNING = 2  # version of the custom call's interface
 HEAD_DIM_MULTIPLE, LARGEST_HEAD_DIM = 8, 256
 LARGEST_OFFSET = 2**31 - 1  # offsets are 32-bit integers
@@ -52,14 +54,17 @@ def packed_attention(
     return _fwd(q, k, v, segment_ids)[0]
 
 
-def room(seq_len: int) -> int:
-    """Documents of a row that the kernel is compiled for; its statistics take 4 bytes for each, each head and token."""
-    return max(LEAST_ROOM, seq_len // TOKENS_OF_A_DOCUMENT)
+def rooms(seq_len: int) -> tuple[int, ...]:
+    """Documents of a row that calls are compiled for; statistics take 4 bytes for each, each head and token."""
+    most, found = max(LEAST_ROOM, seq_len // TOKENS_OF_A_DOCUMENT), [1]
+    while found[-1] < most:
+        found.append(min(most, ROOMIER * found[-1]))
+    return tuple(found)
 
 
 def find_documents(
     segment_ids: Int[Array, "rows seq"], room: int
-) -> tuple[Int[Array, "rows room"], Int[Array, "rows room+1"], Bool[Array, ""]]:
+) -> tuple[Int[Array, " documents"], Int[Array, " places"], Int[Array, ""]]:
     """Finds the documents of all rows, one row after the other; padding is one more document.
 
     Args:
@@ -67,16 +72,15 @@ def find_documents(
         room: documents a row, on average.
 
     Returns:
-        Tokens of each document, 0 where there is none; its first token, counted through the rows, or the number of all
-        tokens; whether there was room for all of them.
+        Tokens of each of rows * room documents, 0 where there is none; its first token, counted through the rows, or
+        the number of all tokens, for rows more; how many documents there are, perhaps more than there is room for.
     """
     rows = segment_ids.shape[0]
     begins = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True).reshape(-1)
     number = jnp.cumsum(begins)
     wanted = jnp.arange(1, rows * (room + 1) + 1)
     first = jnp.searchsorted(number, wanted, method="compare_all").astype(jnp.int32)
-    lengths = jnp.diff(first[: rows * room + 1])
-    return lengths.reshape(rows, room), first.reshape(rows, room + 1), number[-1] <= rows * room
+    return jnp.diff(first[: rows * room + 1]), first, number[-1]
 
 
 def _fwd(q: Array, k: Array, v: Array, segment_ids: Array) -> tuple[Array, tuple[Array, ...]]:
@@ -90,25 +94,43 @@ def _fwd(q: Array, k: Array, v: Array, segment_ids: Array) -> tuple[Array, tuple
             f"kernels.attention=cudnn reaches {LARGEST_OFFSET:,} elements, and the queries of a device are "
             f"{' x '.join(map(str, q.shape))}: raise train.microbatches"
         )
-    lengths, first, fits = find_documents(segment_ids, room(q.shape[1]))
+    ways = rooms(q.shape[1])
+    lengths, first, number = find_documents(segment_ids, ways[-1])
+    way = jnp.sum(number > q.shape[0] * jnp.array(ways))  # the first with room enough
 
     def unusual(q: Array, k: Array, v: Array, lengths: Array, first: Array) -> tuple[Array, Array]:
-        return _portable(segment_ids, q, k, v), jnp.zeros(_stats_shape(q, lengths), FULL)
+        return _portable(segment_ids, q, k, v), jnp.zeros(_stats_shape(q, ways[-1]), FULL)
 
-    out, stats = jax.lax.cond(fits, _flash, unusual, q, k, v, lengths, first)
-    return out, (q, k, v, segment_ids, lengths, first, fits, out, stats)
+    calls = [_way(_flash, room) for room in ways]
+    out, stats = jax.lax.switch(way, [*calls, unusual], q, k, v, lengths, first)
+    return out, (q, k, v, segment_ids, lengths, first, way, out, stats)
 
 
 def _bwd(residuals: tuple[Array, ...], d_out: Array) -> tuple[Array | None, ...]:
-    q, k, v, segment_ids, lengths, first, fits, out, stats = residuals
+    q, k, v, segment_ids, lengths, first, way, out, stats = residuals
 
-    def unusual(q: Array, k: Array, v: Array, d_out: Array, *_: Array) -> tuple[Array, ...]:
+    def unusual(q: Array, k: Array, v: Array, lengths: Array, first: Array, d_out: Array, *_: Array) -> tuple:
         return tuple(map(_as_cudnn, jax.vjp(partial(_portable, segment_ids), q, k, v)[1](d_out)))
 
-    return *jax.lax.cond(fits, _flash_gradients, unusual, q, k, v, d_out, lengths, first, out, stats), None
+    calls = [_way(_flash_gradients, room) for room in rooms(q.shape[1])]
+    return *jax.lax.switch(way, [*calls, unusual], q, k, v, lengths, first, d_out, out, stats), None
 
 
 packed_attention.defvjp(_fwd, _bwd)
+
+
+def _way(function: Callable[..., Any], room: int) -> Callable[..., Any]:
+    """Calls a function with the documents that it has room for; none to tell where rows are documents."""
+
+    def call(q: Array, k: Array, v: Array, lengths: Array, first: Array, *others: Array) -> Any:
+        rows = q.shape[0]
+        if room == 1:
+            return function(q, k, v, (), *others)
+        lengths = lengths[: rows * room].reshape(rows, room)
+        offsets = (first[: rows * (room + 1)].reshape(rows, room + 1) * x.shape[2] * x.shape[3] for x in (q, k))
+        return jax.named_scope(UNUSUAL)(function)(q, k, v, (lengths, lengths, *offsets), *others)
+
+    return call
 
 
 @jax.named_scope(UNUSUAL)
@@ -121,23 +143,25 @@ def _as_cudnn(x: Array) -> Array:
     return with_layout_constraint(x, Layout((0, 1, 2, 3)))
 
 
-def _stats_shape(q: Array, lengths: Array) -> tuple[int, ...]:
-    return lengths.size, q.shape[2], q.shape[1]
+def _stats_shape(q: Array, room: int) -> tuple[int, ...]:
+    return q.shape[0] * room, q.shape[2], q.shape[1]
 
 
-def _flash(q: Array, k: Array, v: Array, lengths: Array, first: Array) -> tuple[Array, Array]:
+def _flash(q: Array, k: Array, v: Array, places: tuple[Array, ...]) -> tuple[Array, Array]:
     """Output, and what the backward pass needs to know of each softmax."""
-    shapes = [(_by_head(q), q.dtype), (_stats_shape(q, lengths), FULL)]
-    out, stats = _call("__cudnn$fmhaSoftmax", shapes, q, k, v, *_places(q, k, lengths, first), products=FORWARD)
-    return out.swapaxes(1, 2), stats
+    room, most = places[0].shape[1] if places else 1, rooms(q.shape[1])[-1]
+    shapes = [(_by_head(q), q.dtype), (_stats_shape(q, room), FULL)]
+    out, stats = _call("__cudnn$fmhaSoftmax", shapes, q, k, v, places=places, products=FORWARD)
+    return out.swapaxes(1, 2), jnp.pad(stats, ((0, q.shape[0] * (most - room)), (0, 0), (0, 0)))
 
 
 def _flash_gradients(
-    q: Array, k: Array, v: Array, d_out: Array, lengths: Array, first: Array, out: Array, stats: Array
+    q: Array, k: Array, v: Array, places: tuple[Array, ...], d_out: Array, out: Array, stats: Array
 ) -> tuple[Array, ...]:
     shapes = [(_by_head(x), x.dtype) for x in (q, k, v)]
-    arrays = (q, k, v, stats, d_out, out, *_places(q, k, lengths, first))
-    gradients = _call("__cudnn$fmhaSoftmaxBackward", shapes, *arrays, products=BACKWARD)
+    stats = stats[: places[0].size if places else q.shape[0]]
+    arrays = (q, k, v, stats, d_out, out)
+    gradients = _call("__cudnn$fmhaSoftmaxBackward", shapes, *arrays, places=places, products=BACKWARD)
     return tuple(d.swapaxes(1, 2) for d in gradients)
 
 
@@ -145,14 +169,24 @@ def _by_head(x: Array) -> tuple[int, ...]:
     return x.shape[0], x.shape[2], x.shape[1], x.shape[3]
 
 
-def _places(q: Array, k: Array, lengths: Array, first: Array) -> tuple[Array, ...]:
-    """Lengths of queries and of keys in tokens, and their offsets in elements of their own arrays."""
-    return lengths, lengths, *(first * x.shape[2] * x.shape[3] for x in (q, k))
+def _call(
+    target: str,
+    shapes: list[tuple[tuple[int, ...], Any]],
+    *arrays: Array,
+    places: tuple[Array, ...],
+    products: dict,
+) -> list[Array]:
+    """Calls cuDNN through XLA; the results lie in memory as [rows, seq, heads, head_dim].
 
-
-def _call(target: str, shapes: list[tuple[tuple[int, ...], Any]], *arrays: Array, products: dict) -> list[Array]:
-    """Calls cuDNN through XLA; the results lie in memory as [rows, seq, heads, head_dim]."""
-    q, k, lengths = arrays[0], arrays[1], arrays[-4]
+    Args:
+        target: name of the call.
+        shapes: shapes and types of the results.
+        arrays: queries, keys, and what else the call takes before documents.
+        places: lengths of queries and of keys in tokens, and offsets in elements of their own arrays; none: a row is a
+            document.
+        products: contracted axes of what the call multiplies.
+    """
+    q, k = arrays[:2]
     rows, seq_len, heads, head_dim = q.shape
     settings = {
         "algorithm": {
@@ -166,8 +200,9 @@ def _call(target: str, shapes: list[tuple[tuple[int, ...], Any]], *arrays: Array
             "layout": {"minor_to_major": ["3", "2", "1", "0"]},
             "is_dynamic_dimension": [False] * 4,
         },
-        "is_flash_attention": True, "mask_type": "PADDING_CAUSAL", "dropout_rate": 0.0, "seed": 42,
-        "sliding_window_length": 0, "max_seg_per_batch": lengths.shape[1], "is_paged_attention": False,
+        "is_flash_attention": True, "mask_type": "PADDING_CAUSAL" if places else "CAUSAL",
+        "dropout_rate": 0.0, "seed": 42, "sliding_window_length": 0,
+        "max_seg_per_batch": places[0].shape[1] if places else 1, "is_paged_attention": False,
     }  # fmt: skip
     for name, (contracted, left, right) in products.items():
         settings[f"{name}_dot_dimension_numbers"] = {
@@ -181,5 +216,5 @@ def _call(target: str, shapes: list[tuple[tuple[int, ...], Any]], *arrays: Array
         output_layouts=[*(MEMORY if len(shape) == 4 else None for shape, _ in shapes), None],
         custom_call_api_version=STATUS_RETURNING,
         legacy_backend_config=json.dumps({"operation_queue_id": "0", "cudnn_fmha_backend_config": settings}),
-    )(*arrays)
+    )(*arrays, *places)
     return results
