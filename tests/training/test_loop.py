@@ -1,6 +1,7 @@
 """The loop in one process: batches reach the devices ahead of their step, and no step waits for another's metrics."""
 
 import threading
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import pytest
@@ -80,3 +81,12 @@ def test_metrics_are_sent_for_ahead_where_they_will_be_read(trainer, monkeypatch
         sent.clear()
         trainer._fetch(step, metrics)
         assert [value is metrics["loss"] for value in sent] == [True, False][not logged :]
+
+
+def test_the_run_ends_with_the_last_of_so_many_steps_that_were_not_finite(trainer):
+    trainer.config = replace(trainer.config, train={"max_nonfinite_steps": 3, "log_every": 100})
+    trainer.logger = SimpleNamespace(advance=lambda step: None)
+    for in_a_row in (0, 1, 2):
+        trainer._report(5, {"skipped_in_a_row": jnp.int32(in_a_row)})
+    with pytest.raises(UserError, match="not finite in 3 steps in a row, up to step 5"):
+        trainer._report(5, {"skipped_in_a_row": jnp.int32(3)})

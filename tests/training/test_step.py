@@ -11,10 +11,12 @@ import pytest
 
 from mixtral_jax.config import CheckpointConfig
 from mixtral_jax.runs.checkpoint import Checkpoints
+from mixtral_jax.training.losses import Counts, compute_losses, count
 from mixtral_jax.training.state import TrainState
 from mixtral_jax.training.step import Trainable
 from tests import oracles
 from tests.tiny import tiny_architecture, tiny_batch, tiny_config, tiny_trainable
+from tests.training.by_hand import losses_by_hand
 
 # Large coefficients, so that a mistake in the router's losses shows.
 # Adam's first step divides each gradient by itself, which magnifies rounding near zero: a larger eps avoids that.
@@ -76,12 +78,46 @@ def test_balancing_every_microbatch_asks_for_something_else():
     assert 1e-5 < abs(apart["load_balance_loss"] / whole["load_balance_loss"] - 1) < 0.1
 
 
-def test_the_loss_is_the_sum_of_its_parts():
+def test_the_losses_are_those_worked_out_by_hand():
+    step = trainable(*LOUD)
+    batch = step.put(tiny_batch(step.config))
+    expected = losses_by_hand(step.architecture, jax.tree.map(jnp.asarray, initial()), batch)
     _, metrics = one_step(*LOUD)
-    parts = metrics["cross_entropy"] + 0.5 * metrics["load_balance_loss"] + 0.1 * metrics["router_z_loss"]
-    assert metrics["loss"] == pytest.approx(parts, rel=1e-6)
-    assert metrics["cross_entropy"] == pytest.approx(np.log(64), rel=0.2)
-    assert metrics["learning_rate"] == pytest.approx(2e-3)
+    for name, value in expected.items():
+        assert metrics[name] == pytest.approx(value, rel=1e-5), name
+    total = expected["cross_entropy"] + 0.5 * expected["load_balance_loss"] + 0.1 * expected["router_z_loss"]
+    assert metrics["loss"] == pytest.approx(total, rel=1e-5)
+    assert metrics["learning_rate"] == pytest.approx(2e-3)  # the first of 5 steps to 1e-2
+
+
+def test_a_part_of_a_batch_counts_for_its_share_of_the_whole():
+    """Denominators are those that are given, not those of the part."""
+    step = trainable(*LOUD)
+    batch = step.put(tiny_batch(step.config))
+    arrays = jax.tree.map(jnp.asarray, initial())
+    expected = losses_by_hand(step.architecture, arrays, batch)
+    whole = count(batch)
+    twice = Counts(2 * whole.targets, 2 * whole.tokens)
+    losses, _ = compute_losses(step.architecture.bind(arrays), batch, twice, None, step.config.losses)
+    for found, value in zip(losses[1:], expected.values(), strict=True):
+        assert found == pytest.approx(value / 2, rel=1e-5)
+
+
+def test_an_infinite_gradient_of_a_finite_loss_skips_the_update():
+    class Infinite(Trainable):
+        def _gradients(self, state, batch):
+            grads, *rest = super()._gradients(state, batch)
+            return {**grads, "lm_head": grads["lm_head"].at[0, 0].set(jnp.inf)}, *rest
+
+    config = tiny_config(*LOUD, "losses.selection_bias_rate=0.1")
+    step = Infinite(tiny_architecture(config), config)
+    before = host(begin(step))
+    after, metrics = host(step.step(begin(step), step.put(tiny_batch(config))))
+    assert np.isfinite(metrics["loss"])
+    assert not np.isfinite(metrics["grad_norm"])
+    assert (metrics["skipped_updates"], metrics["skipped_in_a_row"], after.step) == (1, 1, 1)
+    for part in ("params", "opt_state", "selection_bias"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(after, part), getattr(before, part))
 
 
 def test_what_is_padding_does_not_matter():
