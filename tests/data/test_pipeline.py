@@ -114,6 +114,7 @@ def test_rows_that_are_said_to_be_dealt_are_those_that_are(weights):
     source, place = choose_sources(np.arange(3000), weights)
     for rows in (0, 1, 2, 3, 7, 100, 1001, 2999):
         assert rows_dealt(rows, weights) == np.bincount(source[:rows], minlength=len(weights)).tolist()
+    assert min(rows_dealt(1 << 25, weights)) > 0  # however small its weight, no source is left out for ever
     for far in (20_000_000, 10**10 + 3):
         source, place = choose_sources(np.arange(far, far + 50), weights)
         before = {int(number): int(place[source == number][0]) for number in set(source)}
