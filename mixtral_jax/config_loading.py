@@ -20,6 +20,7 @@ from mixtral_jax.kernels.backends import check_name
 T = TypeVar("T")
 Text = TypeVar("Text", str, str | None)
 RENAMED = {"kernels.products": "kernels.matmul"}
+RENAMED_VALUES = {"kernels.experts": {"blocked": "grouped_blocks"}}
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -51,9 +52,14 @@ def read_config_file(path: str | Path) -> str:
         ) from None
 
 
-def parse_config(text: str, overrides: list[str] | None = None, *, where: str = "the config") -> Config:
-    """Builds a validated configuration from YAML text and dotted overrides; see `load_config`."""
-    config = parse_structured(Config, text, overrides, where=where)
+def parse_config(
+    text: str, overrides: list[str] | None = None, *, where: str = "the config", saved: bool = False
+) -> Config:
+    """Builds a validated configuration from YAML text and dotted overrides; see `load_config`.
+
+    `saved` texts were written by this package, perhaps by an earlier version: they may hold what has been renamed.
+    """
+    config = parse_structured(Config, text, overrides, where=where, saved=saved)
     validate(config)
     data = {"tokenizer": home_expanded(config.data.tokenizer), "cache_dir": home_expanded(config.data.cache_dir)}
     sources = [
@@ -95,7 +101,9 @@ def key_table(schema: type = Config) -> str:
     return "\n".join(lines)
 
 
-def parse_structured(schema: type[T], text: str, overrides: list[str] | None = None, *, where: str) -> T:
+def parse_structured(
+    schema: type[T], text: str, overrides: list[str] | None = None, *, where: str, saved: bool = False
+) -> T:
     """Builds a frozen dataclass from YAML text and dotted overrides; `UserError` names what does not fit it.
 
     Args:
@@ -103,6 +111,7 @@ def parse_structured(schema: type[T], text: str, overrides: list[str] | None = N
         text: YAML that says only what differs from the defaults.
         overrides: `section.key=value`, the value in YAML syntax.
         where: what to call the text in an error.
+        saved: whether the text may hold what has been renamed.
 
     Returns:
         The configuration, every type checked, contradictions not.
@@ -116,6 +125,8 @@ def parse_structured(schema: type[T], text: str, overrides: list[str] | None = N
         raise UserError(f"{where} is not valid YAML{line}: {problem}; fix the syntax") from None
     if not isinstance(tree, dict | None):
         raise UserError(f"{where} holds no sections: write lines such as 'train:' and below it, indented, 'steps: 100'")
+    if saved and tree:
+        _rename(tree)
     merged = _merge(OmegaConf.structured(schema), tree or {}, where, schema)
     for override in overrides or []:
         key, equals, value = override.partition("=")
@@ -134,6 +145,20 @@ def parse_structured(schema: type[T], text: str, overrides: list[str] | None = N
         raise UserError(f"{where}: {_sentence(error, schema)}; add it to the file or the command line") from None
     assert isinstance(config, schema)
     return config
+
+
+def _rename(tree: dict[str, Any]) -> None:
+    """Brings a configuration of an earlier version up to date."""
+    for key, new in RENAMED.items():
+        section, name = key.split(".")
+        keys = tree.get(section)
+        if isinstance(keys, dict) and name in keys:
+            keys[new.partition(".")[2]] = keys.pop(name)
+    for key, values in RENAMED_VALUES.items():
+        section, name = key.split(".")
+        keys = tree.get(section)
+        if isinstance(keys, dict) and keys.get(name) in values:
+            keys[name] = values[keys[name]]
 
 
 def _as_written(text: str) -> Any:

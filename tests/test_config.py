@@ -301,3 +301,17 @@ def test_sources_that_cannot_be(sources, sentence):
 
 def test_a_source_without_a_name_is_told():
     assert "name: a value is needed" in refusal("data.sources=[{path: x}]")
+
+
+def test_a_configuration_that_an_earlier_version_saved_is_read():
+    old = (
+        to_yaml(parse_config(TINY))
+        .replace("matmul: auto", "products: xla")
+        .replace("experts: auto", "experts: blocked")
+    )
+    assert "products: xla" in old
+    assert "experts: blocked" in old
+    kernels = parse_config(old, saved=True).kernels
+    assert (kernels.matmul, kernels.experts) == ("xla", "grouped_blocks")
+    with pytest.raises(UserError, match="rename it"):
+        parse_config(old)  # a person's file says what it means

@@ -44,9 +44,9 @@ def load_model(path: str, overrides: list[str], *, packed: bool = True) -> Loade
     """
     checkpoints, step = find_checkpoint(Path(path))
     text = checkpoints.read_meta(step)["config"]
-    saved = parse_config(text, where=f"the configuration in {path}")
+    saved = parse_config(text, where=f"the configuration in {path}", saved=True)
     # The mesh of the training run says nothing about the devices of today.
-    config = parse_config(text, [ANY_MESH, *overrides], where=path)
+    config = parse_config(text, [ANY_MESH, *overrides], where=path, saved=True)
     if config.model.vocab_size != saved.model.vocab_size:
         raise UserError(f"model.vocab_size belongs to the checkpoint, where it is {saved.model.vocab_size}: leave it")
     tokenizer = Tokenizer(checkpoints.read_file(step, "tokenizer.model"), f"the tokenizer in {path}")

@@ -81,7 +81,7 @@ class RunDirectory:
         file = self.path / CONFIG
         if not file.exists() or not any((self.path / "checkpoints").glob("*/manifest.json")):
             return  # nothing learnt yet that another configuration could spoil
-        old = parse_config(file.read_text(encoding="utf-8"), where=str(file))
+        old = parse_config(file.read_text(encoding="utf-8"), where=str(file), saved=True)
         for key in changed_keys(old, self.config):
             if not any(key == free or key.startswith(free + ".") for free in RESUMABLE_KEYS):
                 before, now = (value_of(config, key) for config in (old, self.config))

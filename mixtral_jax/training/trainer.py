@@ -133,7 +133,7 @@ class Trainer:
             raise UserError(f"init_from was trained with another tokenizer: set data.tokenizer={file}")
         arrays = source.restore(step, architecture.abstract())
         self.say(f"parameters from step {step} of {self.config.init_from}")
-        theirs = parse_config(source.read_meta(step)["config"], [ANY_MESH])
+        theirs = parse_config(source.read_meta(step)["config"], [ANY_MESH], saved=True)
         for key in changed_keys(theirs, self.config):
             if key.startswith("model."):  # no shape shows it
                 before, now = (value_of(config, key) for config in (theirs, self.config))

@@ -138,7 +138,7 @@ def export_checkpoint(
     check_new(directory)
     checkpoints, step = find_checkpoint(source, warn=say)
     meta = checkpoints.read_meta(step)
-    config = parse_config(meta["config"], [ANY_MESH], where=f"the configuration in {source}")
+    config = parse_config(meta["config"], [ANY_MESH], where=f"the configuration in {source}", saved=True)
     architecture = Architecture(config.model, make_runtime(config))
     say(f"{source}: step {step}")
     say(architecture.runtime.describe())
