@@ -66,7 +66,8 @@ class SourceConfig:
     builtin: Literal["python"] | None = None
     prepared: str | None = None  # directory of tokens that `python -m mixtral_jax prepare` wrote
     text_field: str = "text"  # field of a record that holds the text
-    weight: float = 1.0  # share of the training tokens, relative to the other sources
+    # Share of the training tokens, relative to the other sources; padding is none. A text shorter than a row fills it.
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ class DataConfig:
     # a new sentencepiece model of model.vocab_size pieces trained on the sources.
     tokenizer: str = "mixtral"
     seq_len: int = MISSING  # tokens of a row that the model sees
-    holdout: float = 0.01  # share of each source's documents kept from training for evaluation
+    # Share of each source's tokens kept from training for evaluation, by document; a checkpoint remembers which.
+    holdout: float = 0.01
     # Token caches and compiled programs; empty: $XDG_CACHE_HOME/mixtral_jax or ~/.cache/mixtral_jax.
     cache_dir: str = ""
 

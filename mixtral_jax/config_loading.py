@@ -412,6 +412,7 @@ def _validate_sources(sources: list[SourceConfig]) -> None:
         _require(
             0 < source.weight < float("inf"), f"source '{source.name}' has weight {source.weight}: it must be above 0"
         )
+        _require(source.name != "total", "data.sources names one 'total', which all together are: give it another name")
         _require(
             names.count(source.name) == 1, f"data.sources names '{source.name}' twice: give every source its own name"
         )

@@ -64,8 +64,8 @@ TABLE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("SHARES - 1)\n", "SHARES)\n"),
         ("max(1, round(", "max(0, round("),
         ("open_rows &= ~taken", "open_rows &= taken"),
-        ("epoch = (rows // size)", "epoch = 0 * (rows // size)"),
-        ("np.uint64(source * ROUNDS + turn)", "np.uint64(turn)"),
+        ("_network(rows // size, size", "_network(0 * (rows // size), size"),
+        ("np.uint64(source * ROUNDS)", "np.uint64(0)"),
         ("values[todo] >= size", "values[todo] > size"),
     ],
     ("data/packing.py", "data/test_packing.py"): [
@@ -76,12 +76,21 @@ TABLE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("= documents.bos_id", "= 0"),
         ("np.where(padding, 0, segments + 1)", "np.where(padding, 0, segments)"),
     ],
-    ("data/splits.py", "data/test_splits.py"): [
+    ("data/record.py", "data/test_record.py data/test_splits.py"): [
         ("wanted = holdout * cache.num_tokens", "wanted = (1 - holdout) * cache.num_tokens"),
-        ("np.random.default_rng(seed).permutation", "np.random.default_rng(0).permutation"),
-        ("held_starts[last] += cut - 1", "held_starts[last] += cut"),
-        ("sizes[last] -= tail_bytes", "sizes[last] -= 0"),
-        ("lengths[last] = cut", "lengths[last] = cut + 1"),
+        ("np.uint64(seed & (2**64 - 1))", "np.uint64(0)"),
+        ("until[chosen] = 0", "until[chosen] = lengths[chosen]"),
+        ("if not holdout:", "if False:"),
+        ("(of_each[1] >= FEWEST)", "(of_each[1] < FEWEST)"),
+        ("np.union1d(record.trained, documents[until == lengths])", "documents[until == lengths]"),
+        ("lengths * copies)[order]", "lengths)[order]"),
+    ],
+    ("data/splits.py", "data/test_splits.py data/test_record.py"): [
+        ("np.maximum(self._until - 1, 0)", "np.maximum(self._until, 0)"),
+        ("self._lengths - skipped", "self._lengths"),
+        ("cache.document_bytes - self._tail_bytes", "cache.document_bytes"),
+        ("and 2 * self._lengths[ours]", "and 9 * self._lengths[ours]"),
+        ("fresh = self._held | (self._until == 0)", "fresh = self._held | (self._until >= 0)"),
     ],
     ("runs/manifest.py", "runs/test_checkpoint.py"): [
         ("if path.is_file() and path != directory / NAME",

@@ -2,29 +2,56 @@
 
 import hashlib
 import json
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
 
-from mixtral_jax.config import Config, UserError
+from mixtral_jax.config import Config, DataConfig, UserError
 from mixtral_jax.data.batch import HostBatch, padding
 from mixtral_jax.data.cache_files import cache_directory
+from mixtral_jax.data.fingerprints import fingerprints
 from mixtral_jax.data.packing import num_rows, pack_rows
-from mixtral_jax.data.row_order import choose_sources, rows_dealt, shuffled_rows
+from mixtral_jax.data.record import NOTHING, DocumentRecord, hold_out
+from mixtral_jax.data.row_order import choose_sources, place_of_row, rows_dealt, shuffled_rows
 from mixtral_jax.data.sources import check_sources
-from mixtral_jax.data.splits import Documents, split_documents
+from mixtral_jax.data.splits import Documents, Split
 from mixtral_jax.data.token_cache import open_or_build
 from mixtral_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 
-def open_documents(config: Config) -> tuple[Tokenizer, list[Documents], list[Documents]]:
+class RunText(NamedTuple):
+    """Everything that a run reads."""
+
+    tokenizer: Tokenizer
+    training: list[Documents]  # of each source
+    held_out: list[Documents]  # of each source
+    record: DocumentRecord  # of both
+
+    def summary(self, config: DataConfig) -> list[dict[str, str | int]]:
+        """Says in figures, for people who look into a checkpoint, what each source gave and where it lay."""
+        return [
+            {
+                "name": source.name,
+                "place": str(Path(path).expanduser().resolve()) if path else source.hub or f"builtin {source.builtin}",
+                "training_documents": training.num_documents,
+                "training_tokens": training.num_tokens,
+                "heldout_documents": held_out.num_documents,
+                "heldout_tokens": held_out.num_tokens,
+            }
+            for source, training, held_out in zip(config.sources, self.training, self.held_out, strict=True)
+            for path in (source.path or source.prepared,)
+        ]
+
+
+def open_documents(config: Config, *, own: DocumentRecord | None = None, before: DocumentRecord = NOTHING) -> RunText:
     """Opens everything that training and evaluation read; what can be wrong is checked before anything slow.
 
     Args:
         config: `data` names sources, tokenizer, held-out share and cache; `model.vocab_size` bounds the tokenizer.
-
-    Returns:
-        The tokenizer, and for each source the documents for training and those held out.
+        own: what the run recorded when it began, if it goes on.
+        before: the record of the run that a new one takes its parameters from.
 
     Raises:
         UserError: whatever is wrong with sources, tokenizer or cache.
@@ -34,15 +61,26 @@ def open_documents(config: Config) -> tuple[Tokenizer, list[Documents], list[Doc
     check_sources(config.data.sources)
     tokenizer = load_tokenizer(config.data, config.model.vocab_size)
     directory = cache_directory(config.data.cache_dir)
-    pairs = [
-        split_documents(open_or_build(source, tokenizer, directory), config.data.holdout, config.seed, tokenizer)
-        for source in config.data.sources
-    ]
-    return tokenizer, [training for training, _ in pairs], [held_out for _, held_out in pairs]
+    caches = [open_or_build(source, tokenizer, directory) for source in config.data.sources]
+    sources = [(cache, fingerprints(cache, directory)) for cache in caches]
+    record = own or hold_out(sources, config.data.holdout, config.seed, tokenizer, before)
+    splits = [Split(cache, prints, record, tokenizer) for cache, prints in sources]
+    return RunText(tokenizer, [split.training() for split in splits], [split.held_out() for split in splits], record)
+
+
+def data_fingerprint(config: Config, documents: list[Documents]) -> str:
+    """Tells whether a run that goes on would see the same rows; for the arguments see `TrainingData`."""
+    weights = [source.weight for source in config.data.sources]
+    facts = [[view.fingerprint for view in documents], weights, config.data.seq_len, config.seed]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 class TrainingData:
-    """Batches of packed rows, mixed by the weights of the sources and shuffled within each source and epoch."""
+    """Batches of packed rows, mixed by the weights of the sources and shuffled within each source and epoch.
+
+    The weights hold in tokens: a source gives the more rows the more of them is padding. A source shorter than a row is
+    repeated to fill one.
+    """
 
     def __init__(self, config: Config, documents: list[Documents]):
         """Lays out the rows; nothing is read.
@@ -54,12 +92,12 @@ class TrainingData:
         Raises:
             UserError: a source without a row, or less data than one batch.
         """
-        self._documents = documents
         self._seq_len = config.data.seq_len
         self._batch_size = config.train.batch_size
         self._seed = config.seed
-        self._weights = [source.weight for source in config.data.sources]
-        self._rows = [num_rows(view, self._seq_len) for view in documents]
+        self._copies = [max(1, self._seq_len // max(1, view.num_tokens)) for view in documents]
+        self._documents = [view.repeated(copies) for view, copies in zip(documents, self._copies, strict=True)]
+        self._rows = [num_rows(view, self._seq_len) for view in self._documents]
         self.source_names = [view.name for view in documents]
         # Targets of an epoch, by source: every token but the first of each document.
         self.tokens_per_epoch = {view.name: view.num_tokens - view.num_documents for view in documents}
@@ -72,9 +110,16 @@ class TrainingData:
                 f"the training data is smaller than one batch: {tokens} tokens make {sum(self._rows)} rows of "
                 f"data.seq_len={self._seq_len}, but train.batch_size={self._batch_size}: add text or lower either"
             )
-        facts = [[view.fingerprint for view in documents], self._weights, self._seq_len, self._seed]
-        # Tells whether a run that goes on would see the same rows.
-        self.fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        # Places of a source's last row that hold no token.
+        self._padding = [
+            max(0, rows * self._seq_len - view.num_tokens)
+            for view, rows in zip(self._documents, self._rows, strict=True)
+        ]
+        self._weights = [
+            source.weight / (1 - empty / (rows * self._seq_len))
+            for source, rows, empty in zip(config.data.sources, self._rows, self._padding, strict=True)
+        ]
+        self.fingerprint = data_fingerprint(config, documents)
 
     def sources(self, step: int, rows: slice | None = None) -> tuple[Int64[np.ndarray, "rows"], ...]:
         """Finds, for the rows of `batch`, the number of each row's source and its place in that source's order."""
@@ -98,13 +143,21 @@ class TrainingData:
         return batch
 
     def progress(self, steps: int) -> dict[str, int | float]:
-        """Says what the first so many steps take of each source: `tokens_seen/NAME`, `share/NAME`, `epoch/NAME`."""
-        seen: dict[str, int | float] = {}
+        """Says what the first so many steps take of each source: `tokens_seen/NAME`, `share/NAME`, `epoch/NAME`.
+
+        Tokens are those that the model reads, BOS and EOS among them; padding is none.
+        """
         dealt = rows_dealt(steps * self._batch_size, self._weights)
-        for name, rows, size in zip(self.source_names, dealt, self._rows, strict=True):
+        tokens = []
+        for source, (rows, size, empty) in enumerate(zip(dealt, self._rows, self._padding, strict=True)):
+            epochs, begun = divmod(rows, size)
+            padded = epochs + (place_of_row(size - 1, epochs, size, self._seed, source) < begun)
+            tokens.append(rows * self._seq_len - padded * empty)
+        seen: dict[str, int | float] = {}
+        for source, name in enumerate(self.source_names):
             seen |= {
-                f"tokens_seen/{name}": rows * self._seq_len,
-                f"share/{name}": rows / max(1, steps * self._batch_size),
-                f"epoch/{name}": rows / size,
+                f"tokens_seen/{name}": tokens[source],
+                f"share/{name}": tokens[source] / max(1, sum(tokens)),
+                f"epoch/{name}": dealt[source] * self._copies[source] / self._rows[source],
             }
         return seen

@@ -69,26 +69,44 @@ def shuffled_rows(rows: Int64[np.ndarray, "rows"], size: int, seed: int, source:
     Returns:
         The row of the source, 0 to below `size`; within an epoch each comes once.
     """
-    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
-    mask = np.uint64((1 << int(half)) - 1)
-    epoch = (rows // size).astype(np.uint64)
-    with np.errstate(over="ignore"):
-        keys = [
-            _mix(_mix(_mix(np.uint64(seed & (2**64 - 1))) + np.uint64(source * ROUNDS + turn)) + epoch)
-            for turn in range(ROUNDS)
-        ]
-        values = (rows % size).astype(np.uint64)
-        todo = np.arange(len(rows))
-        while len(todo):
-            left, right = values[todo] >> half, values[todo] & mask
-            for key in keys:
-                left, right = right, left ^ (_mix(right + key[todo]) & mask)
-            values[todo] = left << half | right
-            todo = todo[values[todo] >= size]
+    half, mask, keys = _network(rows // size, size, seed, source)
+    values = (rows % size).astype(np.uint64)
+    todo = np.arange(len(rows))
+    while len(todo):
+        left, right = values[todo] >> half, values[todo] & mask
+        for key in keys:
+            left, right = right, left ^ (mix(right + key[todo]) & mask)
+        values[todo] = left << half | right
+        todo = todo[values[todo] >= size]
     return values.astype(np.int64)
 
 
-def _mix(value: UInt64[np.ndarray, "..."] | np.uint64) -> UInt64[np.ndarray, "..."]:
+def place_of_row(row: int, epoch: int, size: int, seed: int, source: int) -> int:
+    """Says how many rows come before a source's row in an epoch: the way back through `shuffled_rows`."""
+    half, mask, keys = _network(np.array([epoch]), size, seed, source)
+    value = np.array([row], np.uint64)
+    while True:
+        left, right = value >> half, value & mask
+        for key in reversed(keys):
+            left, right = right ^ (mix(left + key) & mask), left
+        value = left << half | right
+        if value < size:
+            return int(value[0])
+
+
+@np.errstate(over="ignore")
+def _network(
+    epochs: Int64[np.ndarray, " n"], size: int, seed: int, source: int
+) -> tuple[np.uint64, np.uint64, list[UInt64[np.ndarray, " n"]]]:
+    """Bits of half a number of the domain, their mask, and the keys of every round."""
+    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    first = mix(np.uint64(seed & (2**64 - 1))) + np.uint64(source * ROUNDS)
+    keys = [mix(mix(first + np.uint64(turn)) + epochs.astype(np.uint64)) for turn in range(ROUNDS)]
+    return half, np.uint64((1 << int(half)) - 1), keys
+
+
+@np.errstate(over="ignore")
+def mix(value: UInt64[np.ndarray, "..."] | np.uint64) -> UInt64[np.ndarray, "..."]:
     """Scatters 64 bits. Source: the finalizer of splitmix64 (Steele, Lea, Flood 2014)."""
     mixed = np.asarray(value) + np.uint64(0x9E3779B97F4A7C15)
     mixed = (mixed ^ mixed >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)

@@ -1,16 +1,17 @@
-"""Views of a token cache: the documents for training and those held out for evaluation."""
+"""Views of a token cache: the documents for training, those held out, and those to measure a model on."""
 
+import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Int32, Int64, Integer
+from jaxtyping import Bool, Int32, Int64, Integer
 
+from mixtral_jax.data.fingerprints import Fingerprints
+from mixtral_jax.data.record import DocumentRecord
 from mixtral_jax.data.token_cache import TokenCache
 from mixtral_jax.data.tokenizer import Tokenizer
-
-TOLERANCE = 1.25  # as long as whole documents come within this factor of the wanted share, none is cut
-WORD_SEARCH = 256  # tokens among which the cut looks for the begin of a word
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,63 +55,84 @@ class Documents:
         """UTF-8 bytes of one document's text."""
         return int(self.byte_counts[index])
 
+    def repeated(self, times: int) -> "Documents":
+        """All of these documents, and again, so many times in all."""
+        offsets = np.append(0, np.cumsum(np.tile(np.diff(self.offsets), times))).astype(np.int64)
+        starts, sizes = np.tile(self.starts, times), np.tile(self.byte_counts, times)
+        return dataclasses.replace(self, starts=starts, offsets=offsets, byte_counts=sizes)
 
-def split_documents(cache: TokenCache, holdout: float, seed: int, tokenizer: Tokenizer) -> tuple[Documents, Documents]:
-    """Holds out about a share of a source's tokens, by document.
 
-    Documents are drawn by a seeded permutation until their tokens reach the share. If neither with nor without the last
-    of them the share is met nearly, as in a source of few long documents, only the tail of that one is held out, from
-    the begin of a word on; it then begins with a BOS of its own, and the head, without EOS, stays for training.
+class MeasuredText(NamedTuple):
+    """What a model is measured on, and what is known of it."""
 
-    Args:
-        cache: the source.
-        holdout: share of the tokens, 0 to below 1; 0 holds out nothing.
-        seed: of the permutation.
-        tokenizer: the one of the cache; it counts the bytes of a tail.
+    documents: Documents  # of one source
+    # held-out: the run's, kept from training; training text: the source has nothing else; unknown: there is no record.
+    kind: Literal["held-out", "other text", "training text", "unknown"]
+    trained_share: float | None  # of the tokens of the whole source, that the model was trained on; None: unknown
 
-    Returns:
-        The documents for training and those held out.
+
+class Split:
+    """What a record says of the documents of one source.
+
+    A document that was cut is two: its head was trained on, its tail, with a BOS of its own, was not.
     """
-    starts = np.asarray(cache.document_starts[:-1])
-    lengths = np.diff(cache.document_starts)
-    sizes = np.array(cache.document_bytes)
-    wanted = holdout * cache.num_tokens
-    order = np.random.default_rng(seed).permutation(cache.num_documents)
-    reached = np.concatenate([[0], np.cumsum(lengths[order])])
-    count = int(np.searchsorted(reached, wanted))
-    fits = count < cache.num_documents and reached[count] <= TOLERANCE * wanted
-    if not fits and reached[count - 1] * TOLERANCE >= wanted > 0:
-        count, fits = count - 1, True
-    held = np.zeros(cache.num_documents, bool)
-    held[order[:count]] = True
-    kept = ~held
-    held_starts, held_lengths, held_sizes = starts.copy(), lengths.copy(), sizes.copy()
-    if not fits:
-        last = int(order[count - 1])
-        tokens = cache.document(last)
-        tail = max(1, round(wanted - reached[count - 1]))
-        cut = _cut(tokens, min(tail, len(tokens) - 2), tokenizer)
-        tail_bytes = int(tokenizer.token_bytes[tokens[cut:]].sum())
-        kept[last] = True
-        lengths[last] = cut
-        sizes[last] -= tail_bytes
-        # The tail's view begins one token early, at a place that is read as BOS.
-        held_starts[last] += cut - 1
-        held_lengths[last] -= cut - 1
-        held_sizes[last] = tail_bytes
-    fingerprint = f"{cache.fingerprint} {holdout} {seed}"
 
-    def view(chosen: np.ndarray, starts: np.ndarray, lengths: np.ndarray, sizes: np.ndarray) -> Documents:
+    def __init__(self, cache: TokenCache, prints: Fingerprints, record: DocumentRecord, tokenizer: Tokenizer):
+        """Looks every document up.
+
+        Args:
+            cache: the source.
+            prints: its fingerprints.
+            record: of the run.
+            tokenizer: the one of the cache; it counts the bytes of a tail.
+        """
+        self._cache = cache
+        self._bos_id = tokenizer.bos_id
+        self._fingerprint = f"{cache.fingerprint} {record.fingerprint}"
+        self._lengths = np.diff(cache.document_starts)
+        self._until = record.trained_until(prints, self._lengths)
+        self._held = record.holds(prints)
+        self._tail_bytes = np.where(self._until > 0, 0, cache.document_bytes)
+        for index in np.flatnonzero(self._held & (self._until > 0)):
+            tail = cache.document(int(index))[self._until[index] :]
+            self._tail_bytes[index] = tokenizer.token_bytes[tail].sum()
+
+    def training(self) -> Documents:
+        """What is trained on."""
+        return self._view(self._until > 0, 0, self._until, self._cache.document_bytes - self._tail_bytes)
+
+    def held_out(self) -> Documents:
+        """What the run keeps from training."""
+        return self._rest(self._held)
+
+    def to_measure(self) -> MeasuredText:
+        """Of a source that is mostly the run's, what the run held out; of any other, all that was not trained on.
+
+        Where there is neither, the training text.
+        """
+        tokens = self._cache.num_tokens
+        share = float(self._until.sum() / tokens)
+        ours = self._held | (self._until > 0)
+        if self._held.any() and 2 * self._lengths[ours].sum() >= tokens:
+            return MeasuredText(self.held_out(), "held-out", share)
+        fresh = self._held | (self._until == 0)
+        if fresh.any():
+            return MeasuredText(self._rest(fresh), "other text", share)
+        return MeasuredText(self.training(), "training text", share)
+
+    def _rest(self, chosen: Bool[np.ndarray, "n"]) -> Documents:
+        """What comes after the part that was trained on; a tail begins one token early, at a place read as BOS."""
+        skipped = np.maximum(self._until - 1, 0)
+        return self._view(chosen, skipped, self._lengths - skipped, self._tail_bytes)
+
+    def _view(
+        self,
+        chosen: Bool[np.ndarray, "n"],
+        skipped: Int64[np.ndarray, "n"] | int,
+        lengths: Int64[np.ndarray, "n"],
+        sizes: Int64[np.ndarray, "n"],
+    ) -> Documents:
+        starts = self._cache.document_starts[:-1] + skipped
         offsets = np.concatenate([[0], np.cumsum(lengths[chosen])]).astype(np.int64)
-        return Documents(
-            cache.name, cache.tokens, starts[chosen], offsets, sizes[chosen], tokenizer.bos_id, fingerprint
-        )
-
-    return view(kept, starts, lengths, sizes), view(held, held_starts, held_lengths, held_sizes)
-
-
-def _cut(tokens: Integer[np.ndarray, "length"], tail: int, tokenizer: Tokenizer) -> int:
-    """Place of the first token of a tail of about so many tokens: where a word begins, if one does nearby."""
-    cut = len(tokens) - tail
-    words = np.flatnonzero(tokenizer.begins_word[tokens[cut : min(cut + WORD_SEARCH, len(tokens) - 1)]])
-    return cut + int(words[0]) if len(words) else cut
+        return Documents(self._cache.name, self._cache.tokens, starts[chosen], offsets, sizes[chosen],
+                         self._bos_id, self._fingerprint)  # fmt: skip

@@ -11,13 +11,15 @@ from rich.table import Table
 from rich.text import Text
 
 from mixtral_jax.console import two_lines
+from mixtral_jax.data.splits import MeasuredText
 from mixtral_jax.evaluation.intervals import Interval, bootstrap_sums, interval
-from mixtral_jax.evaluation.loading import LoadedModel, evaluation_texts, load_model
+from mixtral_jax.evaluation.loading import LoadedModel, load_model
 from mixtral_jax.evaluation.modes import Report
 from mixtral_jax.evaluation.perplexity import Evaluation, Result
 from mixtral_jax.evaluation.pictures import new_figure, save
 from mixtral_jax.evaluation.results import measure_with_progress, numbers_of
 from mixtral_jax.evaluation.scoring import make_scorer
+from mixtral_jax.evaluation.texts import add_facts, describe, evaluation_texts, notes
 from mixtral_jax.metrics import parameter_counts
 from mixtral_jax.runs.metrics_file import read_metrics
 
@@ -35,6 +37,8 @@ class Side:
     row_tokens: int  # of a training step
     history: list[dict[str, Any]]  # lines of metrics.jsonl up to the step
     evaluation: Evaluation
+    texts: list[MeasuredText]
+    notes: list[str]
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Difference:
 
 
 def compare_runs(first: str, second: str, overrides: Sequence[str]) -> Report:
-    """Measures both on the held-out text of their sources and reads their logs.
+    """Measures both on the held-out text of their sources, each as its own record says, and reads their logs.
 
     Args:
         first, second: each a run or one of its checkpoints.
@@ -71,6 +75,7 @@ def compare_runs(first: str, second: str, overrides: Sequence[str]) -> Report:
     return Report(
         [_facts_table(sides), _perplexity_table(sides, differences)],
         numbers,
+        [f"{letter}: {note}" for letter, side in zip("AB", sides, strict=True) for note in side.notes],
         {"compare.png": lambda path: _draw(sides, path)},
     )
 
@@ -91,12 +96,15 @@ def _look_at(path: str, overrides: list[str]) -> Side:
     loaded = load_model(path, overrides)
     config = loaded.config
     score = make_scorer(loaded.architecture)(loaded.arrays)
-    evaluation = measure_with_progress(score, evaluation_texts(loaded), config.eval, config.data.seq_len)
+    texts = evaluation_texts(loaded)
+    documents = [text.documents for text in texts]
+    evaluation = measure_with_progress(score, documents, config.eval, config.data.seq_len)
     history = _history(Path(path), loaded.step)
     row_tokens = config.train.batch_size * config.data.seq_len
     return Side(
-        path, loaded.step, _facts(loaded, history), loaded.tokenizer.fingerprint, row_tokens, history, evaluation
-    )
+        path, loaded.step, _facts(loaded, history), loaded.tokenizer.fingerprint, row_tokens, history, evaluation,
+        texts, notes(texts, loaded.record),
+    )  # fmt: skip
 
 
 def _history(path: Path, step: int) -> list[dict[str, Any]]:
@@ -152,7 +160,8 @@ def _perplexity_table(sides: Sequence[Side], differences: dict[str, Difference])
     table = Table(
         caption="bits per byte compare across tokenizers, perplexities do not; below a difference its 95% interval"
     )
-    table.add_column("held-out text")
+    kinds = [{text.documents.name: describe(text) for text in side.texts} for side in sides]
+    table.add_column("text" if any(kind for side in kinds for kind in side.values()) else "held-out text")
     for name in ("perplexity\nA", "\nB", "bits/byte\nA", "\nB", "\nB - A"):
         table.add_column(name, justify="right", no_wrap=True)
     named = [{**side.evaluation.sources, "total": side.evaluation.total} for side in sides]
@@ -167,18 +176,21 @@ def _perplexity_table(sides: Sequence[Side], differences: dict[str, Difference])
             last = value
             if found.interval is not None:
                 last = two_lines(value, f"{found.interval[0]:+.4f} to {found.interval[1]:+.4f}")
-        table.add_row(name, *cells, last, style="bold" if name == "total" else None)
+        said = [f"{letter}: {side[name]}" for letter, side in zip("AB", kinds, strict=True) if side.get(name)]
+        shown = two_lines(name, ", ".join(said)) if said else name
+        table.add_row(shown, *cells, last, style="bold" if name == "total" else None)
     return table
 
 
 def _side_json(side: Side) -> dict[str, Any]:
-    return {
+    numbers = {
         "path": side.path,
         "tokenizer": side.tokenizer,
         "facts": side.facts,
         "sources": {name: numbers_of(result) for name, result in side.evaluation.sources.items()},
         "total": numbers_of(side.evaluation.total),
     }
+    return add_facts(numbers, side.texts)
 
 
 def _draw(sides: Sequence[Side], path: Path) -> None:

@@ -1,17 +1,13 @@
-"""A checkpoint made ready for evaluation: its architecture on today's devices, its arrays, its tokenizer, its texts."""
+"""A checkpoint made ready for evaluation: its architecture on today's devices, its arrays, its tokenizer."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from mixtral_jax.compiled import keep_compiled
-from mixtral_jax.config import Config, SourceConfig, UserError
+from mixtral_jax.config import Config, UserError
 from mixtral_jax.config_loading import parse_config, replace
-from mixtral_jax.data.cache_files import cache_directory
-from mixtral_jax.data.sources import check_sources
-from mixtral_jax.data.splits import Documents, split_documents
-from mixtral_jax.data.token_cache import open_or_build
+from mixtral_jax.data.record import DocumentRecord
 from mixtral_jax.data.tokenizer import Tokenizer, load_tokenizer
-from mixtral_jax.distributed.processes import main_first
 from mixtral_jax.evaluation.windows import window_sizes
 from mixtral_jax.model.mixtral import Architecture, Arrays
 from mixtral_jax.runs.checkpoint import find_checkpoint
@@ -24,7 +20,7 @@ class LoadedModel:
     """What evaluation needs of a checkpoint."""
 
     config: Config  # of the checkpoint, with the overrides
-    trained_on: list[SourceConfig]
+    record: DocumentRecord | None  # of what it was trained on; None: not known
     step: int
     architecture: Architecture
     arrays: Arrays
@@ -62,29 +58,5 @@ def load_model(path: str, overrides: list[str], *, packed: bool = True) -> Loade
     check_sequence(runtime.mesh, "eval.context", context)
     architecture = Architecture(config.model, runtime)
     arrays = checkpoints.restore(step, architecture.abstract())
-    return LoadedModel(config, saved.data.sources, step, architecture, arrays, tokenizer)
-
-
-def evaluation_texts(loaded: LoadedModel) -> list[Documents]:
-    """Opens the texts to measure: of a source that was trained on, the held-out part; of any other, all.
-
-    Of several processes the main one goes first and builds the caches.
-
-    Raises:
-        UserError: a source that cannot be read.
-    """
-    return main_first(lambda: _open_texts(loaded))
-
-
-def _open_texts(loaded: LoadedModel) -> list[Documents]:
-    config = loaded.config
-    check_sources(config.data.sources)
-    trained = [(source.path, source.hub, source.builtin, source.text_field) for source in loaded.trained_on]
-    texts = []
-    for source in config.data.sources:
-        cache = open_or_build(source, loaded.tokenizer, cache_directory(config.data.cache_dir))
-        seen = (source.path, source.hub, source.builtin, source.text_field) in trained
-        holdout = config.data.holdout if seen else 0.0
-        training, heldout = split_documents(cache, holdout, config.seed, loaded.tokenizer)
-        texts.append(heldout if seen else training)
-    return texts
+    record = checkpoints.read_record(step)
+    return LoadedModel(config, record, step, architecture, arrays, tokenizer)

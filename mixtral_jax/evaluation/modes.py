@@ -13,7 +13,7 @@ from mixtral_jax.console import ProgressLine
 from mixtral_jax.distributed.processes import is_main
 from mixtral_jax.evaluation import pictures
 from mixtral_jax.evaluation.context import context_lengths, measure_contexts, num_windows
-from mixtral_jax.evaluation.loading import LoadedModel, evaluation_texts
+from mixtral_jax.evaluation.loading import LoadedModel
 from mixtral_jax.evaluation.outputs import write_json
 from mixtral_jax.evaluation.passkey import DEPTHS, TRIALS, measure_passkey, passkey_lengths
 from mixtral_jax.evaluation.results import measure_with_progress, results_json, results_table
@@ -29,6 +29,7 @@ from mixtral_jax.evaluation.tables import (
     routing_table,
 )
 from mixtral_jax.evaluation.tasks import measure_tasks, tasks_table
+from mixtral_jax.evaluation.texts import add_facts, describe, evaluation_texts, notes
 from mixtral_jax.evaluation.windows import window_sizes
 from mixtral_jax.zigzag import sequence_multiple
 
@@ -39,6 +40,7 @@ class Report:
 
     tables: Sequence[RenderableType]
     numbers: dict[str, Any]  # JSON
+    notes: Sequence[str] = ()  # lines below the tables
     # By file name: what writes it.
     pictures: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)
 
@@ -46,11 +48,14 @@ class Report:
 def perplexity(loaded: LoadedModel) -> Report:
     """Measures perplexity, source by source, as `eval.mode` says."""
     config = loaded.config
+    found = evaluation_texts(loaded)
     score = make_scorer(loaded.architecture)(loaded.arrays)
-    evaluation = measure_with_progress(score, evaluation_texts(loaded), config.eval, config.data.seq_len)
+    texts = [text.documents for text in found]
+    evaluation = measure_with_progress(score, texts, config.eval, config.data.seq_len)
     numbers = results_json(evaluation, tokenizer=loaded.tokenizer.fingerprint, checkpoint_step=loaded.step)
     draw = {"perplexity.png": lambda path: pictures.draw_perplexity(evaluation, path)}
-    return Report([results_table(evaluation)], numbers, draw)
+    table = results_table(evaluation, kinds={text.documents.name: describe(text) for text in found})
+    return Report([table], add_facts(numbers, found), notes(found, loaded.record), draw)
 
 
 def context(loaded: LoadedModel) -> Report:
@@ -58,7 +63,8 @@ def context(loaded: LoadedModel) -> Report:
     config = loaded.config
     longest, _ = window_sizes(config.eval, config.data.seq_len)
     lengths = context_lengths(longest, sequence_multiple(loaded.architecture.runtime.mesh.shape["context"]))
-    texts = evaluation_texts(loaded)
+    found = evaluation_texts(loaded)
+    texts = [text.documents for text in found]
     score = make_scorer(loaded.architecture)(loaded.arrays)
     total = sum(num_windows(text, longest, config.eval.max_tokens) for text in texts) * len(lengths)
     curves = {}
@@ -76,7 +82,8 @@ def context(loaded: LoadedModel) -> Report:
             before += curves[text.name].windows * len(lengths)
     return Report(
         [context_table(curves)],
-        context_json(curves) | _about(loaded),
+        add_facts(context_json(curves), found) | _about(loaded),
+        notes(found, loaded.record),
         {"context.png": lambda path: pictures.draw_context(curves, path)},
     )
 
@@ -101,14 +108,15 @@ def passkey(loaded: LoadedModel) -> Report:
     return Report(
         [passkey_table(grid)],
         passkey_json(grid) | _about(loaded),
-        {"passkey.png": lambda path: pictures.draw_passkey(grid, path)},
+        pictures={"passkey.png": lambda path: pictures.draw_passkey(grid, path)},
     )
 
 
 def routing(loaded: LoadedModel) -> Report:
     """Counts which experts the tokens of each source go to, cut as for perplexity."""
     config = loaded.config
-    texts = evaluation_texts(loaded)
+    found = evaluation_texts(loaded)
+    texts = [text.documents for text in found]
     route = make_router(loaded.architecture)(loaded.arrays)
     seq_len, experts = config.data.seq_len, config.model.num_experts
     counts = {}
@@ -128,7 +136,8 @@ def routing(loaded: LoadedModel) -> Report:
     samples = [route_sample(route, text, loaded.tokenizer.decode, context) for text in texts]
     return Report(
         [routing_table(counts)],
-        routing_json(counts) | _about(loaded),
+        add_facts(routing_json(counts), found) | _about(loaded),
+        notes(found, loaded.record),
         {
             "routing_shares.png": lambda path: pictures.draw_shares(counts, path),
             "routing_repeats.png": lambda path: pictures.draw_repeats(counts, path),
@@ -142,7 +151,8 @@ def routing(loaded: LoadedModel) -> Report:
 def tasks(loaded: LoadedModel, names: Sequence[str]) -> Report:
     """Runs tasks of lm-evaluation-harness."""
     results = measure_tasks(loaded, names)
-    return Report([tasks_table(results)], {"evaluation": "tasks", "tasks": results} | _about(loaded))
+    numbers = {"evaluation": "tasks", "tasks": results} | _about(loaded)
+    return Report([tasks_table(results)], numbers, notes([], loaded.record))
 
 
 MODES: dict[str, Callable[[LoadedModel], Report]] = {
@@ -163,6 +173,8 @@ def show(report: Report, console: Console, json_file: Path | None, plots: Path |
         return
     for table in report.tables:
         console.print(table)
+    for note in report.notes:
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
     if json_file is not None:
         write_json(json_file, report.numbers)
     if plots is not None and report.pictures:

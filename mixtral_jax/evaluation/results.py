@@ -25,12 +25,15 @@ def measure_with_progress(score: Score, texts: Sequence[Documents], eval: EvalCo
         return measure(score, texts, eval, seq_len, lambda name, done, _: progress.update(before[name] + done, name))
 
 
-def results_table(evaluation: Evaluation, baselines: Mapping[str, Result] | None = None) -> Table:
+def results_table(
+    evaluation: Evaluation, baselines: Mapping[str, Result] | None = None, kinds: Mapping[str, str] | None = None
+) -> Table:
     """Makes a table: a row for each source, one for all together, one for each baseline on all of it.
 
     Args:
         evaluation: what was measured.
         baselines: results of simpler models on the same text, by name.
+        kinds: of the sources that are not plain held-out text, what they are.
 
     Returns:
         A table that a rich console prints.
@@ -40,12 +43,14 @@ def results_table(evaluation: Evaluation, baselines: Mapping[str, Result] | None
     note = "; below each number its 95% interval over documents" if known else ""
     caption = f"{evaluation.mode} mode, context {evaluation.context:,} tokens{cut}{note}{_cut_documents(evaluation)}"
     table = Table(caption=caption)
-    table.add_column("held-out text")
+    kinds = {name: kind for name, kind in (kinds or {}).items() if kind}
+    table.add_column("text" if kinds else "held-out text")
     for name in ("tokens", "bytes", "nats/token", "perplexity", "bits/byte"):
         table.add_column(name, justify="right", no_wrap=True)
     last = len(evaluation.sources) - 1
     for number, (name, result) in enumerate(evaluation.sources.items()):
-        table.add_row(name, *_cells(result), end_section=number == last)
+        shown = two_lines(name, kinds[name]) if name in kinds else name
+        table.add_row(shown, *_cells(result), end_section=number == last)
     table.add_row("total", *_cells(evaluation.total), style="bold", end_section=True)
     for name, result in (baselines or {}).items():
         table.add_row(f"{name} model", *_cells(result), style="dim")

@@ -5,14 +5,19 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from mixtral_jax.config import UserError
+from mixtral_jax.console import two_lines
 from mixtral_jax.evaluation.loading import LoadedModel
+from mixtral_jax.evaluation.texts import were_trained_on
+
+Known = Callable[[Sequence[str]], Sequence[bool]]
 
 
 def _with_space(record: Mapping[str, str]) -> str:
@@ -107,15 +112,17 @@ def jsonl_task(path: Path) -> dict[str, Any]:
     return {"task": path.stem, "custom_dataset": dataset, "test_split": "test", **FORMS[form]}
 
 
-def run_tasks(model: Any, names: Sequence[str]) -> dict[str, Any]:
+def run_tasks(model: Any, names: Sequence[str], known: Known | None = None) -> dict[str, Any]:
     """Runs tasks on a model of the harness.
 
     Args:
         model: an `lm_eval.api.model.LM`.
         names: JSONL files, YAML files in the harness's own language, or names of its tasks.
+        known: says which of some texts the model was trained on; None: that is not known.
 
     Returns:
-        For each task its `samples` (their number) and `metrics` (by name: `value` and `stderr`).
+        For each task its `samples` (their number), `trained_on` (how many of them hold a text that the model was
+        trained on; None: not known) and `metrics` (by name: `value` and `stderr`).
 
     Raises:
         UserError: a file or a task that cannot be had.
@@ -146,8 +153,25 @@ def run_tasks(model: Any, names: Sequence[str]) -> dict[str, Any]:
                 stderr = numbers.get(f"{metric}_stderr,{filtered}")
                 metrics[name] = {"value": value, "stderr": stderr if isinstance(stderr, float) else None}
         samples = results["n-samples"].get(task, {}).get("effective")
-        found[task] = {"samples": samples, "metrics": metrics}
+        # A group of tasks has none of its own; several filters log a sample several times.
+        logged = {sample["doc_id"]: _texts(sample) for sample in results["samples"].get(task, ())}
+        trained_on = sum(map(any, _grouped(known, list(logged.values())))) if known and logged else None
+        found[task] = {"samples": samples, "trained_on": trained_on, "metrics": metrics}
     return found
+
+
+def _texts(sample: Mapping[str, Any]) -> list[str]:
+    """The texts of a sample: its strings, and what the model was asked, in one piece."""
+    asked = ["".join(part for part in parts if isinstance(part, str)) for parts in sample["arguments"]]
+    strings = [value for value in sample["doc"].values() if isinstance(value, str)]
+    return [text for text in dict.fromkeys([*strings, *asked]) if text.strip()]
+
+
+def _grouped(known: Known, groups: Sequence[Sequence[str]]) -> Iterator[Sequence[bool]]:
+    """Asks about many texts at once."""
+    answers = iter(known([text for group in groups for text in group]))
+    for group in groups:
+        yield [next(answers) for _ in group]
 
 
 def tasks_table(results: Mapping[str, Any]) -> Table:
@@ -158,7 +182,10 @@ def tasks_table(results: Mapping[str, Any]) -> Table:
         table.add_column(name, justify="right")
     for task, result in results.items():
         for number, (metric, numbers) in enumerate(result["metrics"].items()):
-            first = [task, "" if result["samples"] is None else f"{result['samples']:,}"] if number == 0 else ["", ""]
+            samples: str | Text = "" if result["samples"] is None else f"{result['samples']:,}"
+            if result["trained_on"]:
+                samples = two_lines(f"{samples}", f"{result['trained_on']:,} in training")
+            first = [task, samples] if number == 0 else ["", ""]
             stderr = "" if numbers["stderr"] is None else f"{numbers['stderr']:.4f}"
             table.add_row(*first, metric, f"{numbers['value']:.4f}", stderr)
         table.add_section()
@@ -170,7 +197,9 @@ def measure_tasks(loaded: LoadedModel, names: Sequence[str]) -> dict[str, Any]:
     check_harness()
     from mixtral_jax.evaluation.harness import MixtralJax
 
-    return run_tasks(MixtralJax(loaded), names)
+    record = loaded.record
+    known = None if record is None else lambda texts: were_trained_on(texts, record, loaded.tokenizer).tolist()
+    return run_tasks(MixtralJax(loaded), names, known)
 
 
 def run_harness(arguments: Sequence[str]) -> None:

@@ -22,6 +22,8 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from mixtral_jax.config import CheckpointConfig, UserError
+from mixtral_jax.data.record import FILE as RECORD
+from mixtral_jax.data.record import DocumentRecord
 from mixtral_jax.distributed.processes import barrier, from_main, is_main
 from mixtral_jax.runs.manifest import NAME as MANIFEST
 from mixtral_jax.runs.manifest import find_damage, write_atomically, write_manifest
@@ -197,6 +199,12 @@ class Checkpoints:
             raise UserError(
                 f"{error.filename} is missing: checkpoints must lie on storage that all processes share"
             ) from None
+
+    def read_record(self, step: int) -> DocumentRecord | None:
+        """Reads what the model was trained on; None: it is not known, of an import say."""
+        if "documents" not in self.read_meta(step):
+            return None
+        return DocumentRecord.read(self.read_file(step, RECORD))
 
     def restore(self, step: int, abstract: Parts, advance: Callable[[int], None] | None = None) -> Parts:
         """Restores the named parts of a state onto any devices.

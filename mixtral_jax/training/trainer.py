@@ -15,8 +15,10 @@ from mixtral_jax.compiled import keep_compiled
 from mixtral_jax.config import Config, DistributedConfig, UserError
 from mixtral_jax.config_loading import changed_keys, parse_config, to_yaml, value_of
 from mixtral_jax.data.batch import Batch
-from mixtral_jax.data.pipeline import TrainingData, open_documents
+from mixtral_jax.data.pipeline import TrainingData, data_fingerprint, open_documents
 from mixtral_jax.data.prefetch import Prefetcher
+from mixtral_jax.data.record import FILE as RECORD
+from mixtral_jax.data.record import NOTHING
 from mixtral_jax.data.splits import Documents
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.distributed import processes
@@ -91,13 +93,12 @@ class Trainer:
             if self.config.kernels.admission and not self.runtime.interpret:
                 self.say(admit_kernels(self.config, self.runtime))
                 self.start.end("admission")
-            self.tokenizer, training, self.heldout = processes.main_first(lambda: open_documents(self.config))
-            self.data = TrainingData(self.config, training)
-            processes.check_same(self.data.fingerprint, "this process sees other data than process 0: keep the "
-                                   "sources on storage that all share, or the same copy on every host")  # fmt: skip
-            self.start.end("data")
             with Checkpoints(run_dir.path / "checkpoints", self.config.checkpoint, self.say) as self.checkpoints:
-                state, step = self._first_state()
+                own = self.checkpoints.latest()
+                source = find_checkpoint(Path(self.config.init_from)) if own is None and self.config.init_from else None
+                self._open_text(own, source)
+                self.start.end("data")
+                state, step = self._first_state(own, source)
                 run_dir.write_config()
                 self.start.end("parameters")
                 if step < self.config.train.steps:
@@ -107,33 +108,52 @@ class Trainer:
                 finished=step >= self.config.train.steps,
                 architecture=self.trainable.architecture,
                 state=state,
-                tokenizer=self.tokenizer,
-                training=training,
-                heldout=self.heldout,
+                tokenizer=self.text.tokenizer,
+                training=self.text.training,
+                heldout=self.text.held_out,
             )
 
-    def _first_state(self) -> tuple[TrainState, int]:
+    def _open_text(self, own: int | None, source: tuple[Checkpoints, int] | None) -> None:
+        """Opens the text, split as the run's own checkpoint says or anew, past what the parameters know already."""
+        run_dir, init_from = self.config.run_dir, self.config.init_from
+        record = None if own is None else self.checkpoints.read_record(own)
+        if own is not None and record is None:
+            raise UserError(
+                f"{run_dir} was begun by an earlier version, which held other documents out: choose another run_dir, "
+                f"with init_from={run_dir} to go on from its parameters"
+            )
+        before = NOTHING
+        if source is not None:
+            before = source[0].read_record(source[1]) or dataclasses.replace(NOTHING, complete=False)
+            if not before.complete:
+                self.say(f"it is not known what {init_from} was trained on: held-out text may be among it")
+        self.text = processes.main_first(lambda: open_documents(self.config, own=record, before=before))
+        fingerprint = data_fingerprint(self.config, self.text.training)
+        processes.check_same(fingerprint, "this process sees other data than process 0: keep the "
+                               "sources on storage that all share, or the same copy on every host")  # fmt: skip
+        if own is not None and self.checkpoints.read_meta(own)["data_fingerprint"] != fingerprint:
+            raise UserError(
+                f"{run_dir} was trained on other data than data.sources gives now (files or tokenizer changed): "
+                "restore them or choose another run_dir"
+            )
+        self.data = TrainingData(self.config, self.text.training)
+
+    def _first_state(self, own: int | None, source: tuple[Checkpoints, int] | None) -> tuple[TrainState, int]:
         """Takes, in this order: the run's newest good checkpoint, the parameters of init_from, fresh parameters."""
-        step = self.checkpoints.latest()
-        if step is not None:
-            if self.checkpoints.read_meta(step)["data_fingerprint"] != self.data.fingerprint:
-                raise UserError(
-                    f"{self.config.run_dir} was trained on other data than data.sources gives now (files or tokenizer "
-                    "changed): restore them or choose another run_dir"
-                )
-            parts = self.checkpoints.restore(step, vars(self.trainable.abstract()))
-            self.say(f"resumed from step {step} of {self.config.run_dir}")
-            return TrainState(**parts), step
+        if own is not None:
+            parts = self.checkpoints.restore(own, vars(self.trainable.abstract()))
+            self.say(f"resumed from step {own} of {self.config.run_dir}")
+            return TrainState(**parts), own
         architecture = self.trainable.architecture
-        if not self.config.init_from:
+        if source is None:
             return self.trainable.start(architecture.init(self.config.seed)), 0
-        source, step = find_checkpoint(Path(self.config.init_from))
-        if source.read_file(step, "tokenizer.model") != self.tokenizer.model_bytes:
-            file = source.directory / str(step) / "tokenizer.model"
+        checkpoints, step = source
+        if checkpoints.read_file(step, "tokenizer.model") != self.text.tokenizer.model_bytes:
+            file = checkpoints.directory / str(step) / "tokenizer.model"
             raise UserError(f"init_from was trained with another tokenizer: set data.tokenizer={file}")
-        arrays = source.restore(step, architecture.abstract())
+        arrays = checkpoints.restore(step, architecture.abstract())
         self.say(f"parameters from step {step} of {self.config.init_from}")
-        theirs = parse_config(source.read_meta(step)["config"], [ANY_MESH], saved=True)
+        theirs = parse_config(checkpoints.read_meta(step)["config"], [ANY_MESH], saved=True)
         for key in changed_keys(theirs, self.config):
             if key.startswith("model."):  # no shape shows it
                 before, now = (value_of(config, key) for config in (theirs, self.config))
@@ -239,16 +259,18 @@ class Trainer:
             "step": step,
             "config": to_yaml(self.config),
             "data_fingerprint": self.data.fingerprint,
+            "documents": self.text.summary(self.config.data),
             "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
         }
-        self.checkpoints.save(step, vars(state), meta, {"tokenizer.model": self.tokenizer.model_bytes})
+        files = {"tokenizer.model": self.text.tokenizer.model_bytes, RECORD: self.text.record.content}
+        self.checkpoints.save(step, vars(state), meta, files)
 
     def _evaluate(self, step: int, state: TrainState) -> None:
         """Measures a bounded part of the held-out text, packed as in training."""
         config = self.config
         tokens = config.train.eval_batches * config.eval.batch_size * config.data.seq_len
         settings = dataclasses.replace(config.eval, mode="packed", context=0, stride=0, max_tokens=tokens)
-        texts = [documents for documents in self.heldout if documents.num_documents]
+        texts = [documents for documents in self.text.held_out if documents.num_documents]
         if not texts:
             return
         progress = lambda *_: processes.progress()  # noqa: E731

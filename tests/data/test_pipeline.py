@@ -10,7 +10,7 @@ from mixtral_jax.config import Config, DataConfig, ModelConfig, SourceConfig, Tr
 from mixtral_jax.config_loading import replace
 from mixtral_jax.data import pipeline
 from mixtral_jax.data.pipeline import TrainingData, open_documents
-from mixtral_jax.data.row_order import choose_sources, rows_dealt, shuffled_rows
+from mixtral_jax.data.row_order import choose_sources, place_of_row, rows_dealt, shuffled_rows
 
 
 def config(weights=(1.0,), batch_size=8, seq_len=16, seed=0):
@@ -22,7 +22,8 @@ def config(weights=(1.0,), batch_size=8, seq_len=16, seed=0):
 
 @pytest.fixture
 def three(make_documents):
-    return [make_documents(lengths, f"s{number}") for number, lengths in enumerate([[40] * 20, [7] * 300, [999]])]
+    lengths = [[40] * 20, [7] * 304, [992]]  # whole rows of 16
+    return [make_documents(each, f"s{number}") for number, each in enumerate(lengths)]
 
 
 def equal(left, right):
@@ -43,14 +44,47 @@ def test_an_epoch_shows_every_target_once_and_the_next_one_in_another_order(make
     assert data.tokens_per_epoch == {"made": sum(expected.values())}
 
 
-def test_progress_says_what_the_batches_held(three):
-    data = TrainingData(config((3, 2, 1)), three)
-    steps = 5
-    rows = np.bincount(np.concatenate([data.sources(step)[0] for step in range(steps)]), minlength=3)
-    said = data.progress(steps)
-    for number, count in enumerate(rows):
-        assert said[f"tokens_seen/s{number}"] == count * 16
-        assert said[f"share/s{number}"] == count / (steps * 8)
+def tokens_of(data, steps):
+    """Counts what is no padding, by source."""
+    counts = np.zeros(len(data.source_names), int)
+    for step in range(steps):
+        np.add.at(counts, data.sources(step)[0], (data.batch(step).segment_ids > 0).sum(axis=1))
+    return counts
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_progress_says_what_the_batches_held_without_padding(make_documents, seed):
+    lengths = [[40] * 20, [7] * 30, [5], [18], [15, 3]]
+    documents = [make_documents(length, f"s{number}") for number, length in enumerate(lengths)]
+    data = TrainingData(config((3, 2, 1, 1, 0.5), seed=seed), documents)
+    for steps in (1, 2, 7, 40):
+        tokens = tokens_of(data, steps)
+        said = data.progress(steps)
+        for number, count in enumerate(tokens):
+            assert said[f"tokens_seen/s{number}"] == count
+            assert said[f"share/s{number}"] == count / tokens.sum()
+            # An epoch is a time through the text, also where a row holds it several times.
+            total = sum(lengths[number])
+            assert said[f"epoch/s{number}"] == pytest.approx(count / total, abs=16 / total)
+
+
+@pytest.mark.parametrize("short", [[6], [6, 5], [300], [513], [700]])
+def test_a_weight_is_a_share_of_the_tokens_and_padding_is_none(make_documents, short):
+    documents = [make_documents([5000] * 20, "long"), make_documents(short, "short")]
+    data = TrainingData(config((1, 1), seq_len=512), documents)
+    long, little = tokens_of(data, 200)
+    assert little / (long + little) == pytest.approx(0.5, abs=0.01)
+    mean = (long + little) / (200 * 8 * 512)  # of all places
+    assert mean > 0.5, "most of a batch is padding"
+
+
+def test_a_source_shorter_than_a_row_fills_it(make_documents):
+    data = TrainingData(config(batch_size=1, seq_len=64), [make_documents([6, 5])])
+    batch = data.batch(0)
+    assert batch.segment_ids.max() == 10  # five times two documents of eleven tokens
+    targets = Counter(batch.targets[batch.loss_mask].tolist())
+    assert set(targets.values()) == {5}
+    assert len(targets) == 9
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 4])
@@ -79,7 +113,7 @@ def test_the_fingerprint_tells_other_data(three, make_documents):
         TrainingData(config((3, 2, 2)), three),
         TrainingData(config((3, 2, 1), seed=1), three),
         TrainingData(config((3, 2, 1), seq_len=8), three),
-        TrainingData(config((3, 2, 1)), [*three[:2], make_documents([998])]),
+        TrainingData(config((3, 2, 1)), [*three[:2], make_documents([991])]),
     ]
     assert len({data.fingerprint for data in variants}) == len(variants)
 
@@ -119,6 +153,14 @@ def test_rows_that_are_said_to_be_dealt_are_those_that_are(weights):
         source, place = choose_sources(np.arange(far, far + 50), weights)
         before = {int(number): int(place[source == number][0]) for number in set(source)}
         assert {number: rows_dealt(far, weights)[number] for number in before} == before
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 1000, 4097])
+def test_the_place_of_a_row_is_the_way_back_through_the_shuffle(size):
+    for epoch in (0, 3):
+        rows = shuffled_rows(np.arange(size) + epoch * size, size, 7, 2)
+        for place in range(0, size, 1 + size // 20):
+            assert place_of_row(int(rows[place]), epoch, size, 7, 2) == place
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 1000, 4097])
@@ -176,7 +218,8 @@ def real(tmp_path, write_corpus):
 
 
 def test_from_files_to_batches(real, tmp_path):
-    tokenizer, training, held_out = open_documents(real)
+    tokenizer, training, held_out, record = open_documents(real)
+    assert record.fingerprint == open_documents(real).record.fingerprint
     assert tokenizer.vocab_size == 350
     assert [view.name for view in training] == [view.name for view in held_out] == ["a", "b"]
     data = TrainingData(real, training)

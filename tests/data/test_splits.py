@@ -5,7 +5,9 @@ import pytest
 
 from mixtral_jax.config import SourceConfig
 from mixtral_jax.data.cache_files import cache_directory
-from mixtral_jax.data.splits import split_documents
+from mixtral_jax.data.fingerprints import fingerprints
+from mixtral_jax.data.record import DocumentRecord, hold_out
+from mixtral_jax.data.splits import Split
 from mixtral_jax.data.token_cache import open_or_build
 
 MANY = [1 + (7 * number) % 60 for number in range(200)]
@@ -22,6 +24,13 @@ def open_cache(tmp_path, write_corpus, mixtral):
         )
 
     return open_
+
+
+def split_documents(cache, holdout, seed, tokenizer):
+    prints = fingerprints(cache, cache.directory.parent)
+    record = DocumentRecord.read(hold_out([(cache, prints)], holdout, seed, tokenizer).content)
+    split = Split(cache, prints, record, tokenizer)
+    return split.training(), split.held_out()
 
 
 def pieces(view):

@@ -9,14 +9,15 @@ import numpy as np
 
 from mixtral_jax.config import CheckpointConfig, Config
 from mixtral_jax.config_loading import parse_config, to_yaml
-from mixtral_jax.data.tokenizer_training import train_model
+from mixtral_jax.data.pipeline import open_documents
+from mixtral_jax.data.record import FILE
 from mixtral_jax.runs.checkpoint import Checkpoints
 from tests.small_run import WORDS
 from tests.tiny import TINY, tiny_architecture
 
 
-def make_run(directory: Path, *, broken: bool = False) -> Path:
-    """Writes a run directory; `broken`: with a parameter that is not finite."""
+def make_run(directory: Path, *, broken: bool = False, record: bool = True) -> Path:
+    """Writes a run directory; `broken`: with a parameter that is not finite; `record`: says what it was trained on."""
     draw = random.Random(0)
     for name, words in (("one", WORDS[:9]), ("two", WORDS[9:])):
         documents = [" ".join(draw.choices(words, k=90)) for _ in range(40)]
@@ -35,10 +36,13 @@ def make_run(directory: Path, *, broken: bool = False) -> Path:
     if broken:
         arrays["params"]["final_norm"]["scale"] = arrays["params"]["final_norm"]["scale"].at[3].set(np.nan)
     run = directory / "run"
+    text = open_documents(config)
+    meta = {"config": to_yaml(config), "data_fingerprint": ""}
+    meta |= {"documents": text.summary(config.data)} if record else {}
     with Checkpoints(run / "checkpoints", CheckpointConfig()) as checkpoints:
-        files = {"tokenizer.model": train_model(config.data, 320)}
+        files = {"tokenizer.model": text.tokenizer.model_bytes, FILE: text.record.content}
         for step in (1, 2):
-            checkpoints.save(step, arrays, {"step": step, "config": to_yaml(config), "data_fingerprint": ""}, files)
+            checkpoints.save(step, arrays, {"step": step, **meta}, files)
             arrays = jax.tree.map(lambda x: x * 0.9, arrays)
     history = [
         {"step": step, "loss": 5.0 / step, "cross_entropy": 4.0 / step, "load_balance_loss": 1.1, "max_violation": 0.5,

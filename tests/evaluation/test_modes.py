@@ -82,6 +82,23 @@ def test_perplexity_is_the_mode_without_a_name(run, tmp_path, capsys):
     assert "8 x cpu (fsdp 8)" in capsys.readouterr().out
 
 
+def test_the_checkpoints_record_says_what_is_held_out(run, tmp_path):
+    source = run.parent / "one.jsonl"
+    (tmp_path / "moved.jsonl").write_text(source.read_text() + '{"text": "one more"}\n')
+    (tmp_path / "other.jsonl").write_text('{"text": "river stone"}\n{"text": "light field"}\n')
+    sources = ", ".join(f"{{name: {name}, path: {tmp_path}/{name}.jsonl}}" for name in ("moved", "other"))
+    numbers, _ = measured(tmp_path, run, "seed=1", "data.holdout=0.5", f"data.sources=[{sources}]")
+    expected, _ = measured(tmp_path, run)
+    found, own = numbers["sources"], expected["sources"]["one"]
+    assert (found["moved"]["text"], found["moved"]["documents"]) == ("held-out", own["documents"])
+    assert found["moved"]["perplexity"] == own["perplexity"]
+    assert (found["other"]["text"], found["other"]["documents"], found["other"]["trained_share"]) == (
+        "other text",
+        2,
+        0,
+    )
+
+
 def test_context(run, tmp_path):
     numbers, pictures = measured(tmp_path, run, "context", "eval.max_tokens=2000")
     for source in numbers["sources"].values():

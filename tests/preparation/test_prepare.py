@@ -113,7 +113,7 @@ def training_config(folder: Path, **data: object):
 def test_training_takes_the_caches_as_sources_wherever_they_lie(prepared):
     folder, _, _ = prepared
     config = training_config(folder, holdout=0.1)
-    _, training, held_out = open_documents(config)
+    _, training, held_out, _ = open_documents(config)
     data = TrainingData(config, training)
     assert sorted(data.source_names) == ["de", "en", "es", "fr", "it"]
     assert all(view.num_tokens for view in held_out)
