@@ -63,7 +63,7 @@ def main() -> None:
 
     def ours_rows() -> np.ndarray:
         batch = empty_batch(*rows[:, 1:].shape)
-        batch.tokens, batch.targets = rows[:, :-1].astype(np.int32), rows[:, 1:].astype(np.int32)
+        batch.tokens[:], batch.targets[:] = rows[:, :-1], rows[:, 1:]
         batch.segment_ids[:], batch.positions[:] = 1, np.arange(options.length)
         batch.loss_mask[:] = True
         return score(batch).nats.sum(axis=1)

@@ -1,6 +1,7 @@
 """Whole models on one device: a start's checks, a stack of layers, training steps and decoding; see `accelerator`."""
 
 import time
+from itertools import islice
 from typing import Any
 
 import jax
@@ -17,7 +18,8 @@ from mixtral_jax.config_loading import parse_config
 from mixtral_jax.config_loading import replace as changed
 from mixtral_jax.data.batch import Batch
 from mixtral_jax.hardware import GIB, find_chip
-from mixtral_jax.inference.decoding import make_generator
+from mixtral_jax.inference import decoding as decoder
+from mixtral_jax.inference.sampling import Sampling
 from mixtral_jax.metrics import flops_per_token
 from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.runtime import Runtime, make_runtime
@@ -200,15 +202,16 @@ def decoding(options: Options) -> None:
     for title, make in (("small", small_config), ("layers of 8x7B", wide_config)):
         config = make(options.tiny, "precision.params=bfloat16")
         architecture = Architecture(config.model, one_device(config))
-        generate = make_generator(architecture)(architecture.init(0))
+        generate = decoder.make_generator(architecture)(architecture.init(0))
         rows, prompt, new = (2, 8, 16) if options.tiny else (32, 64, 128)
         prompts = [[1 + (row + i) % 50 for i in range(prompt)] for row in range(rows)]
         seconds = []
         for _ in range(3):
             begin = time.perf_counter()
-            generate(prompts, rows=rows, slots=prompt + new, new_tokens=new)
+            steps = generate(prompts, [Sampling()] * rows, rows=rows, slots=prompt + new)
+            drawn = sum(len(step[0].tokens) for step in islice(steps, -(-new // decoder.STEPS)))
             seconds.append(time.perf_counter() - begin)
-        rate = rows * new / min(seconds[1:])
+        rate = rows * drawn / min(seconds[1:])
         report(
             f"{title}, {config.model.num_layers} layers, {rows} texts", tokens_a_second=rate, first_seconds=seconds[0]
         )
