@@ -10,6 +10,7 @@ from jaxtyping import Array
 
 from benchmarks.accelerator import Options
 from benchmarks.timing import normal, report, time_it, uneven_sizes
+from benchmarks.whole_models import wide_config
 from mixtral_jax.config import MeshConfig, PrecisionConfig
 from mixtral_jax.kernels.attention import attention as attend
 from mixtral_jax.kernels.backends import Target, choose
@@ -172,7 +173,8 @@ def rest(options: Options) -> None:
     time_it("norm, gradients", pull_norm, x, x, moved=6 * x.size)
     q = x.reshape(batch, seq_len, heads, head_dim)
     positions = jnp.tile(jnp.arange(seq_len), (batch, 1))
-    turn = jax.jit(lambda q: rotate(q, *rotary_tables(positions, head_dim, 1e6)))
+    model = wide_config(options.tiny).model
+    turn = jax.jit(lambda q: rotate(q, *rotary_tables(positions, model)))
     time_it("rotary embedding of queries", turn, q, moved=4 * x.size)
     w = normal((d, d + 2 * kv_heads * head_dim + d), BFLOAT16, 4, d**-0.5)
     project = jax.jit(lambda x, w: x @ w)

@@ -15,12 +15,11 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mixtral_jax.config import Config, DistributedConfig, MeshConfig, RopeScalingConfig, SourceConfig, UserError
+from mixtral_jax.config_renames import RENAMED, up_to_date
 from mixtral_jax.kernels.backends import check_name
 
 T = TypeVar("T")
 Text = TypeVar("Text", str, str | None)
-RENAMED = {"kernels.products": "kernels.matmul"}
-RENAMED_VALUES = {"kernels.experts": {"blocked": "grouped_blocks"}}
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -55,10 +54,7 @@ def read_config_file(path: str | Path) -> str:
 def parse_config(
     text: str, overrides: list[str] | None = None, *, where: str = "the config", saved: bool = False
 ) -> Config:
-    """Builds a validated configuration from YAML text and dotted overrides; see `load_config`.
-
-    `saved` texts were written by this package, perhaps by an earlier version: they may hold what has been renamed.
-    """
+    """Builds a validated configuration; what is `saved`, perhaps by an earlier version, may hold old names."""
     config = parse_structured(Config, text, overrides, where=where, saved=saved)
     validate(config)
     data = {"tokenizer": home_expanded(config.data.tokenizer), "cache_dir": home_expanded(config.data.cache_dir)}
@@ -125,9 +121,8 @@ def parse_structured(
         raise UserError(f"{where} is not valid YAML{line}: {problem}; fix the syntax") from None
     if not isinstance(tree, dict | None):
         raise UserError(f"{where} holds no sections: write lines such as 'train:' and below it, indented, 'steps: 100'")
-    if saved and tree:
-        _rename(tree)
-    merged = _merge(OmegaConf.structured(schema), tree or {}, where, schema)
+    tree = up_to_date(tree or {}) if saved else tree or {}
+    merged = _merge(OmegaConf.structured(schema), tree, where, schema)
     for override in overrides or []:
         key, equals, value = override.partition("=")
         if not equals or not key:
@@ -145,20 +140,6 @@ def parse_structured(
         raise UserError(f"{where}: {_sentence(error, schema)}; add it to the file or the command line") from None
     assert isinstance(config, schema)
     return config
-
-
-def _rename(tree: dict[str, Any]) -> None:
-    """Brings a configuration of an earlier version up to date."""
-    for key, new in RENAMED.items():
-        section, name = key.split(".")
-        keys = tree.get(section)
-        if isinstance(keys, dict) and name in keys:
-            keys[new.partition(".")[2]] = keys.pop(name)
-    for key, values in RENAMED_VALUES.items():
-        section, name = key.split(".")
-        keys = tree.get(section)
-        if isinstance(keys, dict) and keys.get(name) in values:
-            keys[name] = values[keys[name]]
 
 
 def _as_written(text: str) -> Any:
