@@ -1,6 +1,7 @@
 """Where and how a model runs: the mesh, the float types and the backends, resolved once at start."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -95,8 +96,11 @@ def target(platform: str, devices: int, precision: Precision, head_dim: int = 0,
     )
 
 
-def target_of(config: Config, device: jax.Device, devices: int, *, expert: int, tensor: int) -> Target:
-    """Says what the choice depends on, but for `matmul`; given devices, in all and along two axes of the mesh."""
+def target_of(config: Config, device: Any, devices: int, *, expert: int, tensor: int) -> Target:
+    """Says what the choice depends on, but for `matmul`; given devices, in all and along two axes of the mesh.
+
+    `device` is one of JAX's, or one that only tells what it is.
+    """
     model = config.model
     return replace(
         target(device.platform, devices, make_precision(config.precision), model.head_dim),

@@ -7,7 +7,6 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from mixtral_jax.inference.sample import sample
 
 from mixtral_jax.config import Config
 from mixtral_jax.evaluation.scoring import make_scorer
@@ -84,20 +83,18 @@ def test_a_row_of_32768_tokens_over_eight_devices():
     assert_close(gradient_of(config, arrays, {"context": 8}), gradient_of(config, arrays, {}))
 
 
-def test_evaluation_and_sampling_over_split_sequences():
+def test_evaluation_over_split_sequences():
     config, results = tiny_config(*OPTIONS), []
     for mesh in ({}, {"data": 2, "context": 2}):
         architecture = tiny_architecture(config, mesh_of(**mesh))
         arrays = jax.device_put(initial(), architecture.shardings())
         batch = tiny_batch(config)
         scores = make_scorer(architecture)(arrays)(batch)
-        text = sample(architecture, arrays, [1, 2, 3], new_tokens=10, temperature=1.0, seed=0, stop=-1)
         mask = batch.loss_mask
-        results.append((scores.nats[mask], scores.greedy[mask], text))
-    (nats, greedy, text), (split_nats, split_greedy, split_text) = results
+        results.append((scores.nats[mask], scores.greedy[mask]))
+    (nats, greedy), (split_nats, split_greedy) = results
     np.testing.assert_allclose(split_nats, nats, rtol=2e-6)
     np.testing.assert_array_equal(split_greedy, greedy)
-    assert split_text == text
 
 
 @functools.cache
