@@ -1,7 +1,7 @@
 """A preparation from files to token caches."""
 
-import fcntl
 import dataclasses
+import fcntl
 import json
 import os
 import re
@@ -125,7 +125,8 @@ def test_training_refuses_another_tokenizer(prepared):
     folder, _, _ = prepared
     config = training_config(folder, tokenizer="mixtral")
     config = parse_config(
-        json.dumps({"model": dataclasses.asdict(config.model) | {"vocab_size": 32000}, "train": {"steps": 1, "batch_size": 5},
+        json.dumps({"model": dataclasses.asdict(config.model) | {"vocab_size": 32000},
+                    "train": {"steps": 1, "batch_size": 5},
                     "data": {"tokenizer": "mixtral", "seq_len": 64,
                              "sources": [{"name": "en", "prepared": str(folder / "out" / "tokens" / "en")}]}})
     )  # fmt: skip
