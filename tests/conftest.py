@@ -12,6 +12,9 @@ os.environ["XLA_FLAGS"] = " ".join(
      *["--xla_cpu_use_fusion_emitters=false"] * importlib.metadata.version("jaxlib").startswith("0.10."))
 )  # fmt: skip
 
+# No program that a test calls or starts begins again for huge pages: in this process pytest itself would.
+os.environ["GLIBC_TUNABLES"] = ""
+
 import pytest
 
 

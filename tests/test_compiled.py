@@ -105,10 +105,24 @@ def test_only_a_lone_process_on_a_cpu_starts_itself_again_for_huge_pages(monkeyp
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(memory.glob, "glob", lambda pattern: fnmatch.filter(devices, pattern))
     monkeypatch.setattr(os, "execv", lambda *arguments: started.append(arguments))
-    cli.prepare(DistributedConfig())
+    cli.prepare(DistributedConfig(), "")
     assert bool(started) == restarts
     if restarts:
         assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+
+
+def test_a_program_that_starts_itself_again_keeps_its_words_and_its_exit_code():
+    script = """
+import os, sys
+from mixtral_jax.kernels.cpu.memory import restart_with_huge_pages
+restart_with_huge_pages()
+print(sys.argv[1:], os.environ["GLIBC_TUNABLES"])
+sys.exit(3)
+"""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    del environment["GLIBC_TUNABLES"]
+    out = subprocess.run([sys.executable, "-c", script, "a b", "c=d"], env=environment, capture_output=True, text=True)
+    assert (out.stdout, out.stderr, out.returncode) == ("['a b', 'c=d'] glibc.malloc.hugetlb=1\n", "", 3)
 
 
 def test_the_limit_takes_what_was_not_used_for_longest(tmp_path):

@@ -98,7 +98,7 @@ class Trainable:
 
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         runtime = self.architecture.runtime
-        grads, losses, sums, counts = self._gradients(state, batch)
+        grads, losses, sums, counts = self._gradients(state.arrays, batch)
         grads = widen(grads, runtime.precision)
         grad_norm = global_norm(jax.tree.leaves(grads), backend=runtime.adamw)
         finite = jnp.isfinite(losses.total) & jnp.isfinite(grad_norm)
@@ -136,9 +136,9 @@ class Trainable:
         }
         return state, metrics
 
-    def _gradients(self, state: TrainState, batch: Batch) -> tuple[Any, Losses, RouterSums, Counts]:
+    def _gradients(self, arrays: Arrays, batch: Batch) -> tuple[Any, Losses, RouterSums, Counts]:
         """Sums losses and gradients over the microbatches."""
-        config, bias = self.config, state.selection_bias
+        config, (params, bias) = self.config, (arrays["params"], arrays["selection_bias"])
         counts = count(batch)
 
         def loss(params: Any, part: Batch, load: Array | None) -> tuple[Array, tuple[Losses, RouterSums]]:
@@ -148,21 +148,21 @@ class Trainable:
 
         gradient = jax.grad(loss, has_aux=True)
         if config.train.microbatches == 1:
-            grads, (losses, sums) = gradient(state.params, batch, None)
+            grads, (losses, sums) = gradient(params, batch, None)
             return grads, losses, sums, counts
 
         parts = jax.tree.map(self._split, batch)
         load = None
         if config.losses.balance_over == "batch" and config.losses.load_balance > 0:
-            load = self._whole_load(state, parts)
+            load = self._whole_load(arrays, parts)
 
         def body(totals: Any, part: Batch) -> tuple[Any, None]:
             # Behind the barrier the sums over devices stay in the loop: XLA would keep what is not summed yet, whole
             # gradients on every device, and its pass for TPU fails on some of them.
-            new = jax.lax.optimization_barrier(gradient(state.params, part, load))
+            new = jax.lax.optimization_barrier(gradient(params, part, load))
             return jax.tree.map(lambda total, x: total + x.astype(total.dtype), totals, new), None
 
-        shapes = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], parts), load)
+        shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], parts), load)
         dtype = self.architecture.runtime.precision.gradients
         zeros = (
             jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), shapes[0]),
@@ -171,9 +171,9 @@ class Trainable:
         (grads, (losses, sums)), _ = jax.lax.scan(body, zeros, parts)
         return grads, losses, sums, counts
 
-    def _whole_load(self, state: TrainState, parts: Batch) -> Array:
+    def _whole_load(self, arrays: Arrays, parts: Batch) -> Array:
         """Counts the experts' load over all microbatches: the price of balancing over the batch is a forward pass."""
-        model = self.architecture.bind(state.arrays)
+        model = self.architecture.bind(arrays)
 
         def body(total: Array, part: Batch) -> tuple[Array, None]:
             _, router = model(part.tokens, part.segment_ids, part.positions)

@@ -100,7 +100,7 @@ def test_a_file_cut_short_in_the_store_is_a_bad_file(tmp_path, address):
     file.write_bytes(file.read_bytes()[:-30])
     (tmp_path / "served" / "records.jsonl.gz").write_bytes(b"this is no gzip")
     run(config_for(tmp_path, sources_at(address)))
-    assert report_of(tmp_path)["problems"]["counts"] == {"truncated gzip": 2, "unreadable file": 1}
+    assert report_of(tmp_path)["problems"]["counts"] == {"truncated gzip": 2, "bad record": 1}  # by its bytes, a line
 
 
 def test_what_is_not_there_is_one_sentence(tmp_path, address):

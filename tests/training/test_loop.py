@@ -87,6 +87,6 @@ def test_the_run_ends_with_the_last_of_so_many_steps_that_were_not_finite(traine
     trainer.config = replace(trainer.config, train={"max_nonfinite_steps": 3, "log_every": 100})
     trainer.logger = SimpleNamespace(advance=lambda step: None)
     for in_a_row in (0, 1, 2):
-        trainer._report(5, {"skipped_in_a_row": jnp.int32(in_a_row)})
+        trainer._report(5, {"skipped_in_a_row": jnp.int32(in_a_row)}, None)
     with pytest.raises(UserError, match="not finite in 3 steps in a row, up to step 5"):
-        trainer._report(5, {"skipped_in_a_row": jnp.int32(3)})
+        trainer._report(5, {"skipped_in_a_row": jnp.int32(3)}, None)

@@ -157,7 +157,9 @@ def test_eval_measures_a_run(uninterrupted, tmp_path):
         assert result.returncode == 0, result.stderr
         numbers[mode] = json.loads(file.read_text())
     for content in numbers.values():
-        assert content["sources"]["words"] == content["total"]
+        words = content["sources"]["words"]
+        assert words == {**content["total"], "text": "held-out", "trained_share": words["trained_share"]}
+        assert 0.8 < words["trained_share"] < 1  # of the tokens; about a tenth of the documents is held out
         numbers_by_name = {"tokens", "bytes", "nats_per_token", "perplexity", "bits_per_byte", "documents", "intervals"}
         assert set(content["total"]) == numbers_by_name
         assert content["total"]["tokens"] == numbers["packed"]["total"]["tokens"]

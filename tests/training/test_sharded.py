@@ -49,8 +49,8 @@ def gradient(dispatch: str, mesh: dict[str, int], exchange: str = "gather"):
 def gradient_of(config: Config, arrays, mesh: dict[str, int], exchange: str = "gather"):
     runtime = dataclasses.replace(make_runtime(config, mesh_of(**mesh)), exchange=exchange)
     trainable = Trainable(Architecture(config.model, runtime), config)
-    state = jax.device_put(arrays, trainable.architecture.shardings())
-    grads, losses, sums, _ = jax.jit(trainable._gradients)(state, trainable.put(tiny_batch(config)))
+    arrays = jax.device_put(arrays, trainable.architecture.shardings())
+    grads, losses, sums, _ = jax.jit(trainable._gradients)(arrays, trainable.put(tiny_batch(config)))
     return jax.tree.map(np.asarray, (grads, losses, sums))
 
 

@@ -105,8 +105,8 @@ def test_a_part_of_a_batch_counts_for_its_share_of_the_whole():
 
 def test_an_infinite_gradient_of_a_finite_loss_skips_the_update():
     class Infinite(Trainable):
-        def _gradients(self, state, batch):
-            grads, *rest = super()._gradients(state, batch)
+        def _gradients(self, arrays, batch):
+            grads, *rest = super()._gradients(arrays, batch)
             return {**grads, "lm_head": grads["lm_head"].at[0, 0].set(jnp.inf)}, *rest
 
     config = tiny_config(*LOUD, "losses.selection_bias_rate=0.1")
