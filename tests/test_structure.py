@@ -1,28 +1,11 @@
 """The order of the house: imports only go down, no folders in a circle, engines behind doors, small files."""
 
 import ast
-import functools
-from collections.abc import Container, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-
-# The floor of a module is that of the longest name here that its own starts with. Equal floors may import each other
-# as long as no circle arises.
-FLOORS = {
-    "config": 0, "config_renames": 0, "config_loading": 0, "console": 0, "pytree": 0, "cli": 0, "hardware": 0,
-    "distributed": 0,
-    "precision": 1, "sharding": 1, "runtime": 1, "kernels": 1, "zigzag": 1, "remat": 1,
-    "kernels.backends": 0, "kernels.cpu.memory": 0,
-    "model": 2, "data": 2, "metrics": 2, "compiled": 2,
-    "model.mixtral": 3, "training.losses": 3, "training.optimizer": 3, "data.pipeline": 3,
-    "runs": 3,
-    "training": 4, "inference": 4, "weights": 4, "serving": 5,
-    "training.trainer": 5, "training.summary": 5, "evaluation": 5, "planning": 5, "preparation": 5,
-    "verbs": 6, "__main__": 6, "train.py": 6, "eval.py": 6,
-}  # fmt: skip
+from tests.imports import ROOT, floor, graph, imports, modules
 
 # An engine of one platform, and the one module of it that others may import; the table of backends loads those that it
 # names when they are used.
@@ -31,45 +14,6 @@ DOORS = {"kernels.cpu": "kernels.cpu.memory", "kernels.gpu": "", "kernels.tpu": 
 FLOAT_TYPES = {"float16", "bfloat16", "float32", "float64"}
 # The table and the names it is made from; the types that files of weights hold, and their choice on the command line.
 MAY_NAME_FLOAT_TYPES = ("precision", "config", "weights", "verbs")
-
-
-@functools.cache
-def modules() -> dict[str, Path]:
-    """Every module of the package by its name without `mixtral_jax.`, and the entry scripts."""
-    package = ROOT / "mixtral_jax"
-    found = {}
-    for path in sorted(package.rglob("*.py")):
-        parts = path.relative_to(package).with_suffix("").parts
-        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        if name:
-            found[name] = path
-    return found | {name: ROOT / name for name in ("train.py", "eval.py")}
-
-
-def imports(path: Path, known: Container[str]) -> set[str]:
-    """The modules of the package, of those known, that a file imports, anywhere in it."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative imports hide which floor they go to"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
-    inside = {name.removeprefix("mixtral_jax.") for name in found if name.startswith("mixtral_jax.")}
-    return {name for name in inside if name in known}
-
-
-@functools.cache
-def graph() -> dict[str, set[str]]:
-    """What each module imports."""
-    files = {name for name, path in modules().items() if path.name != "__init__.py"}
-    return {name: imports(path, files) for name, path in modules().items()}
-
-
-def floor(name: str) -> int:
-    fitting = [known for known in FLOORS if name == known or name.startswith(f"{known}.")]
-    assert fitting, f"give {name} a floor in {Path(__file__).name}"
-    return FLOORS[max(fitting, key=len)]
 
 
 def circle(edges: Mapping[str, set[str]]) -> list[str]:

@@ -53,7 +53,8 @@ def compare_runs(first: str, second: str, overrides: Sequence[str]) -> Report:
     """Measures both on the held-out text of their sources, each as its own record says, and reads their logs.
 
     Args:
-        first, second: each a run or one of its checkpoints.
+        first: a run or one of its checkpoints.
+        second: another.
         overrides: `section.key=value` for both; `data.sources` measures both on the same texts.
 
     Raises:

@@ -43,7 +43,8 @@ def attention(
 
     Args:
         q: queries; head h reads key/value head h // (heads / kv_heads).
-        k, v: keys and values.
+        k: keys.
+        v: values.
         segment_ids: number of each position's document; attention stays within equal numbers. A row's numbers never
             decrease with the position, except that padding (0) may follow.
         mesh: where the arrays lie.
