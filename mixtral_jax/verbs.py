@@ -3,12 +3,15 @@
 import argparse
 import dataclasses
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
 from mixtral_jax.config import Config, UserError
 from mixtral_jax.config_loading import home_expanded, user_path
 from mixtral_jax.evaluation.outputs import check_outputs
+
+API_KEY = "MIXTRAL_JAX_API_KEY"  # environment variable
 
 
 def import_(arguments: list[str]) -> None:
@@ -124,7 +127,7 @@ def generate(arguments: list[str]) -> None:
     overrides = [word for word in options.words if "=" in word and word.split("=")[0].split(".")[0] in sections]
     prompts = [word for word in options.words if word not in overrides]
     if options.prompts:
-        prompts += [line for line in _read(options.prompts).splitlines() if line]
+        prompts += [line for line in _read(options.prompts, "the prompts").splitlines() if line]
     elif not prompts and not sys.stdin.isatty():
         prompts = [text] if (text := sys.stdin.read().removesuffix("\n")) else []
     from mixtral_jax.inference.sampling import Sampling
@@ -137,12 +140,41 @@ def generate(arguments: list[str]) -> None:
     run(options.checkpoint, prompts, wish, overrides, options.json)
 
 
-def _read(path: Path) -> str:
+def serve(arguments: list[str]) -> None:
+    """A model behind OpenAI's API: serve CHECKPOINT [--port N] [--api-key-file FILE] [key=value ...]."""
+    parser = argparse.ArgumentParser(prog="mixtral_jax serve", description=serve.__doc__)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=home_expanded,
+                        help="a run, a checkpoint, an import, or released weights")  # fmt: skip
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="such as eval.context=4096")
+    parser.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help="whose clients are served (127.0.0.1)")
+    parser.add_argument("--port", metavar="N", type=int, default=8000, help="0: any that is free (8000)")
+    parser.add_argument("--name", metavar="NAME", default="", help="of the model in requests (its directory's)")
+    parser.add_argument("--max-concurrency", metavar="N", type=int, default=16, help="texts at once (16)")
+    parser.add_argument("--max-queue", metavar="N", type=int, default=64, help="texts that wait; beyond: 429 (64)")
+    parser.add_argument("--max-body", metavar="BYTES", type=int, default=1 << 20, help="of a request (1048576)")
+    parser.add_argument("--drain-seconds", metavar="S", type=int, default=30, help="for answers after SIGTERM (30)")
+    parser.add_argument("--api-key-file", metavar="FILE", type=user_path,
+                        help=f"holds the key that clients must send; or set {API_KEY}")  # fmt: skip
+    options = parser.parse_intermixed_args(arguments)
+    key = _read(options.api_key_file, "the API key") if options.api_key_file else os.environ.get(API_KEY, "")
+    if options.api_key_file and not key.strip():
+        raise UserError(f"{options.api_key_file} is empty: put the API key into it")
+    if importlib.util.find_spec("fastapi") is None:
+        raise UserError("serve needs packages that are not installed: pip install 'mixtral_jax[serve]'")
+    from mixtral_jax.serving.serve import Serving
+    from mixtral_jax.serving.serve import serve as run
+
+    serving = Serving(options.host, options.port, options.name, key.strip(), options.max_concurrency,
+                      options.max_queue, options.max_body, options.drain_seconds)  # fmt: skip
+    run(options.checkpoint, serving, options.overrides)
+
+
+def _read(path: Path, what: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the prompts in {path}: {error}; give a text file in UTF-8") from None
+        raise UserError(f"cannot read {what} in {path}: {error}; give a text file in UTF-8") from None
 
 
 VERBS = {"import": import_, "export": export, "prepare": prepare, "plan": plan,
-         "compare": compare, "generate": generate, "lm_eval": lm_eval}  # fmt: skip
+         "compare": compare, "generate": generate, "serve": serve, "lm_eval": lm_eval}  # fmt: skip

@@ -99,8 +99,28 @@ class Tokenizer:
 
     def has_control(self, piece: str) -> bool:
         """Whether a control token of this name is in the vocabulary."""
+        return self.control_id(piece) is not None
+
+    def control_id(self, piece: str) -> int | None:
+        """Returns the id of a control token, None where the vocabulary has none of this name."""
         index = self._processor.piece_to_id(piece)
-        return index != self.unk_id and self._processor.is_control(index)
+        return index if index != self.unk_id and self._processor.is_control(index) else None
+
+    def describe(self, token: int) -> tuple[str, bytes]:
+        """Returns a token as text and the bytes of text that it stands for; a control token stands for none.
+
+        A model may have more tokens than its tokenizer; those stand for nothing.
+        """
+        if token >= self.vocab_size:
+            return f"<{token}>", b""
+        piece: str = self._processor.id_to_piece(token)
+        if self._processor.is_control(token) or self._processor.is_unknown(token):
+            return piece, b""
+        if self._processor.is_byte(token):  # <0x41>
+            data = bytes([int(piece[1:-1], 16)])
+        else:
+            data = piece.replace(SPACE, " ").encode()
+        return data.decode(errors="replace"), data
 
     def save(self, path: str | Path) -> None:
         """Writes the model as a sentencepiece file, whole or not at all."""
@@ -144,8 +164,8 @@ class Tokenizer:
                 yield np.array([self.added_tokens[chunk]] if chunk in self.added_tokens else ids, np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Turns tokens into text; control tokens vanish."""
-        return self._processor.decode([int(token) for token in ids])
+        """Turns tokens into text; control tokens vanish, and those that only the model has."""
+        return self._processor.decode([int(token) for token in ids if token < self.vocab_size])
 
 
 def load_tokenizer(data: DataConfig, vocab_size: int) -> Tokenizer:

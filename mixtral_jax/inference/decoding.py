@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from mixtral_jax.config import UserError
 from mixtral_jax.inference.sampling import Sampling, SamplingArrays, choose_tokens, stack
@@ -45,6 +45,18 @@ class Drawn(NamedTuple):
     log_probs: list[float]  # of each under the model, in nats
 
 
+State = tuple[Cache, Array, Array]  # cache, final activation of each text's last token, tokens that each has
+
+
+class Step(NamedTuple):
+    """One token of every text."""
+
+    tokens: Int[Array, " batch"]
+    log_probs: Float[Array, " batch"]  # of each under the model, in nats
+    logits: Float[Array, "batch vocab"]  # that it was drawn from
+    experts: Int[Array, "layers batch k"]  # that worked on it, best first
+
+
 Generate = Callable[..., Iterator[list[Drawn]]]
 
 
@@ -54,7 +66,7 @@ def extend(
     tokens: Int[Array, "batch seq"],
     start: Int[Array, " batch"],
     count: Int[Array, " batch"],
-) -> tuple[Cache, Float[Array, "batch seq d_model"]]:
+) -> tuple[Cache, Float[Array, "batch seq d_model"], Int[Array, "layers batch seq k"]]:
     """Runs the next tokens of each text.
 
     Args:
@@ -65,7 +77,7 @@ def extend(
         count: how many of them there are.
 
     Returns:
-        The cache with them, and final activations.
+        The cache with them, final activations, and the experts that each token chose.
     """
     config, runtime = model.config, model.runtime
     compute = runtime.precision.compute
@@ -77,7 +89,7 @@ def extend(
     graph, stacked = nnx.split(model.layers)
     write = jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=0))
 
-    def body(x: Array, inputs: tuple[Any, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+    def body(x: Array, inputs: tuple[Any, Array, Array]) -> tuple[Array, tuple[Array, Array, Array]]:
         state, keys, values = inputs
         layer = nnx.merge(graph, state)
         attention, normed = layer.attention, layer.attention_norm(x)
@@ -86,12 +98,45 @@ def extend(
         values = constrain(write(values, project(attention.wv), start), runtime.mesh, KV_HEADS)
         out = _attend(rotate(project(attention.wq), *rotary), keys, values, visible)
         x = x + jnp.einsum("bshk,hkd->bsd", out, attention.wo[...].astype(compute))
-        y, *_ = layer.moe(layer.moe_norm(x), valid)
-        return x + y, (keys, values)
+        y, router = layer.moe(layer.moe_norm(x), valid)
+        return x + y, (keys, values, router.expert_indices)
 
     x = embed(model.embedding[...], tokens, runtime)
-    x, (keys, values) = jax.lax.scan(body, x, (stacked, cache.keys, cache.values))
-    return Cache(keys, values), model.final_norm(x)
+    x, (keys, values, experts) = jax.lax.scan(body, x, (stacked, cache.keys, cache.values))
+    return Cache(keys, values), model.final_norm(x), experts
+
+
+def last_of_chunk(x: Float[Array, "batch seq d_model"], count: Int[Array, " batch"], last: Array) -> Array:
+    """Takes the activation of the last token of each text; of a text without tokens here the one before."""
+    ends = jnp.take_along_axis(x, jnp.maximum(count - 1, 0)[:, None, None], axis=1)
+    return jnp.where(count[:, None, None] > 0, ends, last)
+
+
+def draw_token(
+    model: Mixtral,
+    state: State,
+    lengths: Int[Array, " batch"],
+    active: Bool[Array, " batch"],
+    sampling: SamplingArrays,
+) -> tuple[State, Step]:
+    """Draws a token after each text and runs it.
+
+    Args:
+        model: the decoder.
+        state: of the texts so far.
+        lengths: tokens of each.
+        active: texts that want one; the others keep what they have, and a slot behind them is scratched.
+        sampling: how each is drawn.
+
+    Returns:
+        The state with it, and the token.
+    """
+    cache, last, seen = state
+    logits = model.logits(last)[:, 0]
+    token, log_prob = choose_tokens(logits, seen, lengths, sampling)
+    cache, last, experts = extend(model, cache, token[:, None], lengths, active.astype(jnp.int32))
+    seen = constrain(seen.at[jnp.arange(len(lengths)), token].max(active), model.runtime.mesh, SEEN)
+    return (cache, last, seen), Step(token, log_prob, logits, experts[:, :, 0])
 
 
 def _attend(q: Array, keys: Array, values: Array, visible: Array) -> Array:
@@ -137,23 +182,19 @@ def make_generator(architecture: Architecture) -> Callable[[Arrays], Generate]:
     @partial(jax.jit, donate_argnums=1)
     def prefill(arrays: Any, cache: Cache, last: Array, tokens: Array, start: Array, count: Array) -> Any:
         model = architecture.bind(arrays)
-        cache, x = extend(model, cache, tokens, start, count)
-        ends = jnp.take_along_axis(x, jnp.maximum(count - 1, 0)[:, None, None], axis=1)
-        return cache, jnp.where(count[:, None, None] > 0, ends, last)
+        cache, x, _ = extend(model, cache, tokens, start, count)
+        return cache, last_of_chunk(x, count, last)
 
     @partial(jax.jit, donate_argnums=(1, 3))
     def draw(
         arrays: Any, cache: Cache, last: Array, seen: Array, lengths: Array, sampling: SamplingArrays
     ) -> tuple[Any, ...]:
         model = architecture.bind(arrays)
-        rows = jnp.arange(len(lengths))
+        active = jnp.ones(lengths.shape, bool)
 
-        def step(carry: tuple[Cache, Array, Array], i: Array) -> tuple[tuple[Cache, Array, Array], tuple[Array, Array]]:
-            cache, last, seen = carry
-            token, log_prob = choose_tokens(model.logits(last)[:, 0], seen, lengths + i, sampling)
-            cache, last = extend(model, cache, token[:, None], lengths + i, jnp.ones_like(lengths))
-            seen = constrain(seen.at[rows, token].set(True), mesh, SEEN)
-            return (cache, last, seen), (token, log_prob)
+        def step(state: State, i: Array) -> tuple[State, tuple[Array, Array]]:
+            state, drawn = draw_token(model, state, lengths + i, active, sampling)
+            return state, (drawn.tokens, drawn.log_probs)
 
         carry, drawn = jax.lax.scan(step, (cache, last, seen), jnp.arange(STEPS, dtype=jnp.int32))
         return *carry, *(jax.lax.with_sharding_constraint(x.T, replicated) for x in drawn)

@@ -1,8 +1,6 @@
 """The verb `generate`: continues prompts, or answers them, at the terminal or into a file."""
 
-import contextlib
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,15 +10,12 @@ from mixtral_jax.config import UserError
 from mixtral_jax.data.chat_records import Chat, RecordError
 from mixtral_jax.data.chat_template import ChatTemplate
 from mixtral_jax.data.tokenizer import Tokenizer
-from mixtral_jax.evaluation.loading import LoadedModel, load_model
 from mixtral_jax.evaluation.outputs import write_json
 from mixtral_jax.evaluation.windows import window_sizes
 from mixtral_jax.inference.decoding import make_generator
 from mixtral_jax.inference.sampling import Sampling
 from mixtral_jax.inference.text import Continuation, Prompt, continue_texts
-from mixtral_jax.weights.checkpoints import import_checkpoint
-
-RELEASED = ("config.json", "params.json")  # one of these makes a directory of weights a released one
+from mixtral_jax.serving.opening import open_model
 
 
 @dataclass(frozen=True)
@@ -55,7 +50,7 @@ def generate(
         raise UserError(f"--max-new-tokens is {wish.new_tokens}: it must be 1 or more")
     if wish.system and not wish.chat:
         raise UserError("--system belongs to a chat: add --chat")
-    with _opened(checkpoint, overrides) as loaded:
+    with open_model(checkpoint, overrides) as loaded:
         encode = _encoder(loaded.tokenizer, wish)
         wanted = [
             Prompt(encode(text), wish.sampling, wish.new_tokens, wish.stops, continues=not wish.chat)
@@ -72,18 +67,6 @@ def generate(
     if json_file:
         found = [_describe(prompt, text) for prompt, text in zip(prompts, done, strict=True)]
         write_json(json_file, {"texts": found})
-
-
-@contextlib.contextmanager
-def _opened(checkpoint: str, overrides: list[str]) -> Iterator[LoadedModel]:
-    path = Path(checkpoint)
-    if not any((path / name).is_file() for name in RELEASED):
-        yield load_model(checkpoint, overrides, packed=False)
-        return
-    with tempfile.TemporaryDirectory(prefix="mixtral_jax_import_") as directory:
-        imported = Path(directory) / "import"
-        import_checkpoint(path, imported, overrides)
-        yield load_model(str(imported), overrides, packed=False)
 
 
 def _encoder(tokenizer: Tokenizer, wish: Wish) -> Any:

@@ -1,0 +1,134 @@
+"""The server's endpoints: OpenAI's API over the engine."""
+
+import asyncio
+import contextlib
+import hmac
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from mixtral_jax.serving.asked import Asked, Stream, respond_whole
+from mixtral_jax.serving.engine import Engine
+from mixtral_jax.serving.errors import ApiError, refusal, respond
+from mixtral_jax.serving.measures import Measures
+from mixtral_jax.serving.prompts import Reader
+from mixtral_jax.serving.requests import ChatRequest, CompletionRequest
+
+
+@dataclass(frozen=True)
+class Service:
+    """What is served, and to whom."""
+
+    name: str  # of the model
+    reader: Reader
+    engine: Engine
+    api_key: str = field(default="", repr=False)  # empty: for everybody who reaches the server
+    body: int = 1 << 20  # bytes of a request, at most
+
+
+def make_app(service: Service) -> FastAPI:
+    """Makes the application; the engine runs while it does."""
+    engine, reader, measures = service.engine, service.reader, Measures(service.engine)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        engine.start()
+        yield
+        await asyncio.to_thread(engine.stop)
+
+    app = FastAPI(title="mixtral_jax", lifespan=lifespan, docs_url=None, redoc_url=None, max_body_size=service.body)
+    app.add_middleware(Gate, service=service, measures=measures)
+
+    async def answer(request: Request, wish: ChatRequest | CompletionRequest) -> Response:
+        if wish.model not in (None, service.name):
+            raise ApiError(
+                404, f"there is no model {wish.model}: {service.name} is served", param="model", code="model_not_found"
+            )
+        prompts, choices = await asyncio.to_thread(reader.read, wish)  # a long text takes a while
+        asked = Asked(wish, service.name, choices)
+        asked.submit(engine, prompts, choices[0].alternatives or 0)
+        return Stream(asked, engine) if wish.stream else await respond_whole(request, asked, engine)
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request, wish: ChatRequest) -> Response:
+        return await answer(request, wish)
+
+    @app.post("/v1/completions")
+    async def completion(request: Request, wish: CompletionRequest) -> Response:
+        return await answer(request, wish)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [model]}
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> dict[str, Any]:
+        if name != service.name:
+            raise ApiError(404, f"there is no model {name}", param="model", code="model_not_found")
+        return model
+
+    @app.get("/health")
+    async def health() -> Response:
+        return JSONResponse({"status": "failed" if engine.failed else "ok"}, 503 if engine.failed else 200)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return PlainTextResponse(measures.text(), media_type=measures.content_type)
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse(_: Request, error: RequestValidationError) -> Response:
+        return respond(refusal(error))
+
+    @app.exception_handler(HTTPException)
+    async def tell(_: Request, error: HTTPException) -> Response:
+        return respond(error)
+
+    @app.exception_handler(Exception)
+    async def apologize(_: Request, __: Exception) -> Response:
+        return respond(ApiError(500, "the server failed to answer; its log says more"))
+
+    model = {"id": service.name, "object": "model", "created": int(time.time()), "owned_by": "mixtral_jax"}
+    return app
+
+
+class Gate:
+    """Asks for the key and counts answers, around everything else."""
+
+    def __init__(self, app: ASGIApp, service: Service, measures: Measures):
+        self._app, self._measures = app, measures
+        self._expected = f"Bearer {service.api_key}".encode() if service.api_key else b""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes a request on, or not."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status = 0
+
+        async def counted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                self._measures.answered(scope["path"], status)
+            await send(message)
+
+        if self._admits(scope):
+            await self._app(scope, receive, counted)
+        else:
+            error = ApiError(401, "the API key is missing or wrong: send it as Authorization: Bearer KEY",
+                             code="invalid_api_key")  # fmt: skip
+            await respond(error)(scope, receive, counted)
+
+    def _admits(self, scope: Scope) -> bool:
+        """Without a key there are the page and whether the server lives."""
+        if not self._expected or not (scope["path"].startswith("/v1/") or scope["path"] == "/metrics"):
+            return True
+        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        return hmac.compare_digest(given, self._expected)

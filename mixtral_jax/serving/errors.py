@@ -1,0 +1,51 @@
+"""Errors as OpenAI's API writes them: never a stack."""
+
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}  # by status, of those below 500
+
+
+class ApiError(HTTPException):
+    """What is answered in place of what was asked for."""
+
+    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None):
+        headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}.get(status)
+        super().__init__(status, message, headers)
+        self.param, self.code = param, code
+
+    def body(self) -> dict[str, Any]:
+        """Writes it as the API does."""
+        return describe(self.status_code, self.detail, self.param, self.code)
+
+
+def describe(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """Writes an error as the API does."""
+    kind = "server_error" if status >= 500 else TYPES.get(status, "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def respond(error: HTTPException) -> JSONResponse:
+    """Makes a response of an error."""
+    body = error.body() if isinstance(error, ApiError) else describe(error.status_code, str(error.detail))
+    return JSONResponse(body, error.status_code, error.headers)
+
+
+def refusal(error: RequestValidationError) -> ApiError:
+    """Says in one sentence what is wrong with a request."""
+    first = error.errors()[0]
+    path = ".".join(str(part) for part in first["loc"][1:])
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "unsupported":
+        name = f"{path}.{first['ctx']['name']}".lstrip(".")
+        return ApiError(400, message, param=name, code="unsupported_parameter")
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is no JSON: {first['ctx']['error']}")
+    if first["type"] == "extra_forbidden":
+        return ApiError(400, f"unknown parameter: {path}", param=path, code="unknown_parameter")
+    if not path:
+        return ApiError(400, "the body must be a JSON object, with Content-Type: application/json")
+    return ApiError(400, f"{path}: {message}", param=path)
