@@ -13,13 +13,14 @@ from benchmarks.timing import normal, report, time_it, uneven_sizes
 from benchmarks.whole_models import wide_config
 from mixtral_jax.config import MeshConfig, PrecisionConfig
 from mixtral_jax.kernels.attention import attention as attend
-from mixtral_jax.kernels.backends import Target, choose
+from mixtral_jax.kernels.backends import choose
 from mixtral_jax.kernels.expert_ffn import ExpertWeights, expert_ffn
 from mixtral_jax.kernels.grouped_blocks import choose_block_sizes
 from mixtral_jax.kernels.permutation import combine_rows, dispatch_rows
 from mixtral_jax.model.layers import RMSNorm, rotary_tables, rotate
 from mixtral_jax.model.routing import choose_experts, dropless_plan
 from mixtral_jax.precision import make_precision
+from mixtral_jax.runtime import target_of
 from mixtral_jax.sharding import make_mesh
 
 BFLOAT16 = jnp.bfloat16
@@ -29,9 +30,10 @@ TILE = 256  # rows; groups that are multiples of it need no padding in any backe
 GROUPED = {name: f"mixtral_jax.kernels.gpu.{name}_grouped" for name in ("triton", "hopper")}
 
 
-def automatic(operation: str, **where: bool) -> str:
-    """What `auto` is here in bfloat16."""
-    return choose(operation, "auto", Target(jax.devices()[0].platform, full_compute=False, **where))
+def automatic(operation: str, options: Options, *, eight_bit: bool = False) -> str:
+    """What `auto` is here for one layer in bfloat16."""
+    config = wide_config(options.tiny, f"precision.experts={'fp8' if eight_bit else 'compute'}")
+    return choose(operation, "auto", target_of(config, jax.devices()[0], 1, expert=1, tensor=1))
 
 
 def sizes(tiny: bool) -> tuple[int, int, int, int, int, int]:
@@ -54,7 +56,7 @@ def products(options: Options) -> None:
     up = time_it("dense rows x d_model x d_ff", product, x, w_up[0], flops=flops)
     down = time_it("dense rows x d_ff x d_model", product, y, w_down[0], flops=flops)
     sums = time_it("dense d_model x rows x d_ff", across, x, y, flops=flops)
-    backends = options.experts or (automatic("experts"),)
+    backends = options.experts or (automatic("experts", options),)
     for name in [*backends, *["triton"] * options.tiny]:
         if name in GROUPED:
             module = importlib.import_module(GROUPED[name])
@@ -81,7 +83,7 @@ def eight_bit(options: Options) -> None:
     product = jax.jit(jnp.matmul)
     dense = time_it("dense rows x d_model x d_ff", product, x, weights[0][0], flops=2 * rows * d * f)
     for factors in ("fp8", "int8"):
-        swiglu(automatic("experts", eight_bit=True), factors, load, (x, *weights), dense)
+        swiglu(automatic("experts", options, eight_bit=True), factors, load, (x, *weights), dense)
 
 
 def swiglu(name: str, factors: str, load: Array, arrays: tuple[Array, ...], dense: float) -> None:
@@ -113,10 +115,11 @@ def attention(options: Options) -> None:
         time_it(f"{title}, forward", forward, q, k, v, flops=flops)
         time_it(f"{title}, forward and gradients", gradients, q, k, v, d_out, flops=3 * flops)
 
+    backend = automatic("attention", options)
     for documents in (1, 4):
         ids = jnp.tile(jnp.arange(seq_len) * documents // seq_len + 1, (batch, 1)).astype(jnp.int32)
-        run = partial(attend, segment_ids=ids, mesh=mesh, backend=automatic("attention"))
-        measure(f"{automatic('attention')}, {documents} a row", run, useful / documents)
+        run = partial(attend, segment_ids=ids, mesh=mesh, backend=backend)
+        measure(f"{backend}, {documents} a row", run, useful / documents)
     peer = partial(jax.nn.dot_product_attention, is_causal=True)
     if platform == "gpu":
         peer = partial(peer, implementation="cudnn")
