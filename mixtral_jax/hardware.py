@@ -56,7 +56,7 @@ CHIPS: tuple[Chip, ...] = (
     Chip("TPU v6 lite", 918e12, 31.25 * GIB, 1600e9, Interconnect(4, 100e9, 12.5e9)),  # v6e
     Chip("TPU v6e", 918e12, 31.25 * GIB, 1600e9, Interconnect(4, 100e9, 12.5e9)),
     Chip("NVIDIA A100-SXM4-40GB", 312e12, 40e9, 1555e9, Interconnect(1, 300e9, 25e9)),
-    Chip("NVIDIA A100", 312e12, 80e9, 2039e9, Interconnect(1, 300e9, 25e9)),
+    Chip("NVIDIA A100", 312e12, 85100068864.0, 2039e9, Interconnect(1, 300e9, 25e9)),
     Chip("NVIDIA H100 PCIe", 756.5e12, 80e9, 2039e9),
     Chip("NVIDIA H100 NVL", 835.5e12, 94e9, 3938e9),
     Chip("NVIDIA H100", 989.5e12, 84942979072.0, 3352e9, Interconnect(1, 450e9, 50e9)),  # SXM

@@ -68,6 +68,18 @@ def prepare(arguments: list[str]) -> None:
     run(config, make_console())
 
 
+def verify(arguments: list[str]) -> None:
+    """Whether checkpoints are good, every byte of them: verify RUN_OR_CHECKPOINT."""
+    parser = argparse.ArgumentParser(prog="mixtral_jax verify", description=verify.__doc__)
+    parser.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT", type=user_path, help="all of a run, or one")
+    options = parser.parse_args(arguments)
+    from mixtral_jax.console import make_console
+    from mixtral_jax.runs.verify import verify as run
+
+    console = make_console()
+    run(options.checkpoint, lambda text: console.print(text, soft_wrap=True, markup=False))
+
+
 def plan(arguments: list[str]) -> None:
     """Memory and speed on a cluster that is not there: plan CONFIG --topology NAME [key=value ...]."""
     from mixtral_jax.planning.command import main as run
@@ -177,4 +189,4 @@ def _read(path: Path, what: str) -> str:
 
 
 VERBS = {"import": import_, "export": export, "prepare": prepare, "plan": plan,
-         "compare": compare, "generate": generate, "serve": serve, "lm_eval": lm_eval}  # fmt: skip
+         "compare": compare, "verify": verify, "generate": generate, "serve": serve, "lm_eval": lm_eval}  # fmt: skip

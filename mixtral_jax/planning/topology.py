@@ -18,10 +18,10 @@ from mixtral_jax.sharding import arrange_devices
 
 TARGETS = Path(__file__).parent / "targets"
 TPU_DIMENSIONS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}
-GPUS = ("h100", "h200", "b200")
+GPUS = ("a100", "h100", "h200", "b200")
 KNOWN = (
     "v4, v5p with three sides (v5p:4x4x4), v5e, v6e with two (v6e:16x16), "
-    "h100, h200, b200 with nodes and GPUs of a node (h100:8x8)"
+    "a100, h100, h200, b200 with nodes and GPUs of a node (h100:8x8)"
 )
 PACKAGES = {"tpu": "libtpu", "cuda": "jax_cuda13_plugin"}
 

@@ -221,7 +221,7 @@ class Checkpoints:
         stored = self.read_meta(step)["arrays"]
         bundle = self.directory / str(step)
         for name, part in abstract.items():
-            _compare(bundle, name, stored.get(name, {}), _describe(part))
+            check_fits(bundle, name, stored.get(name, {}), part)
         named = {name: _named(part) for name, part in abstract.items()}
         if advance is None:
             items = {name: ocp.args.StandardRestore(part) for name, part in named.items()}
@@ -359,7 +359,9 @@ def _describe(tree: Any) -> dict[str, list[Any]]:
     return {name: [list(leaf.shape), str(np.dtype(leaf.dtype))] for name, leaf in _named(tree).items()}
 
 
-def _compare(bundle: Path, part: str, stored: dict[str, list[Any]], wanted: dict[str, list[Any]]) -> None:
+def check_fits(bundle: Path, part: str, stored: dict[str, list[Any]], tree: PyTree) -> None:
+    """Raises `UserError` where a part of a bundle does not hold the arrays of a tree: names, shapes, types."""
+    wanted = _describe(tree)
     for name in sorted(stored.keys() | wanted.keys()):
         have, want = stored.get(name), wanted.get(name)
         if have != want:

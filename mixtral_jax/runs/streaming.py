@@ -123,6 +123,22 @@ def _read(store: ts.TensorStore, leaf: jax.ShapeDtypeStruct, advance: Callable[[
     return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
 
 
+def read_blocks(directory: Path, name: str) -> Iterator[np.ndarray]:
+    """Reads one array of an item of a checkpoint, a block at a time.
+
+    Args:
+        directory: of the item.
+        name: of the array.
+
+    Yields:
+        Parts, in order, that together are the array.
+    """
+    store = _open(directory, name)
+    whole = tuple(slice(size) for size in store.shape)
+    for block in _blocks(store.shape, store.dtype.numpy_dtype):
+        yield store[_place(whole, *block)].read().result()
+
+
 def _cut_axes(shape: tuple[int, ...], dtype: Any) -> int:
     """Counts the leading axes along which an array is cut to single entries, so that the rest is at most a block."""
     itemsize, most = np.dtype(dtype).itemsize, max(0, len(shape) - 2)  # a matrix is never cut

@@ -58,7 +58,8 @@ def products_of(called: collections.Counter) -> tuple[int, int]:
 @pytest.mark.parametrize(
     ("gpu", "backend", "dtype"),
     [("h100", "hopper", jnp.bfloat16), ("h100", "triton", jnp.bfloat16), ("h100", "triton", jnp.float32),
-     ("b200", "triton", jnp.bfloat16), ("b200", "triton", jnp.float32)],
+     ("b200", "triton", jnp.bfloat16), ("b200", "triton", jnp.float32), ("a100", "triton", jnp.bfloat16),
+     ("h200", "hopper", jnp.bfloat16)],
 )  # fmt: skip
 def test_expert_products_are_those_of_the_rows(gpu, backend, dtype):
     """XLA's own grouped product multiplies every row with every expert's matrix."""
@@ -138,6 +139,22 @@ def test_one_gpu_reads_the_experts_where_they_lie_and_writes_the_layers_out():
     assert runs == [1, 1]  # no loop over layers
     whole = rf"bf16\[{2 * config.model.num_experts},256,512\]"
     assert len(re.findall(rf"hopper_gated.*{whole}|{whole}.*hopper_gated", program.text)) == 2
+
+
+@pytest.mark.parametrize(("gpu", "experts"), [("a100", "triton"), ("h200", "hopper"), ("b200", "triton")])
+def test_the_step_compiles_for_every_generation(gpu, experts):
+    """What `auto` takes; before Hopper cuDNN's attention has a mask, and another name."""
+    config = tiny_config(
+        model={"d_model": 256, "d_ff": 512, "num_heads": 2, "num_kv_heads": 1, "head_dim": 128, "num_layers": 1},
+        data={"seq_len": 256},
+        mesh={"data": 2, "fsdp": 2},
+        precision={"compute": "bfloat16"},
+    )
+    program = compile_step(config, describe_topology(f"{gpu}:2x2"))
+    assert (program.runtime.attention, program.runtime.experts) == ("cudnn", experts)
+    called = kernels(parse(program.text))
+    assert products_of(called) == (6, 3)
+    assert called["__cudnn$fmhaScaleBiasSoftmaxBackward" if gpu == "a100" else "__cudnn$fmhaSoftmaxBackward"] == 1
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])

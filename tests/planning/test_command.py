@@ -9,8 +9,9 @@ from mixtral_jax.config import UserError
 from mixtral_jax.planning import topology
 from mixtral_jax.planning.command import main
 from mixtral_jax.planning.compile import DoesNotFitError, _explained
-from mixtral_jax.planning.record import CONFIGS, PLANS, record
+from mixtral_jax.planning.record import CONFIGS, PLANS, TOPOLOGIES, record
 from mixtral_jax.planning.record import main as record_main
+from mixtral_jax.planning.topology import GPUS
 
 CONFIG = str(CONFIGS / "8x7b_v5p_128.yaml")
 
@@ -70,8 +71,8 @@ def compilers(name):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param("8x7b_v5p_128", marks=compilers("libtpu")),
-        pytest.param("8x7b_h100_64", marks=compilers("jax_cuda13_plugin")),
+        pytest.param(name, marks=compilers("jax_cuda13_plugin" if place.startswith(GPUS) else "libtpu"))
+        for name, place in TOPOLOGIES.items()
     ],
 )
 def test_a_recorded_plan_is_what_the_compiler_says_today(name):
@@ -82,5 +83,6 @@ def test_a_recorded_plan_is_what_the_compiler_says_today(name):
         return [float(x.replace(",", "")) for x in figures.findall(text)]
 
     assert figures.sub("#", recorded).split() == figures.sub("#", today).split()
-    # Schedules may differ a little from one run of the compiler to the next.
+    # Bytes, collectives and FLOPs: a change that makes one of them worse is seen here, one that makes it better is
+    # recorded. Schedules differ a little from one run of the compiler to the next.
     assert numbers(today) == pytest.approx(numbers(recorded), rel=0.02, abs=0.011)

@@ -1,0 +1,82 @@
+"""`verify` tells good checkpoints from those that a run cannot go on from, and names the reason."""
+
+import json
+import re
+
+import pytest
+
+from mixtral_jax.config import UserError
+from mixtral_jax.runs.checkpoint import META
+from mixtral_jax.runs.manifest import write_manifest
+from mixtral_jax.verbs import VERBS
+from tests.evaluation.checkpoint import make_run
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["finite", "not finite"])
+def made(request, tmp_path_factory):
+    return request.param, make_run(tmp_path_factory.mktemp("run"), broken=request.param)
+
+
+def test_numbers_that_are_not_finite_are_named(made, capsys):
+    broken, run = made
+    if broken:
+        with pytest.raises(UserError, match=r"2 of 2 checkpoints in .* are not good; none is good"):
+            VERBS["verify"]([str(run)])
+    else:
+        VERBS["verify"]([str(run)])
+        VERBS["verify"]([str(run / "checkpoints" / "1")])
+    lines = capsys.readouterr().out.splitlines()
+    found = [line.partition(": ")[2] for line in lines]
+    if broken:
+        assert found == ["params/final_norm/scale holds numbers that are not finite"] * 2
+    else:
+        assert all(re.fullmatch(r"good, \d+ arrays of 0\.00 GB", line) for line in found)
+        assert len(found) == 3
+
+
+@pytest.fixture
+def run(tmp_path):
+    return make_run(tmp_path)
+
+
+def spoil_checksum(bundle):
+    largest = max(bundle.rglob("d/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(bytes(content))
+
+
+def spoil_config(bundle):
+    meta = json.loads((bundle / META).read_text())
+    meta["config"] = meta["config"].replace("d_ff: 48", "d_ff: 40")
+    (bundle / META).write_text(json.dumps(meta))
+    write_manifest(bundle)
+
+
+def spoil_tokenizer(bundle):
+    (bundle / "tokenizer.model").write_bytes(b"no tokenizer")
+    write_manifest(bundle)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (spoil_checksum, r"is not what was written \(checksum\)"),
+        (spoil_config, r"does not fit the configuration: params/layers/moe/w_down is float32 \[2, 4, 48, 32\] there"),
+        (spoil_tokenizer, r"the tokenizer in .* "),
+        (lambda bundle: (bundle / "manifest.json").unlink(), "it is unfinished: there is no manifest"),
+    ],
+    ids=["bit", "config", "tokenizer", "manifest"],
+)
+def test_what_is_wrong_is_named_and_the_good_one_too(run, capsys, spoil, sentence):
+    spoil(run / "checkpoints" / "2")
+    with pytest.raises(UserError, match=r"1 of 2 checkpoints in .* are not good; the newest good one is 1"):
+        VERBS["verify"]([str(run)])
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{run / 'checkpoints' / '1'}: good")
+    assert re.search(sentence, second)
+
+
+def test_a_place_without_checkpoints(tmp_path):
+    with pytest.raises(UserError, match="there is no checkpoint in"):
+        VERBS["verify"]([str(tmp_path)])
