@@ -38,10 +38,7 @@ def main(arguments: list[str]) -> None:
     if named == ["tasks"] and not tasks:
         raise UserError("the mode tasks needs --tasks with one or more files or names of tasks")
     check_outputs(options.json, options.plots)
-    if not Path(options.checkpoint).is_dir():  # told before anything heavy is loaded
-        raise UserError(
-            f"there is no checkpoint in {options.checkpoint}: name a run directory or one of its checkpoints"
-        )
+    cli.check_checkpoint(Path(options.checkpoint))
     distributed = distributed_config(overrides)
     cli.prepare(
         distributed, next((word.partition("=")[2] for word in overrides if word.startswith("data.cache_dir=")), "")

@@ -5,6 +5,7 @@ from pathlib import Path
 from mixtral_jax import cli
 from mixtral_jax.config_loading import key_table, load_config, user_path
 from mixtral_jax.console import make_console
+from mixtral_jax.data.sources import find_sources
 from mixtral_jax.distributed.processes import joined
 
 DEFAULT = Path(__file__).parent / "configs" / "tiny.yaml"
@@ -17,6 +18,7 @@ def main(arguments: list[str]) -> None:
         return
     named = arguments and ("=" not in arguments[0] or Path(arguments[0]).is_file())
     config = load_config(user_path(arguments[0]) if named else DEFAULT, arguments[1:] if named else arguments)
+    find_sources(config.data.sources)
     cli.prepare(config.distributed, config.data.cache_dir)
     with joined(config.distributed):
         # Heavy imports come after the cheap checks, so that a typing error is told at once.

@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from mixtral_jax.config import DistributedConfig, UserError
@@ -24,9 +25,7 @@ def run(main: Callable[[list[str]], None], *, several: bool = False) -> None:
     sys.stdout, sys.stderr = (SteadyStream(stream) for stream in (sys.stdout, sys.stderr))  # type: ignore[assignment]
     # Nothing here uses a hub unless a source names one; libraries must not wait for a network at start.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    if sys.platform == "linux" and not any(glob.glob(pattern) for pattern in ACCELERATORS):
-        # Before JAX looks for plugins: those that the planner brings complain at length where they find no device.
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    choose_platform()
     try:
         main(sys.argv[1:])
     except UserError as error:
@@ -36,6 +35,21 @@ def run(main: Callable[[list[str]], None], *, several: bool = False) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def check_checkpoint(path: Path) -> None:
+    """Raises `UserError` where no checkpoint can be; what else there is to check takes heavy imports."""
+    if not path.is_dir():
+        raise UserError(f"there is no checkpoint in {path}: name a run directory or one of its checkpoints")
+
+
+def choose_platform() -> None:
+    """Chooses the CPU where there is nothing else, before JAX looks for plugins.
+
+    Those that the planner brings complain at length where they find no device.
+    """
+    if sys.platform == "linux" and not any(glob.glob(pattern) for pattern in ACCELERATORS):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 class SteadyStream:

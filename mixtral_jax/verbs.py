@@ -7,9 +7,11 @@ import os
 import sys
 from pathlib import Path
 
+from mixtral_jax.cli import check_checkpoint
 from mixtral_jax.config import Config, UserError
 from mixtral_jax.config_loading import home_expanded, user_path
 from mixtral_jax.evaluation.outputs import check_outputs
+from mixtral_jax.weights.destination import check_new, check_release
 
 API_KEY = "MIXTRAL_JAX_API_KEY"  # environment variable
 
@@ -25,6 +27,8 @@ def import_(arguments: list[str]) -> None:
     parser.add_argument("--upcycle-seed", metavar="S", type=int, default=0, help="of the routers and the noise (0)")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="such as precision.params=bfloat16")
     options = parser.parse_intermixed_args(arguments)
+    check_new(options.directory)
+    check_release(options.source)
     from mixtral_jax.weights.checkpoints import import_checkpoint
     from mixtral_jax.weights.released import Upcycling
 
@@ -42,6 +46,8 @@ def export(arguments: list[str]) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: exact")
     parser.add_argument("--context", metavar="TOKENS", type=int, help="longest sequences that the model is meant for")
     options = parser.parse_args(arguments)
+    check_new(options.directory)
+    check_checkpoint(options.checkpoint)
     from mixtral_jax.weights.checkpoints import export_checkpoint
 
     export_checkpoint(
@@ -96,6 +102,8 @@ def compare(arguments: list[str]) -> None:
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="for both, such as eval.mode=strided")
     options = parser.parse_intermixed_args(arguments)
     check_outputs(options.json, options.plots)
+    for run in options.runs:
+        check_checkpoint(Path(run))
     from mixtral_jax.console import make_console
     from mixtral_jax.evaluation.compare import compare_runs
     from mixtral_jax.evaluation.modes import show

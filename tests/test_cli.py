@@ -125,11 +125,14 @@ def test_names_in_a_live_bar_are_as_they_are() -> None:
 
 
 PLATFORM = """
-import os
+import os, sys
 from mixtral_jax import cli
 cli.ACCELERATORS = {}
-cli.run(lambda _: print(os.getenv('JAX_PLATFORMS')))
+{}
+assert 'jax' not in sys.modules
+print(os.getenv('JAX_PLATFORMS'))
 """
+STARTS = ("cli.run(lambda _: None)", "import benchmarks")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux shows its devices as files")
@@ -142,10 +145,10 @@ def test_the_platform_is_chosen_where_there_is_nothing_to_choose(
 ) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "JAX_PLATFORMS"}
     environment |= {"PYTHONPATH": str(ROOT), **({"JAX_PLATFORMS": given} if given else {})}
-    out = subprocess.run(
-        [sys.executable, "-c", PLATFORM.format(devices)], env=environment, capture_output=True, check=True
-    )
-    assert out.stdout.decode().strip() == platform
+    for start in STARTS:
+        code = PLATFORM.format(devices, start)
+        out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert (out.stdout.strip(), out.stderr) == (platform, "")
 
 
 WATCHED = """
@@ -162,10 +165,14 @@ finally:
     ("words", "code"),
     [
         (["train.py", "--help"], 0), (["train.py", "-h"], 0), (["train.py", "train.setps=3"], 2),
-        (["train.py", "none.yaml"], 2), (["train.py", "seed=-1"], 2),
+        (["train.py", "none.yaml"], 2), (["train.py", "seed=-1"], 2), (["train.py", "data.sources=[]"], 2),
+        (["train.py", "data.sources=[{name: a, path: nowhere.txt}]"], 2),
         (["eval.py", "--help"], 0), (["eval.py", "no-run"], 2), (["eval.py", ".", "mood"], 2),
         (["mixtral_jax/__main__.py", "--help"], 0), (["mixtral_jax/__main__.py", "import", "--help"], 0),
-        (["mixtral_jax/__main__.py", "exprot"], 2),
+        (["mixtral_jax/__main__.py", "exprot"], 2), (["mixtral_jax/__main__.py", "import", "nothing", "new"], 2),
+        (["mixtral_jax/__main__.py", "import", "configs", "tests"], 2),
+        (["mixtral_jax/__main__.py", "export", "nothing", "new", "--format", "hf"], 2),
+        (["mixtral_jax/__main__.py", "compare", "configs", "nothing"], 2),
     ],
     ids=str,
 )  # fmt: skip

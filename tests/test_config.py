@@ -293,6 +293,7 @@ def test_shares_go_from_zero_to_below_one(key):
         ("[{name: a, path: x, hub: y}]", "source 'a' of data.sources names path and hub: give exactly one of "),
         ("[{name: a, path: x, weight: 0}]", "source 'a' has weight 0.0: it must be above 0"),
         ("[{name: a, path: x}, {name: a, path: y}]", "data.sources names 'a' twice: give every source its own name"),
+        ("[{name: total, path: x}]", "data.sources names one 'total', which all together are: give it another name"),
     ],
 )
 def test_sources_that_cannot_be(sources, sentence):

@@ -86,8 +86,19 @@ def test_simulated_devices_share_the_processor(monkeypatch):
 
 
 @pytest.mark.parametrize("compute", [jnp.float32, jnp.bfloat16])
-def test_measured_peak_is_a_rate(compute):
-    assert 1e8 < measured_matmul_peak(compute) < 1e16
+@pytest.mark.parametrize(("platform", "fastest"), [("cpu", 2 * 16**3 / 0.25), ("gpu", 2 * 128**3 / 8)])
+def test_the_measured_peak_is_the_fastest_rate_of_all_products(monkeypatch, compute, platform, fastest):
+    took = {8: (4, 2, 3), 16: (1, 0.25, 9), 32: (8, 8, 8), 64: (99, 64, 70), 128: (9, 8, 10)}  # seconds, of which size
+
+    def multiply(a, b):
+        assert a.dtype == compute
+        return a @ b
+
+    times = iter([reading for size in took for seconds in took[size] for reading in (0.0, seconds)])
+    monkeypatch.setattr(hardware, "SIZES", tuple(took))
+    monkeypatch.setattr(hardware, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+    monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(platform=platform)])
+    assert measured_matmul_peak(compute, multiply) == fastest
 
 
 def test_memory_grows_with_what_is_held():

@@ -16,7 +16,10 @@ def test_every_mistake_can_be_planted():
     ]
     assert not wrong, "\n".join(wrong)
     assert all(mutant.old != mutant.new for mutant in MUTANTS)
-    assert all((ROOT / "tests" / name).exists() for mutant in MUTANTS for name in mutant.tests.split())
+    for file, _, name in {test.partition("::") for mutant in MUTANTS for test in mutant.tests.split()}:
+        path = ROOT / "tests" / file
+        assert path.exists(), file
+        assert not name or f"def {name}(" in path.read_text(), name
 
 
 def test_there_are_enough_of_them():

@@ -56,8 +56,6 @@ def open_documents(config: Config, *, own: DocumentRecord | None = None, before:
     Raises:
         UserError: whatever is wrong with sources, tokenizer or cache.
     """
-    if not config.data.sources:
-        raise UserError("data.sources is empty: name at least one source of text")
     check_sources(config.data.sources)
     tokenizer = load_tokenizer(config.data, config.model.vocab_size)
     directory = cache_directory(config.data.cache_dir)
@@ -142,17 +140,26 @@ class TrainingData:
                 getattr(batch, name)[here] = part
         return batch
 
-    def progress(self, steps: int) -> dict[str, int | float]:
-        """Says what the first so many steps take of each source: `tokens_seen/NAME`, `share/NAME`, `epoch/NAME`.
+    def tokens_seen(self, steps: int) -> int:
+        """Counts the tokens of the first so many steps, as `progress` does, of all sources."""
+        return sum(self._dealt(steps)[1])
 
-        Tokens are those that the model reads, BOS and EOS among them; padding is none.
-        """
+    def _dealt(self, steps: int) -> tuple[list[int], list[int]]:
+        """Rows and tokens that each source gives to the first so many steps."""
         dealt = rows_dealt(steps * self._batch_size, self._weights)
         tokens = []
         for source, (rows, size, empty) in enumerate(zip(dealt, self._rows, self._padding, strict=True)):
             epochs, begun = divmod(rows, size)
             padded = epochs + (place_of_row(size - 1, epochs, size, self._seed, source) < begun)
             tokens.append(rows * self._seq_len - padded * empty)
+        return dealt, tokens
+
+    def progress(self, steps: int) -> dict[str, int | float]:
+        """Says what the first so many steps take of each source: `tokens_seen/NAME`, `share/NAME`, `epoch/NAME`.
+
+        Tokens are those that the model reads, BOS and EOS among them; padding is none.
+        """
+        dealt, tokens = self._dealt(steps)
         seen: dict[str, int | float] = {}
         for source, name in enumerate(self.source_names):
             seen |= {

@@ -66,28 +66,29 @@ def document_parts(source: SourceConfig, on_bytes: Callable[[int], None] = _igno
             yield _file_documents(file, source.text_field, on_bytes)
 
 
+def find_sources(sources: Sequence[SourceConfig]) -> list[list[Path]]:
+    """Lists the files of every source, and asks no hub: what is cheap to check, before anything is imported for it.
+
+    Raises:
+        UserError: no source at all, or one whose files are missing.
+    """
+    if not sources:
+        raise UserError("data.sources is empty: name at least one source of text")
+    return [[_prepared_index(source)] if source.prepared else source_files(source) for source in sources]
+
+
 def check_sources(sources: Sequence[SourceConfig]) -> None:
     """Finds what is missing before anything slow; says what is left out and what comes in twice.
 
     Raises:
-        UserError: a source's files are missing or the hub cannot be reached.
+        UserError: no source at all, one whose files are missing, or a hub that cannot be reached.
     """
     first: dict[tuple[int, int], str] = {}  # which source has a file
-    for source in sources:
-        if source.prepared:
-            files = [Path(source.prepared).expanduser() / "index.json"]
-            if not files[0].is_file():
-                raise UserError(
-                    f"source '{source.name}' of data.sources: {source.prepared} holds no prepared tokens: name a "
-                    "directory tokens/LANGUAGE that `python -m mixtral_jax prepare` wrote"
-                )
-        elif source.hub:
+    for source, files in zip(sources, find_sources(sources), strict=True):
+        if source.hub:
             _check_hub(source)
-            continue
-        else:
-            files = source_files(source)
-            if source.path and (left_out := _listing(source).say()):
-                log.warning("source '%s': %d files; left out: %s", source.name, len(files), left_out)
+        elif source.path and (left_out := _listing(source).say()):
+            log.warning("source '%s': %d files; left out: %s", source.name, len(files), left_out)
         others = [first.setdefault(identity(file), source.name) for file in files]
         for other in dict.fromkeys(others):
             if other != source.name:
@@ -95,6 +96,16 @@ def check_sources(sources: Sequence[SourceConfig]) -> None:
                     "sources '%s' and '%s' share %d files: their text counts in both, for training or held out",
                     other, source.name, others.count(other),
                 )  # fmt: skip
+
+
+def _prepared_index(source: SourceConfig) -> Path:
+    file = Path(source.prepared or "").expanduser() / "index.json"
+    if not file.is_file():
+        raise UserError(
+            f"source '{source.name}' of data.sources: {source.prepared} holds no prepared tokens: name a "
+            "directory tokens/LANGUAGE that `python -m mixtral_jax prepare` wrote"
+        )
+    return file
 
 
 def source_files(source: SourceConfig) -> list[Path]:

@@ -34,7 +34,7 @@ class Side:
     step: int
     facts: dict[str, float | int | None]  # by name in the table
     tokenizer: str  # fingerprint
-    row_tokens: int  # of a training step
+    step_tokens: float  # of a training step; of all its places where it is not known how many were padding
     history: list[dict[str, Any]]  # lines of metrics.jsonl up to the step
     evaluation: Evaluation
     texts: list[MeasuredText]
@@ -101,9 +101,10 @@ def _look_at(path: str, overrides: list[str]) -> Side:
     documents = [text.documents for text in texts]
     evaluation = measure_with_progress(score, documents, config.eval, config.data.seq_len)
     history = _history(Path(path), loaded.step)
-    row_tokens = config.train.batch_size * config.data.seq_len
+    known = loaded.training_tokens
+    step_tokens = known / loaded.step if known else config.train.batch_size * config.data.seq_len
     return Side(
-        path, loaded.step, _facts(loaded, history), loaded.tokenizer.fingerprint, row_tokens, history, evaluation,
+        path, loaded.step, _facts(loaded, history), loaded.tokenizer.fingerprint, step_tokens, history, evaluation,
         texts, notes(texts, loaded.record),
     )  # fmt: skip
 
@@ -132,7 +133,7 @@ def _facts(loaded: LoadedModel, history: list[dict[str, Any]]) -> dict[str, floa
         "step": loaded.step,
         "parameters": counts.total,
         "active parameters": counts.active,
-        "training tokens": loaded.step * loaded.config.train.batch_size * loaded.config.data.seq_len,
+        "training tokens": loaded.training_tokens,
         "training nats/token": end("cross_entropy"),
         "held-out nats/token": heldout[-1] if heldout else None,
         "load-balancing loss": end("load_balance_loss"),
@@ -204,7 +205,7 @@ def _draw(sides: Sequence[Side], path: Path) -> None:
             (panels[0, 1], "heldout/total", "held-out text, nats per token"),
             (panels[1, 0], "max_violation", "busiest expert above the uniform load"),
         ):
-            points = [(e["step"] * side.row_tokens, e[key]) for e in side.history if e.get(key) is not None]
+            points = [(e["step"] * side.step_tokens, e[key]) for e in side.history if e.get(key) is not None]
             if points:
                 style = "o-" if key == "heldout/total" else "-"
                 axes.plot(*zip(*points, strict=True), style, color=colour, lw=1, ms=4, label=label)

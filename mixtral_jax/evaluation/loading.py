@@ -22,6 +22,7 @@ class LoadedModel:
     config: Config  # of the checkpoint, with the overrides
     record: DocumentRecord | None  # of what it was trained on; None: not known
     step: int
+    training_tokens: int | None  # up to that step, without padding; None: not known
     architecture: Architecture
     arrays: Arrays
     tokenizer: Tokenizer
@@ -39,7 +40,8 @@ def load_model(path: str, overrides: list[str], *, packed: bool = True) -> Loade
         UserError: no checkpoint there, a bad override, another tokenizer than the checkpoint's.
     """
     checkpoints, step = find_checkpoint(Path(path))
-    text = checkpoints.read_meta(step)["config"]
+    meta = checkpoints.read_meta(step)
+    text = meta["config"]
     saved = parse_config(text, where=f"the configuration in {path}", saved=True)
     # The mesh of the training run says nothing about the devices of today.
     config = parse_config(text, [ANY_MESH, *overrides], where=path, saved=True)
@@ -59,4 +61,4 @@ def load_model(path: str, overrides: list[str], *, packed: bool = True) -> Loade
     architecture = Architecture(config.model, runtime)
     arrays = checkpoints.restore(step, architecture.abstract())
     record = checkpoints.read_record(step)
-    return LoadedModel(config, record, step, architecture, arrays, tokenizer)
+    return LoadedModel(config, record, step, meta.get("training_tokens"), architecture, arrays, tokenizer)

@@ -260,6 +260,7 @@ class Trainer:
             "config": to_yaml(self.config),
             "data_fingerprint": self.data.fingerprint,
             "documents": self.text.summary(self.config.data),
+            "training_tokens": self.data.tokens_seen(step),
             "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
         }
         files = {"tokenizer.model": self.text.tokenizer.model_bytes, RECORD: self.text.record.content}

@@ -59,6 +59,7 @@ def import_checkpoint(
     with new_directory(directory) as partial:
         arrays = import_weights(released, runtime, upcycling)
         facts = {"format": released.layout.name, "dtype": released.dtype, "context": released.context}
+        facts["eos_token_id"] = released.eos_token_id
         meta = {"step": 0, "config": to_yaml(config), "data_fingerprint": "", "released": facts}
         checkpoints = Checkpoints(partial / "checkpoints", CheckpointConfig(), warn=say)
         with byte_progress("write the checkpoint", _size(arrays)) as advance:
@@ -155,5 +156,6 @@ def export_checkpoint(
         load_balance=config.losses.load_balance,
         dtype=dtype or facts.get("dtype"),
         tokenizer=checkpoints.read_file(step, "tokenizer.model"),
+        eos=facts.get("eos_token_id"),
     )
     say(f"{directory}: {len(files)} files, {sum(file.stat().st_size for file in files) / 1e9:.2f} GB")

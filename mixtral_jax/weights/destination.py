@@ -1,4 +1,4 @@
-"""A directory that appears whole or not at all."""
+"""The places that import and export read and write: a new directory appears whole or not at all."""
 
 import os
 import shutil
@@ -38,6 +38,12 @@ def new_directory(directory: Path) -> Iterator[Path]:
         for parent in above:
             if parent.exists() and not any(parent.iterdir()):
                 parent.rmdir()
+
+
+def check_release(directory: Path) -> None:
+    """Raises `UserError` where no release can be."""
+    if not directory.is_dir():
+        raise UserError(f"{directory} is not a directory: name the one that holds config.json or params.json")
 
 
 def check_new(directory: Path) -> None:

@@ -36,6 +36,7 @@ def export_weights(
     load_balance: float,
     dtype: FileType | None = None,
     tokenizer: bytes | None = None,
+    eos: int | list[int] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> list[Path]:
     """Writes a model as a released checkpoint; the host holds one tensor and one block at a time.
@@ -49,6 +50,7 @@ def export_weights(
         load_balance: our coefficient of the load-balancing loss; written in Hugging Face's scale.
         dtype: of the tensors; None: the parameters' own.
         tokenizer: a sentencepiece model to put beside the weights.
+        eos: tokens that end a generated text; Hugging Face's config.json states them. None: the tokenizer's.
         shard_bytes: largest file of the Hugging Face formats.
 
     Returns:
@@ -67,7 +69,10 @@ def export_weights(
     with new_directory(directory) as partial:
         _write_tensors(plan, params, config, layout, kind, partial)
         if layout.config_file == "config.json":
-            description = describe_hf(config, dtype=kind, context=context, load_balance=load_balance)
+            known = Tokenizer(tokenizer) if tokenizer else None
+            ids = {"bos": known.bos_id, "eos": known.eos_id} if known else {}
+            ids |= {} if eos is None else {"eos": eos}
+            description = describe_hf(config, dtype=kind, context=context, load_balance=load_balance, **ids)
         else:
             description = describe_mistral(config, layout)
         (partial / layout.config_file).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixtral_jax.config import ModelConfig, UserError
+from mixtral_jax.weights.destination import check_release
 from mixtral_jax.weights.files import find_files, read_files
 from mixtral_jax.weights.names import FORMATS, ExternalTensor, Format, external_tensors, num_tensors
 from mixtral_jax.weights.released_config import Description, read_description
@@ -24,6 +25,7 @@ class Released:
     context: int | None  # tokens up to which the model here computes what the release does
     window: int | None = None  # tokens, where a sliding window is what bounds the context
     notes: tuple[str, ...] = ()  # what was left out, in sentences
+    eos_token_id: int | list[int] | None = None  # what ends a generated text
 
     @property
     def dtype(self) -> FileType:
@@ -57,8 +59,7 @@ def open_released(directory: str | Path, upcycling: Upcycling | None = None) -> 
             unreadable types; a configuration that does not fit.
     """
     directory = Path(directory)
-    if not directory.is_dir():
-        raise UserError(f"{directory} is not a directory: name the one that holds config.json or params.json")
+    check_release(directory)
     config_file, files = find_files(directory)
     description = read_description(directory / config_file)
     found = read_files(directory, files)
@@ -76,8 +77,8 @@ def open_released(directory: str | Path, upcycling: Upcycling | None = None) -> 
             f"{directory / config_file} has sliding_window={description.window}: the model here attends to everything, "
             f"so it computes what the release does in rows of up to {description.window} tokens"
         )
-    context, window = description.context, description.window
-    return Released(directory, layout, config, tensors, context, window, tuple(notes))
+    context, window, eos = description.context, description.window, description.eos_token_id
+    return Released(directory, layout, config, tensors, context, window, tuple(notes), eos)
 
 
 def _recognise(tensors: dict[str, StoredTensor], directory: Path, config_file: str) -> Format:

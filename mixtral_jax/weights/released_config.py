@@ -41,6 +41,7 @@ class Description:
     is_dense: bool
     rope_scaling: RopeScalingConfig
     window: int | None = None  # tokens, where that is what bounds the context
+    eos_token_id: int | list[int] | None = None  # what ends a generated text
 
 
 def read_description(file: Path) -> Description:
@@ -51,7 +52,7 @@ def read_description(file: Path) -> Description:
     """
     raw = read_object(file)
     ours = {name.split(".")[0] for names in SPELLINGS.values() for name in names}
-    refuse_unknown(raw, {*ours, *_CONTEXT, "sliding_window", "rope_scaling", "moe"}, file)
+    refuse_unknown(raw, {*ours, *_CONTEXT, "sliding_window", "rope_scaling", "moe", "eos_token_id"}, file)
     moe = raw.get("moe") or {}
     if not isinstance(moe, dict):
         raise UserError(f"moe of {file} is {reprlib.repr(moe)}: it must be an object, or null")
@@ -91,6 +92,8 @@ def read_description(file: Path) -> Description:
     if context is not None:
         number(context, " or ".join(_CONTEXT), file, whole=True)
     scaling = read_scaling(raw, context, file)
+    if isinstance(window, list):
+        raise UserError(f"{file} has sliding_window={reprlib.repr(window)}: windows by layer cannot be imported")
     if window is not None:
         # The first upload writes the number as a string.
         window = int(window) if isinstance(window, str) and re.fullmatch("[0-9]{1,9}", window) else window
@@ -103,7 +106,15 @@ def read_description(file: Path) -> Description:
         "num_experts" not in fields,
         scaling,
         window if bounded else None,
+        _eos(raw.get("eos_token_id"), file),
     )
+
+
+def _eos(value: Any, file: Path) -> int | list[int] | None:
+    for entry in value if isinstance(value, list) else [value]:
+        if value is not None and (type(entry) is not int or not 0 <= entry < 2**31):
+            raise UserError(f"{file} has eos_token_id={reprlib.repr(value)}: it must be a token's number, or several")
+    return value
 
 
 def _value(raw: dict[str, Any], names: tuple[str, ...], file: Path) -> Any:
@@ -122,7 +133,15 @@ def _value(raw: dict[str, Any], names: tuple[str, ...], file: Path) -> Any:
     return values[0] if values else None
 
 
-def describe_hf(config: ModelConfig, *, dtype: FileType, context: int, load_balance: float) -> dict[str, Any]:
+def describe_hf(
+    config: ModelConfig,
+    *,
+    dtype: FileType,
+    context: int,
+    load_balance: float,
+    bos: int = BOS,
+    eos: int | list[int] = EOS,
+) -> dict[str, Any]:
     """Writes config.json, for transformers before and after version 5.
 
     Args:
@@ -130,6 +149,8 @@ def describe_hf(config: ModelConfig, *, dtype: FileType, context: int, load_bala
         dtype: of the tensors.
         context: tokens.
         load_balance: our coefficient, of a loss that is 1 at balance; Hugging Face's is top-k there.
+        bos: the token that begins a text.
+        eos: the token, or those, that end one.
     """
     own = {names[0]: getattr(config, field) for field, names in SPELLINGS.items()}
     return {
@@ -143,8 +164,8 @@ def describe_hf(config: ModelConfig, *, dtype: FileType, context: int, load_bala
         "attention_dropout": 0.0,
         "router_aux_loss_coef": load_balance / config.num_experts_per_tok,
         "tie_word_embeddings": False,
-        "bos_token_id": BOS,
-        "eos_token_id": EOS,
+        "bos_token_id": bos,
+        "eos_token_id": eos,
         "torch_dtype": dtype,
         "dtype": dtype,
     }

@@ -29,7 +29,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
 _HARMLESS = """
 _attn_implementation_autoset _attn_implementation_internal _commit_hash _name_or_path architectures
 attention_dropout begin_suppress_tokens bos_token_id chunk_size_feed_forward decoder_start_token_id dtype
-eos_token_id finetuning_task id2label initializer_range label2id max_batch_size num_labels output_attentions
+finetuning_task id2label initializer_range label2id max_batch_size num_labels output_attentions
 output_hidden_states output_router_logits pad_token_id prefix problem_type return_dict router_aux_loss_coef
 router_jitter_noise sep_token_id task_specific_params tf_legacy_loss tokenizer_class torch_dtype torchscript
 transformers_version unsloth_fixed unsloth_version use_bfloat16 use_cache
@@ -39,6 +39,8 @@ no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_score
 repetition_penalty return_dict_in_generate suppress_tokens temperature top_k top_p typical_p
 """
 HARMLESS = frozenset(_HARMLESS.split())
+# Of params.json, for which config.json has a key that is read.
+IN_CONFIG_JSON = ("yarn",)
 
 
 def read_object(file: Path) -> dict[str, Any]:
@@ -70,10 +72,10 @@ def refuse_unknown(section: dict[str, Any], known: set[str], file: Path, prefix:
         if key == "layer_types" and isinstance(value, list) and all(kind == "full_attention" for kind in value):
             continue
         only = f"only {FIXED[key][0]!r} can be imported" if key in FIXED else "no such feature can be imported"
-        raise UserError(
-            f"{file} has {prefix}{key}={reprlib.repr(value)}, which is not a Mixtral: {only}; remove the key if it "
-            "does not change what the model computes"
-        )
+        remedy = f"{only}; remove the key if it does not change what the model computes"
+        if key in IN_CONFIG_JSON:
+            remedy = "it is read from config.json, so import the release's files in Hugging Face's format"
+        raise UserError(f"{file} has {prefix}{key}={reprlib.repr(value)}, which is not a Mixtral: {remedy}")
 
 
 def number(value: Any, name: str, file: Path, *, whole: bool) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 
 from mixtral_jax.config import CheckpointConfig, Config
 from mixtral_jax.config_loading import parse_config, to_yaml
-from mixtral_jax.data.pipeline import open_documents
+from mixtral_jax.data.pipeline import data_fingerprint, open_documents
 from mixtral_jax.data.record import FILE
 from mixtral_jax.runs.checkpoint import Checkpoints
 from tests.small_run import WORDS
@@ -37,12 +37,12 @@ def make_run(directory: Path, *, broken: bool = False, record: bool = True) -> P
         arrays["params"]["final_norm"]["scale"] = arrays["params"]["final_norm"]["scale"].at[3].set(np.nan)
     run = directory / "run"
     text = open_documents(config)
-    meta = {"config": to_yaml(config), "data_fingerprint": ""}
+    meta = {"config": to_yaml(config), "data_fingerprint": data_fingerprint(config, text.training)}
     meta |= {"documents": text.summary(config.data)} if record else {}
     with Checkpoints(run / "checkpoints", CheckpointConfig()) as checkpoints:
         files = {"tokenizer.model": text.tokenizer.model_bytes, FILE: text.record.content}
         for step in (1, 2):
-            checkpoints.save(step, arrays, {"step": step, **meta}, files)
+            checkpoints.save(step, arrays, {"step": step, "training_tokens": 400 * step, **meta}, files)
             arrays = jax.tree.map(lambda x: x * 0.9, arrays)
     history = [
         {"step": step, "loss": 5.0 / step, "cross_entropy": 4.0 / step, "load_balance_loss": 1.1, "max_violation": 0.5,

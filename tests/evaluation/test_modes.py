@@ -47,11 +47,18 @@ def test_outputs_are_checked_before_the_work(tmp_path):
 
 
 def test_tasks_may_be_followed_by_overrides(run, tmp_path):
-    (tmp_path / "task.jsonl").write_text(json.dumps({"query": "the", "choices": ["river", "old"], "gold": 0}) + "\n")
-    arguments = ["--tasks", tmp_path / "task.jsonl", "eval.context=32", "--json", tmp_path / "out.json"]
-    eval_script(run, *arguments)
-    numbers = json.loads((tmp_path / "out.json").read_text())
-    assert numbers["tasks"]["task"]["metrics"]["acc"]["value"] in (0, 1)
+    long = {"query": "the", "choices": ["old river " * 15, "old"], "gold": 0}
+    (tmp_path / "task.jsonl").write_text(json.dumps(long) + "\n")
+    arguments = ["--tasks", tmp_path / "task.jsonl", "--json", tmp_path / "out.json"]
+    with pytest.raises(
+        UserError, match=r"a continuation is [34]\d tokens long and the context is 32: raise eval.context"
+    ):
+        eval_script(run, *arguments, "eval.context=32")
+    assert not (tmp_path / "out.json").exists()
+    eval_script(run, *arguments, "eval.context=48")
+    (task,) = json.loads((tmp_path / "out.json").read_text())["tasks"].values()
+    assert (task["samples"], task["trained_on"]) == (1, 0)
+    assert list(task["metrics"]) == ["acc", "acc_norm"]
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +140,7 @@ def test_compare(run, tmp_path, capsys):
     numbers = json.loads((tmp_path / "out.json").read_text())
     first, second = numbers["runs"]
     assert (first["facts"]["step"], second["facts"]["step"]) == (2, 1)
+    assert (first["facts"]["training tokens"], second["facts"]["training tokens"]) == (800, 400)  # as was recorded
     assert (first["facts"]["training nats/token"], second["facts"]["training nats/token"]) == (3.0, 4.0)
     for name in ("one", "two"):
         found = numbers["differences"][name]

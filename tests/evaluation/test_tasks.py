@@ -1,7 +1,9 @@
 """Tasks from JSONL files on a made-up model of the harness, and our model class on a checkpoint."""
 
+import dataclasses
 import json
 import re
+from pathlib import Path
 
 import pytest
 from lm_eval.api.model import LM
@@ -11,7 +13,8 @@ from rich.console import Console
 from mixtral_jax.config import UserError
 from mixtral_jax.evaluation.harness import MixtralJax
 from mixtral_jax.evaluation.loading import load_model
-from mixtral_jax.evaluation.tasks import jsonl_task, run_tasks, tasks_table
+from mixtral_jax.evaluation.tasks import jsonl_task, measure_tasks, run_tasks, tasks_table
+from mixtral_jax.evaluation.texts import evaluation_texts
 from tests.evaluation.checkpoint import make_run
 
 
@@ -123,3 +126,30 @@ def test_what_does_not_fit_the_context_is_one_sentence(model, tmp_path):
     )
     with pytest.raises(UserError, match=r"a task asks for 64 new tokens and the context is 64: raise"):
         run_tasks(model, [str(yaml)])
+
+
+def test_samples_that_were_trained_on_are_counted(model, tmp_path, monkeypatch):
+    loaded = model.loaded
+    monkeypatch.setattr("mixtral_jax.evaluation.harness.MixtralJax", lambda loaded: Speller())
+    lines = (Path(loaded.config.run_dir).parent / "one.jsonl").read_text().splitlines()
+    held_out = evaluation_texts(loaded)[0].documents
+    left = {loaded.tokenizer.decode(held_out.tokens(index)).strip() for index in range(held_out.num_documents)}
+    documents = [json.loads(line)["text"] for line in lines]
+    known = [text for text in documents if text not in left]
+    assert min(len(known), len(left)) >= 4
+    asked = [*known[:3], *sorted(left)[:2], "something else"]
+    whole = write(tmp_path / "whole.jsonl", [{"text": text} for text in asked])
+    # In two parts that the model is asked as one.
+    parts = write(tmp_path / "parts.jsonl", [
+        {"query": text[:place], "choices": [text[place + 1 :], "x"], "gold": 0}
+        for text in asked
+        for place in [text.index(" ", 8)]
+    ])  # fmt: skip
+    found = measure_tasks(loaded, [whole, parts])
+    assert [found[task]["trained_on"] for task in ("whole", "parts")] == [3, 3]
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(tasks_table(found))
+    assert capture.get().count("3 in training") == 2
+    unknown = dataclasses.replace(loaded, record=None)
+    assert measure_tasks(unknown, [whole])["whole"]["trained_on"] is None

@@ -8,17 +8,17 @@ import pytest
 
 from mixtral_jax.config import UserError
 from mixtral_jax.config_loading import load_config, replace
-from mixtral_jax.metrics import parameter_counts
+from mixtral_jax.metrics import flops_per_token, parameter_counts
 from mixtral_jax.planning.advice import remedies
 from mixtral_jax.planning.command import with_sizes
-from mixtral_jax.planning.estimate import estimate
+from mixtral_jax.planning.estimate import Estimate, estimate
 from mixtral_jax.planning.record import CONFIGS, PLANS, TOPOLOGIES
 from mixtral_jax.planning.search import candidates, distinct, rank
 from mixtral_jax.sharding import MESH_AXES
 from tests.planning.fakes import fake_topology
 
 GIB = 2**30
-MEMORY_FACTOR, TIME_FACTOR = 1.5, 1.5  # docs/planning.md states them
+MEMORY_FACTOR, COMPUTE_FACTOR, NETWORK_FACTOR = 1.2, 1.1, 1.2  # docs/planning.md states them
 
 
 def pod(name: str):
@@ -42,9 +42,9 @@ def test_the_model_is_near_the_compiler(name):
     assert 1 / MEMORY_FACTOR < guess.memory / total < MEMORY_FACTOR
     seconds = {row[0]: float(row[1]) for row in re.findall(r"^ (\w+) .*?/s +([\d.]+) ", text, re.M)}
     near, far = ("NVLink", "NICs") if topology.platform == "cuda" else ("ICI", "DCN")
-    assert 1 / TIME_FACTOR < guess.compute / seconds["compute"] < TIME_FACTOR
+    assert 1 / COMPUTE_FACTOR < guess.compute / seconds["compute"] < COMPUTE_FACTOR
     for value, key in ((guess.near, near), (guess.far, far)):
-        assert value == pytest.approx(seconds[key], rel=TIME_FACTOR - 1, abs=0.01), key
+        assert value == pytest.approx(seconds[key], rel=NETWORK_FACTOR - 1, abs=1e-3), key
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +100,27 @@ def test_memory_of_the_state_by_hand(v5p):
         guess = estimate(replace(config, precision=types, train={"microbatches": parts}), topology)
         assert guess.state == pytest.approx(large * (params + moment + 4), rel=1e-6)
         assert guess.gradients == pytest.approx(large * (4 + (gradients if parts > 1 else 0)), rel=1e-6)
+
+
+def test_a_step_takes_the_longest_part_and_a_share_of_the_others():
+    guess = Estimate(10.0, 20.0, 30.0, 40.0, compute=2.0, memory_time=4.0, near=1.0, far=0.5, ideal=1.5)
+    assert guess.memory == 100
+    assert guess.seconds == pytest.approx(4 + 0.3 * 3.5)
+    assert guess.mfu == pytest.approx(1.5 / 5.05)
+
+
+@pytest.mark.parametrize(("remat", "passes"), [("none", 3), ("dots", 4), ("full", 4)])
+def test_the_work_of_a_step_by_hand(v5p, remat, passes):
+    """A pass forward and two backward; recomputing and balancing over several parts are one more each."""
+    config, topology = v5p
+    tokens = config.train.batch_size * config.data.seq_len / 64
+    ideal = flops_per_token(config.model, config.data.seq_len) * tokens / 459e12
+    for parts, extra in ((1, 0), (4, 1)):
+        guess = estimate(replace(config, train={"remat": remat, "microbatches": parts}), topology)
+        assert guess.ideal == pytest.approx(ideal, rel=1e-6)
+        assert guess.compute == pytest.approx(ideal * (passes + extra) / 3, rel=1e-6)
+        if remat == "full":  # the layers' inputs alone, in two bytes
+            assert guess.kept == pytest.approx(32 * tokens / parts * 4096 * 2, rel=1e-6)
 
 
 def test_the_larger_pod_is_faster(v5p):

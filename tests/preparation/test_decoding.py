@@ -43,6 +43,20 @@ def test_one_bad_byte_in_utf8_costs_that_byte(text, stated):
     assert decode(data, stated, html=True) == (expected, "UTF-8 with replacements")
 
 
+@pytest.mark.parametrize(("characters", "way"), [(10, "UTF-8 with replacements"), (9, "HTTP header")])
+def test_ten_characters_outweigh_a_bad_byte_and_a_declaration(characters, way):
+    data = "é".encode() * characters + b" x\x92s"
+    assert decode(data, "text/html; charset=windows-1252")[1] == way
+
+
+def test_the_mark_of_what_could_not_be_read_is_a_character_where_the_text_has_it():
+    assert decode("Stra\ufffde".encode()) == ("Stra\ufffde", "UTF-8")
+
+
+def test_a_guess_of_a_rare_encoding_is_not_believed():
+    assert decode("mañana, señor".encode("cp1252")) == ("mañana, señor", "guess")  # ISO-8859-10 by the library
+
+
 @pytest.mark.parametrize("text", LANGUAGES)
 def test_utf8_that_ends_within_a_character_costs_that_character(text):
     place = max(place for place, letter in enumerate(text) if not letter.isascii())
@@ -72,6 +86,7 @@ def test_order_of_what_is_declared():
     [
         "<!-- <meta charset=koi8-r> --><meta charset=windows-1251>",
         '<meta name=description content="how to write charset=koi8-r"><meta charset=windows-1251>',
+        '<meta http-equiv=refresh content="5; url=/?charset=koi8-r"><meta charset=windows-1251>',
         "<meta charset=utf-16><meta charset=windows-1251>",
         "<meta charset=nonsense><meta charset=windows-1251>",
     ],

@@ -49,6 +49,12 @@ def test_a_wrong_label_leaves_the_bytes(tmp_path, coding):
     assert texts(tmp_path, archive(*BODIES, Content_Encoding=coding)) == (PAGES, [])
 
 
+@pytest.mark.parametrize("coding", ["br", "deflate"])
+def test_a_wrong_label_of_bytes_that_could_be_so_coded_leaves_them_too(tmp_path, coding):
+    body = BODIES[0].replace(b"<body>", b"<body>\x01", 1)
+    assert texts(tmp_path, archive(body, Content_Encoding=coding)) == ([body.decode()], ["damaged content"])
+
+
 @pytest.mark.parametrize("coding", ["gzip", "br", "deflate", "zstd"])
 def test_of_a_body_that_was_cut_the_begin_is_kept_and_the_damage_counted(tmp_path, coding):
     long = page(" ".join(f"{number} {text}" for number in range(400) for text in PAGES)).encode()

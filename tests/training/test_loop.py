@@ -1,9 +1,14 @@
 """The loop in one process: batches reach the devices ahead of their step, and no step waits for another's metrics."""
 
+import json
+import math
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from mixtral_jax.config import UserError
@@ -12,6 +17,7 @@ from mixtral_jax.data.pipeline import TrainingData
 from mixtral_jax.training.step import Trainable
 from mixtral_jax.training.trainer import IN_FLIGHT, Trainer
 from tests.small_run import write_config
+from tests.training.by_hand import figures_by_hand
 
 STEPS = 9
 KEYS = ("train.batch_size=8", "mesh.fsdp=8", f"train.steps={STEPS}", "train.eval_every=0", "checkpoint.every=100")
@@ -90,3 +96,33 @@ def test_the_run_ends_with_the_last_of_so_many_steps_that_were_not_finite(traine
         trainer._report(5, {"skipped_in_a_row": jnp.int32(in_a_row)}, None)
     with pytest.raises(UserError, match="not finite in 3 steps in a row, up to step 5"):
         trainer._report(5, {"skipped_in_a_row": jnp.int32(3)}, None)
+
+
+def test_every_figure_of_the_log_is_worked_out_by_hand(trainer):
+    trainer.config = replace(trainer.config, train={"stop_at_step": 1})
+    outcome = trainer.run()
+    run_dir = Path(trainer.config.run_dir)
+    (line,) = (json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines())
+    config, architecture = trainer.config, trainer.trainable.architecture
+    batch = trainer.data.batch(0)
+    expected = figures_by_hand(architecture, architecture.init(config.seed), trainer.trainable.put(batch))
+    moment = next(part for part in outcome.state.opt_state if hasattr(part, "mu")).mu
+    norm = 10 * math.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(moment)))  # 0.1 of the clipped gradient
+    expected |= {
+        "step": 1,
+        "loss": expected["cross_entropy"] + 0.02 * expected["load_balance_loss"] + 0.001 * expected["router_z_loss"],
+        "learning_rate": 1e-2 / 2,  # the first of two steps of warm-up
+        "skipped_updates": 0,
+        "dropped_share": 0,
+        "tokens_seen/words": (batch.segment_ids > 0).sum(),
+        "share/words": 1,
+        "epoch/words": 8 / trainer.data._rows[0],
+    }
+    assert norm == pytest.approx(min(line.pop("grad_norm"), config.optimizer.clip_norm), rel=1e-5)
+    memory = {name: line.pop(name) for name in list(line) if name.startswith("memory")}
+    assert all(0 < value < 1000 for value in memory.values())
+    assert set(line) == set(expected)  # rates: tests/training/test_step_clock.py
+    for name, value in expected.items():
+        np.testing.assert_allclose(line[name], value, rtol=1e-5, err_msg=name)
+    meta = trainer.checkpoints.read_meta(1)
+    assert meta["training_tokens"] == line["tokens_seen/words"]

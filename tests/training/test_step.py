@@ -16,7 +16,7 @@ from mixtral_jax.training.state import TrainState
 from mixtral_jax.training.step import Trainable
 from tests import oracles
 from tests.tiny import tiny_architecture, tiny_batch, tiny_config, tiny_trainable
-from tests.training.by_hand import losses_by_hand
+from tests.training.by_hand import LOSSES, figures_by_hand
 
 # Large coefficients, so that a mistake in the router's losses shows.
 # Adam's first step divides each gradient by itself, which magnifies rounding near zero: a larger eps avoids that.
@@ -81,10 +81,11 @@ def test_balancing_every_microbatch_asks_for_something_else():
 def test_the_losses_are_those_worked_out_by_hand():
     step = trainable(*LOUD)
     batch = step.put(tiny_batch(step.config))
-    expected = losses_by_hand(step.architecture, jax.tree.map(jnp.asarray, initial()), batch)
+    assert 0 < batch.loss_mask.sum() < (batch.segment_ids > 0).sum() < batch.tokens.size, "padding, and a ragged mask"
+    expected = figures_by_hand(step.architecture, jax.tree.map(jnp.asarray, initial()), batch)
     _, metrics = one_step(*LOUD)
     for name, value in expected.items():
-        assert metrics[name] == pytest.approx(value, rel=1e-5), name
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
     total = expected["cross_entropy"] + 0.5 * expected["load_balance_loss"] + 0.1 * expected["router_z_loss"]
     assert metrics["loss"] == pytest.approx(total, rel=1e-5)
     assert metrics["learning_rate"] == pytest.approx(2e-3)  # the first of 5 steps to 1e-2
@@ -95,12 +96,29 @@ def test_a_part_of_a_batch_counts_for_its_share_of_the_whole():
     step = trainable(*LOUD)
     batch = step.put(tiny_batch(step.config))
     arrays = jax.tree.map(jnp.asarray, initial())
-    expected = losses_by_hand(step.architecture, arrays, batch)
+    expected = figures_by_hand(step.architecture, arrays, batch)
     whole = count(batch)
     twice = Counts(2 * whole.targets, 2 * whole.tokens)
     losses, _ = compute_losses(step.architecture.bind(arrays), batch, twice, None, step.config.losses)
-    for found, value in zip(losses[1:], expected.values(), strict=True):
-        assert found == pytest.approx(value / 2, rel=1e-5)
+    for found, name in zip(losses[1:], LOSSES, strict=True):
+        assert found == pytest.approx(expected[name] / 2, rel=1e-5)
+
+
+def test_the_norm_of_the_gradient_is_the_slope_along_it():
+    options = (*LOUD, "model.num_experts_per_tok=4", "optimizer.clip_norm=0.5")  # no choice of experts that may change
+    step = trainable(*options)
+    batch = step.put(tiny_batch(step.config))
+    state, metrics = one_step(*options)
+    direction = jax.tree.map(lambda moment: moment / (0.1 * 0.5), first_moment(state))  # the clipped norm is 0.5
+    assert np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(direction))) == pytest.approx(1, rel=1e-5)
+
+    def loss(way):
+        params = jax.tree.map(lambda x, d: jnp.asarray(x + way * d), initial()["params"], direction)
+        found = figures_by_hand(step.architecture, {**initial(), "params": params}, batch)
+        return found["cross_entropy"] + 0.5 * found["load_balance_loss"] + 0.1 * found["router_z_loss"]
+
+    assert metrics["grad_norm"] > 0.5
+    assert metrics["grad_norm"] == pytest.approx((loss(0.01) - loss(-0.01)) / 0.02, rel=2e-3)
 
 
 def test_an_infinite_gradient_of_a_finite_loss_skips_the_update():

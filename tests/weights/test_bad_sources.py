@@ -171,7 +171,7 @@ def test_indices_that_are_none(hf: Path, text: str) -> None:
     refused(hf, "model.safetensors.index.json is not an index")
 
 
-def make_tokenizer(vocab_size: int) -> bytes:
+def make_tokenizer(vocab_size: int, **ids: int) -> bytes:
     model, letters = io.BytesIO(), np.array(list("abcdefghijklmnopqrst"))
     words = ["".join(word) for word in letters[np.random.default_rng(0).integers(0, 20, (300, 4))]]
     sentencepiece.SentencePieceTrainer.train(
@@ -180,6 +180,7 @@ def make_tokenizer(vocab_size: int) -> bytes:
         vocab_size=vocab_size,
         hard_vocab_limit=True,
         minloglevel=2,
+        **ids,
     )
     return model.getvalue()
 

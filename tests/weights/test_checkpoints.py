@@ -131,6 +131,15 @@ def test_slowed_frequencies_stay_with_the_checkpoint(source: Path, tmp_path: Pat
         import_checkpoint(source, tmp_path / "other", ["model.rope_scaling.factor=2"], say=quiet)
 
 
+@pytest.mark.parametrize("eos", [None, 7, [2, 7]])
+def test_what_ends_a_text_stays_with_the_checkpoint(source: Path, tmp_path: Path, eos: Any) -> None:
+    edit_config(source, eos_token_id=eos)
+    import_checkpoint(source, tmp_path / "import", [], say=quiet)
+    export_checkpoint(tmp_path / "import", tmp_path / "out", "hf", say=quiet)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (1, eos or 2)
+
+
 def test_a_named_tokenizer_wins(source: Path, tmp_path: Path) -> None:
     (source / "tokenizer.model").write_bytes(make_tokenizer(40))
     with pytest.raises(UserError, match=r"40 pieces but the model's vocabulary 64: .* data.tokenizer="):

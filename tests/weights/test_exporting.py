@@ -1,6 +1,7 @@
 """An export appears whole or not at all, and says why not."""
 
 import errno
+import json
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,13 @@ def test_tokenizers(tmp_path: Path) -> None:
     )
     assert [file.name for file in files] == ["consolidated.safetensors", "params.json", "tokenizer.model"]
     assert files[2].read_bytes() == make_tokenizer(64)
+
+
+def test_the_tokenizer_says_what_begins_and_ends_a_text(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(64, bos_id=4, eos_id=3)
+    export_weights(blank(CONFIG), CONFIG, tmp_path / "out", "hf", context=8, load_balance=0.0, tokenizer=tokenizer)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (4, 3)
 
 
 @pytest.mark.parametrize("name", EXPORT_FORMATS)

@@ -73,6 +73,15 @@ def test_what_is_not_computed_is_refused_by_name(tmp_path: Path, changes: dict[s
     assert "\n" not in str(caught.value)
 
 
+def test_what_only_config_json_has_a_place_for_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        read(tmp_path, {**params_json(CONFIG), "yarn": {"factor": 4}}, "params.json")
+    assert str(caught.value) == (
+        f"{tmp_path}/params.json has yarn={{'factor': 4}}, which is not a Mixtral: it is read from config.json, so "
+        "import the release's files in Hugging Face's format"
+    )
+
+
 def test_rope_theta_may_be_absent_from_params_json(tmp_path: Path) -> None:
     params = params_json(CONFIG)
     assert read(tmp_path, params, "params.json").fields["rope_theta"] == 1e6
