@@ -115,8 +115,9 @@ def test_the_work_of_a_step_by_hand(v5p, remat, passes):
     config, topology = v5p
     tokens = config.train.batch_size * config.data.seq_len / 64
     ideal = flops_per_token(config.model, config.data.seq_len) * tokens / 459e12
-    for parts, extra in ((1, 0), (4, 1)):
-        guess = estimate(replace(config, train={"remat": remat, "microbatches": parts}), topology)
+    for parts, over, extra in ((1, "batch", 0), (4, "batch", 1), (4, "microbatch", 0)):
+        changed = replace(config, train={"remat": remat, "microbatches": parts}, losses={"balance_over": over})
+        guess = estimate(changed, topology)
         assert guess.ideal == pytest.approx(ideal, rel=1e-6)
         assert guess.compute == pytest.approx(ideal * (passes + extra) / 3, rel=1e-6)
         if remat == "full":  # the layers' inputs alone, in two bytes

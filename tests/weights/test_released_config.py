@@ -96,7 +96,7 @@ def test_rope_theta_may_be_absent_from_params_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["mistral", "mistral-fused"])
 def test_what_is_written_is_read_back(tmp_path: Path, name: Any) -> None:
     hf = describe_hf(CONFIG, dtype="bfloat16", context=777, load_balance=0.5)
-    assert read(tmp_path, hf) == Description(DECIDED, 777, False, RopeScalingConfig())
+    assert read(tmp_path, hf) == Description(DECIDED, 777, False, RopeScalingConfig(), eos_token_id=2)
     assert hf["router_aux_loss_coef"] == 0.25  # ours is 1 at balance, theirs top-k
     params = describe_mistral(CONFIG, FORMATS[name])
     assert read(tmp_path, params, "params.json").fields == DECIDED
