@@ -52,7 +52,7 @@ def test_a_selection_bias_has_no_place(tmp_path: Path) -> None:
 
 
 def test_tokenizers(tmp_path: Path) -> None:
-    refused(tmp_path, blank(CONFIG), "40 pieces", "model.vocab_size is 64", tokenizer=make_tokenizer(40))
+    refused(tmp_path, blank(CONFIG), "80 pieces", "model.vocab_size is 64", tokenizer=make_tokenizer(80))
     files = export_weights(
         blank(CONFIG), CONFIG, tmp_path / "out", "mistral", context=8, load_balance=0.0, tokenizer=make_tokenizer(64)
     )
