@@ -58,8 +58,8 @@ def import_checkpoint(
         say(note)
     with new_directory(directory) as partial:
         arrays = import_weights(released, runtime, upcycling)
-        facts = {"format": released.layout.name, "dtype": released.dtype, "context": released.context}
-        facts["eos_token_id"] = released.eos_token_id
+        kept = ("dtype", "context", "eos_token_id")
+        facts = {"format": released.layout.name, **{name: getattr(released, name) for name in kept}}
         meta = {"step": 0, "config": to_yaml(config), "data_fingerprint": "", "released": facts}
         checkpoints = Checkpoints(partial / "checkpoints", CheckpointConfig(), warn=say)
         with byte_progress("write the checkpoint", _size(arrays)) as advance:

@@ -70,7 +70,7 @@ def export_weights(
         _write_tensors(plan, params, config, layout, kind, partial)
         if layout.config_file == "config.json":
             known = Tokenizer(tokenizer) if tokenizer else None
-            ids = {"bos": known.bos_id, "eos": known.eos_id} if known else {}
+            ids: dict[str, Any] = {"bos": known.bos_id, "eos": known.eos_id} if known else {}
             ids |= {} if eos is None else {"eos": eos}
             description = describe_hf(config, dtype=kind, context=context, load_balance=load_balance, **ids)
         else:
