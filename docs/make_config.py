@@ -13,7 +13,11 @@ without a default must be given. This page is made from `{module}` by `python do
 """
 # Page: the module, its top class, and classes of list members by the key of the list.
 PAGES = {
-    "config.md": ("mixtral_jax/config.py", "Config", {"data.sources": "SourceConfig"}),
+    "config.md": (
+        "mixtral_jax/config.py",
+        "Config",
+        {"data.sources": "SourceConfig", "objective.losses": "LossConfig"},
+    ),
     "preparation-config.md": ("mixtral_jax/preparation/config.py", "PrepareConfig", {"sources": "PrepareSource"}),
 }
 

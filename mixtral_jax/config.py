@@ -68,6 +68,10 @@ class SourceConfig:
     text_field: str = "text"  # field of a record that holds the text
     # Share of the training tokens, relative to the other sources; padding is none. A text shorter than a row fills it.
     weight: float = 1.0
+    # Of records of chats (objective.name=sft: messages, sharegpt, alpaca, prompt_completion) or of judged answers
+    # (objective.name=preference: pairs, labels); `auto` goes by the keys of the first record and says what it found.
+    format: str = "auto"
+    too_long: Literal["drop", "cut"] = "drop"  # what becomes of a record of these that is longer than data.seq_len
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,8 @@ class DataConfig:
     """Text, tokenizer and packing."""
 
     sources: list[SourceConfig] = field(default_factory=list)  # what to read, see data.sources[]
-    # A sentencepiece file; `mixtral` (v1, 32000) or `mixtral-v3` (32768), bundled with mistral-common; or `train`:
-    # a new sentencepiece model of model.vocab_size pieces trained on the sources.
+    # A sentencepiece file; `mixtral` (v1, 32000) or `mixtral-v3` (32768), bundled with mistral-common; `train`: a new
+    # sentencepiece model of model.vocab_size pieces trained on the sources; or `checkpoint`: the one of init_from.
     tokenizer: str = "mixtral"
     seq_len: int = MISSING  # tokens of a row that the model sees
     # Share of each source's tokens kept from training for evaluation, by document; a checkpoint remembers which.
@@ -132,6 +136,31 @@ class LossesConfig:
     # cheaper and asks each part to balance on its own.
     balance_over: Literal["batch", "microbatch"] = "batch"
     selection_bias_rate: float = 0.0  # step of the bias of auxiliary-loss-free balancing (arXiv 2408.15664); 0: off
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """One term of the loss on answers; docs/assistant.md has the formulas."""
+
+    # Of pairs: sigmoid (DPO), ipo, hinge, sigmoid_norm, simpo, orpo; of labels or pairs: kto; of good answers: sft.
+    name: Literal["sigmoid", "ipo", "hinge", "sigmoid_norm", "simpo", "orpo", "kto", "sft"] = MISSING
+    weight: float = 1.0  # factor of the term
+    beta: float = 0.1  # how fast the loss rises as the model leaves the reference; of simpo and orpo, of the log-odds
+    label_smoothing: float = 0.0  # share of the pairs that may be the wrong way round; name=sigmoid only
+    margin: float = 0.5  # by which the chosen answer is to win; name=simpo only
+    good_weight: float = 1.0  # of answers that were found good; name=kto only
+    bad_weight: float = 1.0  # of the others; name=kto only
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is learnt; the losses of the router stay beside it."""
+
+    # `pretrain`: every token of texts; `sft`: the answers of chats; `preference`: which answer is better.
+    name: Literal["pretrain", "sft", "preference"] = "pretrain"
+    losses: list[LossConfig] = field(default_factory=list)  # their sum, see objective.losses[]; name=preference only
+    # A checkpoint or run whose log-probabilities the losses compare with; empty: init_from. name=preference only.
+    reference: str = ""
 
 
 @dataclass(frozen=True)
@@ -227,13 +256,16 @@ class Config:
     """A whole run."""
 
     run_dir: str = ""  # empty: runs/<name of the config file>
-    init_from: str = ""  # a checkpoint, run or import whose parameters start a new run
+    # A checkpoint, run or import whose parameters start a new run; if `model` is left out, it decides model and
+    # tokenizer too.
+    init_from: str = ""
     seed: int = 0  # of parameters, split and shuffle
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     losses: LossesConfig = field(default_factory=LossesConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

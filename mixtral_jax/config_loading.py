@@ -1,12 +1,11 @@
-"""Reads YAML files and dotted overrides into a validated `Config`.
-
-Contradictions are `UserError`s whose sentence holds the fix.
-"""
+"""Reads YAML files and dotted overrides into a validated `Config`."""
 
 import dataclasses
 import difflib
+import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,10 +13,11 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mixtral_jax.config import Config, DistributedConfig, MeshConfig, RopeScalingConfig, SourceConfig, UserError
+from mixtral_jax.config import Config, UserError
+from mixtral_jax.config_checks import validate
 from mixtral_jax.config_renames import RENAMED, up_to_date
-from mixtral_jax.kernels.backends import check_name
 
+CHECKPOINT_TOKENIZER = "checkpoint"  # value of `data.tokenizer`
 T = TypeVar("T")
 Text = TypeVar("Text", str, str | None)
 
@@ -35,7 +35,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     Raises:
         UserError: unreadable file, unknown key, wrong type, missing value or contradiction.
     """
-    config = parse_config(read_config_file(path), overrides, where=str(path))
+    config = parse_config(read_config_file(path), overrides, where=str(path), inherits=True)
     if not config.run_dir:
         config = dataclasses.replace(config, run_dir=f"runs/{Path(path).stem}")
     return config
@@ -52,10 +52,19 @@ def read_config_file(path: str | Path) -> str:
 
 
 def parse_config(
-    text: str, overrides: list[str] | None = None, *, where: str = "the config", saved: bool = False
+    text: str,
+    overrides: list[str] | None = None,
+    *,
+    where: str = "the config",
+    saved: bool = False,
+    inherits: bool = False,
 ) -> Config:
-    """Builds a validated configuration; what is `saved`, perhaps by an earlier version, may hold old names."""
-    config = parse_structured(Config, text, overrides, where=where, saved=saved)
+    """Builds a validated configuration; what is `saved`, perhaps by an earlier version, may hold old names.
+
+    One that `inherits` and names no architecture takes it, and the tokenizer, from the checkpoint `init_from`.
+    """
+    below = _inherited if inherits else None
+    config = parse_structured(Config, text, overrides, where=where, saved=saved, below=below)
     validate(config)
     data = {"tokenizer": home_expanded(config.data.tokenizer), "cache_dir": home_expanded(config.data.cache_dir)}
     sources = [
@@ -98,7 +107,13 @@ def key_table(schema: type = Config) -> str:
 
 
 def parse_structured(
-    schema: type[T], text: str, overrides: list[str] | None = None, *, where: str, saved: bool = False
+    schema: type[T],
+    text: str,
+    overrides: list[str] | None = None,
+    *,
+    where: str,
+    saved: bool = False,
+    below: Callable[[Any], dict[str, Any]] | None = None,
 ) -> T:
     """Builds a frozen dataclass from YAML text and dotted overrides; `UserError` names what does not fit it.
 
@@ -108,6 +123,7 @@ def parse_structured(
         overrides: `section.key=value`, the value in YAML syntax.
         where: what to call the text in an error.
         saved: whether the text may hold what has been renamed.
+        below: what stands in the place of the defaults, given what text and overrides say.
 
     Returns:
         The configuration, every type checked, contradictions not.
@@ -121,8 +137,7 @@ def parse_structured(
         raise UserError(f"{where} is not valid YAML{line}: {problem}; fix the syntax") from None
     if not isinstance(tree, dict | None):
         raise UserError(f"{where} holds no sections: write lines such as 'train:' and below it, indented, 'steps: 100'")
-    tree = up_to_date(tree or {}) if saved else tree or {}
-    merged = _merge(OmegaConf.structured(schema), tree, where, schema)
+    trees = [(where, up_to_date(tree or {}) if saved else tree or {})]
     for override in overrides or []:
         key, equals, value = override.partition("=")
         if not equals or not key:
@@ -133,13 +148,38 @@ def parse_structured(
             raise UserError(f"the value of {key} is not YAML: {value!r}; quote it for the shell") from None
         for part in reversed(key.split(".")):
             nested = {part: nested}
-        merged = _merge(merged, nested, key, schema)
+        trees.append((key, nested))
+
+    def merge(base: Any) -> Any:
+        for source, given in trees:
+            base = _merge(base, given, source, schema)
+        return base
+
+    merged = merge(OmegaConf.structured(schema))
+    if below and (first := below(merged)):
+        merged = merge(_merge(OmegaConf.structured(schema), first, where, schema))
     try:
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise UserError(f"{where}: {_sentence(error, schema)}; add it to the file or the command line") from None
     assert isinstance(config, schema)
     return config
+
+
+def _inherited(given: Any) -> dict[str, Any]:
+    """The architecture of the checkpoint `init_from`, if the configuration has none of its own."""
+    if not given.init_from or any(OmegaConf.is_missing(given.model, key) is False for key in ("d_model", "num_layers")):
+        return {}
+    root = Path(home_expanded(given.init_from))
+    bundles = [bundle for place in (root, root / "checkpoints") for bundle in place.glob("[0-9]*") if bundle.is_dir()]
+    newest = sorted((bundle for bundle in bundles if bundle.name.isdecimal()), key=lambda bundle: -int(bundle.name))
+    for bundle in (root, *newest):
+        if (bundle / "meta.json").is_file() and (bundle / "manifest.json").is_file():
+            saved = yaml.safe_load(json.loads((bundle / "meta.json").read_text(encoding="utf-8"))["config"])
+            return {"model": up_to_date(saved)["model"], "data": {"tokenizer": CHECKPOINT_TOKENIZER}}
+    raise UserError(
+        f"there is no checkpoint in init_from={given.init_from}: name a run directory or one of its checkpoints"
+    )
 
 
 def _as_written(text: str) -> Any:
@@ -242,158 +282,3 @@ def replace(config: T, **changes: Any) -> T:
         for name, value in changes.items()
     }
     return dataclasses.replace(config, **new)  # type: ignore[type-var]
-
-
-def _require(ok: bool, sentence: str) -> None:
-    if not ok:
-        raise UserError(sentence)
-
-
-def _values(section: Any, names: tuple[str, ...]) -> list[tuple[str, Any]]:
-    prefix = type(section).__name__.removesuffix("Config").lower()
-    return [(f"{prefix}.{name}", getattr(section, name)) for name in names]
-
-
-def validate(config: Config) -> None:
-    """Raises `UserError` for values that contradict each other or cannot be."""
-    model, train = config.model, config.train
-    positive: tuple[tuple[Any, tuple[str, ...]], ...] = (
-        (model, ("d_model", "d_ff", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size",
-                 "num_experts", "num_experts_per_tok", "rope_theta", "norm_eps", "capacity_factor", "init_std")),
-        (config.data, ("seq_len",)),
-        (train, ("steps", "batch_size", "microbatches", "log_every", "eval_batches", "max_nonfinite_steps")),
-        (config.optimizer, ("learning_rate", "eps")),
-        (config.checkpoint, ("every", "keep")),
-        (config.kernels, ("loss_chunk",)),
-        (config.eval, ("batch_size",)),
-    )  # fmt: skip
-    for section, names in positive:
-        for key, value in _values(section, names):
-            _require(0 < value < float("inf"), f"{key} is {value}: it must be greater than 0")
-            _require(isinstance(value, float) or value < 2**31, f"{key} is {value}: it must be below {2**31}")
-    _require(0 <= config.seed < 2**32, f"seed is {config.seed}: it goes from 0 to {2**32 - 1}")
-    for operation in ("matmul", "attention", "experts", "exchange"):
-        check_name(operation, getattr(config.kernels, operation))
-    not_negative: tuple[tuple[Any, tuple[str, ...]], ...] = (
-        (train, ("eval_every",)),
-        (config.optimizer, ("warmup_steps", "decay_steps", "weight_decay", "clip_norm", "final_learning_rate_ratio")),
-        (config.losses, ("load_balance", "router_z", "selection_bias_rate")),
-        (config.checkpoint, ("keep_every",)),
-        (config.kernels, ("block_size",)),
-        (config.eval, ("context", "max_tokens")),
-    )
-    for section, names in not_negative:
-        for key, value in _values(section, names):
-            _require(value is None or 0 <= value < float("inf"), f"{key} is {value}: it must be 0 or more")
-    for key, value in (*_values(config.data, ("holdout",)), *_values(config.optimizer, ("beta1", "beta2"))):
-        _require(0 <= value < 1, f"{key} is {value}: it goes from 0 to below 1")
-    stop = train.stop_at_step
-    _require(stop is None or stop > 0, f"train.stop_at_step is {stop}: it must be greater than 0, or null")
-    width = model.num_heads * model.head_dim
-    _require(
-        width == model.d_model,
-        f"model.num_heads * model.head_dim is {model.num_heads} * {model.head_dim} = {width}, "
-        f"not model.d_model={model.d_model}: change one of the three",
-    )
-    _require(model.head_dim % 2 == 0, f"model.head_dim is {model.head_dim}: rotary embedding needs an even number")
-    _require(
-        model.num_heads % model.num_kv_heads == 0,
-        f"model.num_heads={model.num_heads} is not a multiple of model.num_kv_heads={model.num_kv_heads}: change one",
-    )
-    _validate_rope_scaling(model.rope_scaling)
-    _require(
-        model.num_experts_per_tok <= model.num_experts,
-        f"model.num_experts_per_tok={model.num_experts_per_tok} is more than model.num_experts={model.num_experts}: "
-        "lower it",
-    )
-    _require(
-        model.buffer_factor == 0 or 1 <= model.buffer_factor < float("inf"),
-        f"model.buffer_factor is {model.buffer_factor}: it must be 1 or more, or 0 for the worst case",
-    )
-    _require(
-        model.buffer_factor == 0 or model.dispatch == "dropless",
-        f"model.buffer_factor={model.buffer_factor:g} bounds the buffers of model.dispatch=dropless, but "
-        "dispatch=capacity has model.capacity_factor for that: leave one out",
-    )
-    _require(
-        train.batch_size % train.microbatches == 0,
-        f"train.batch_size={train.batch_size} is not a multiple of train.microbatches={train.microbatches}: change one",
-    )
-    _validate_mesh(config.mesh)
-    validate_distributed(config.distributed)
-    _validate_sources(config.data.sources)
-    context, stride = config.eval.context or config.data.seq_len, config.eval.stride
-    _require(0 <= stride <= context, f"eval.stride={stride} is more than eval.context={context}: lower it")
-
-
-def _validate_rope_scaling(scaling: RopeScalingConfig) -> None:
-    key = "model.rope_scaling"
-    for name in ("factor", "beta_fast", "beta_slow", "attention_factor"):
-        value = getattr(scaling, name)
-        _require(value is None or 0 < value < float("inf"), f"{key}.{name} is {value}: it must be greater than 0")
-    _require(
-        scaling.kind != "none" or scaling == RopeScalingConfig(),
-        f"{key} has values but {key}.kind is none: set {key}.kind=yarn or linear, or leave them out",
-    )
-    _require(
-        scaling.kind != "yarn" or (scaling.original_context > 0 and scaling.beta_fast > scaling.beta_slow),
-        f"{key}.kind=yarn needs {key}.original_context, tokens that the model was first trained with, and a beta_fast "
-        "above beta_slow: set them",
-    )
-
-
-def _validate_mesh(mesh: MeshConfig) -> None:
-    sizes = {name: size for name, size in dataclasses.asdict(mesh).items() if name != "dcn"}
-    _require(list(sizes.values()).count(-1) <= 1, "only one mesh axis may be -1: give the others a size")
-    for name, size in sizes.items():
-        _require(size == -1 or size >= 1, f"mesh.{name} is {size}: it must be 1 or more, or -1 to take the rest")
-        slices = getattr(mesh.dcn, name)
-        _require(slices >= 0, f"mesh.dcn.{name} is {slices}: it must be 1 or more, or 0 for automatic")
-        _require(
-            size == -1 or not slices or size % slices == 0,
-            f"mesh.{name}={size} is not a multiple of mesh.dcn.{name}={slices}, which is a part of it: change one",
-        )
-
-
-def validate_distributed(distributed: DistributedConfig) -> None:
-    """Raises `UserError` for keys of `distributed` that contradict each other or cannot be."""
-    for name in ("heartbeat_timeout", "step_timeout"):
-        seconds = getattr(distributed, name)
-        _require(seconds > 0, f"distributed.{name} is {seconds}: it must be greater than 0")
-    count, own = distributed.num_processes, distributed.process_id
-    _require(count >= 0, f"distributed.num_processes is {count}: it must be 1 or more, or 0 for what the launcher says")
-    _require(
-        own >= -1 and not (count and own >= count),
-        f"distributed.process_id is {own}: the {count} processes have numbers from 0 to {count - 1}",
-    )
-    host, colon, port = distributed.coordinator.rpartition(":")
-    _require(
-        not distributed.coordinator or bool(host and colon and port.isdecimal()),
-        f"distributed.coordinator={distributed.coordinator} is not written as host:port, such as node1:1234",
-    )
-    _require(
-        count == 1 or (count > 0) == (own >= 0),
-        "distributed.num_processes and distributed.process_id belong together: give both or neither",
-    )
-    _require(
-        count <= 1 or bool(distributed.coordinator),
-        "distributed.num_processes needs distributed.coordinator: give the host and port on which process 0 listens",
-    )
-
-
-def _validate_sources(sources: list[SourceConfig]) -> None:
-    names = [source.name for source in sources]
-    for source in sources:
-        given = [key for key in ("path", "hub", "builtin", "prepared") if getattr(source, key)]
-        _require(
-            len(given) == 1,
-            f"source '{source.name}' of data.sources names {' and '.join(given) or 'nothing'}: "
-            "give exactly one of path, hub, builtin and prepared",
-        )
-        _require(
-            0 < source.weight < float("inf"), f"source '{source.name}' has weight {source.weight}: it must be above 0"
-        )
-        _require(source.name != "total", "data.sources names one 'total', which all together are: give it another name")
-        _require(
-            names.count(source.name) == 1, f"data.sources names '{source.name}' twice: give every source its own name"
-        )

@@ -1,12 +1,13 @@
 """What a model and its losses read of a batch, and its way onto the devices."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool, Float32, Int32
 
 from mixtral_jax.pytree import pytree
 from mixtral_jax.zigzag import column_order
@@ -24,20 +25,24 @@ class Batch(Generic[A]):
     segment_ids: Int32[A, "batch seq"]  # from 1 in each row; 0 is padding
     positions: Int32[A, "batch seq"]  # from 0 in each segment
     loss_mask: Bool[A, "batch seq"]  # whether the target counts
+    # Of judged answers, the reference model's log-probability of the target in nats; see `RecordRows` for segment_ids.
+    reference: Float32[A, "batch seq"] | None = None
 
 
 HostBatch = Batch[np.ndarray]
 
 
-def padding(rows: int, seq_len: int) -> HostBatch:
-    """Makes a batch of nothing but padding, to be filled."""
+def padding(rows: int, seq_len: int, *, reference: bool = False) -> HostBatch:
+    """Makes a batch of nothing but padding, to be filled; of judged answers with a `reference`."""
     tokens, targets, segment_ids, positions = np.zeros((4, rows, seq_len), np.int32)
-    return Batch(tokens, targets, segment_ids, positions, np.zeros((rows, seq_len), bool))
+    nats = np.zeros((rows, seq_len), np.float32) if reference else None
+    return Batch(tokens, targets, segment_ids, positions, np.zeros((rows, seq_len), bool), nats)
 
 
-def abstract_batch(rows: int, seq_len: int, sharding: NamedSharding) -> Batch[Any]:
+def abstract_batch(rows: int, seq_len: int, sharding: NamedSharding, *, reference: bool = False) -> Batch[Any]:
     """Describes a batch by shape, type and sharding."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), padding(rows, seq_len))
+    batch = padding(rows, seq_len, reference=reference)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch)
 
 
 def put_batch(batch: HostBatch, sharding: NamedSharding, total: int | None = None, first: int = 0) -> Batch[jax.Array]:
@@ -62,4 +67,6 @@ def put_batch(batch: HostBatch, sharding: NamedSharding, total: int | None = Non
 
         return jax.make_array_from_callback((rows, *array.shape[1:]), sharding, part)
 
-    return Batch(*map(put, (batch.tokens, batch.targets, batch.segment_ids, batch.positions, batch.loss_mask)))
+    given: dict[str, Any] = {field.name: getattr(batch, field.name) for field in dataclasses.fields(Batch)}
+    placed: dict[str, Any] = {name: None if array is None else put(array) for name, array in given.items()}
+    return Batch(**placed)

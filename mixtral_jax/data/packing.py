@@ -8,7 +8,31 @@ import numpy as np
 from jaxtyping import Int64
 
 from mixtral_jax.data.batch import Batch, HostBatch
+from mixtral_jax.data.row_order import place_of_row
 from mixtral_jax.data.splits import Documents
+
+
+class TextRows:
+    """The rows of one source; one shorter than a row is repeated to fill it."""
+
+    def __init__(self, documents: Documents, seq_len: int):
+        """Lays out the rows; nothing is read."""
+        self.copies = max(1, seq_len // max(1, documents.num_tokens))
+        self._documents = documents.repeated(self.copies)
+        self._seq_len = seq_len
+        self.count = num_rows(self._documents, seq_len)
+        self.targets = documents.num_tokens - documents.num_documents  # of an epoch: all but the first of each document
+        self.empty = max(0, self.count * seq_len - self._documents.num_tokens)  # places of the last row without a token
+
+    def pack(self, rows: Int64[np.ndarray, "rows"]) -> HostBatch:
+        """Builds rows, see `pack_rows`."""
+        return pack_rows(self._documents, rows, self._seq_len)
+
+    def tokens_of(self, dealt: int, seed: int, source: int) -> int:
+        """Counts the tokens of the first so many rows of the source that a run takes, over all epochs."""
+        epochs, begun = divmod(dealt, self.count)
+        padded = epochs + (place_of_row(self.count - 1, epochs, self.count, seed, source) < begun)
+        return dealt * self._seq_len - padded * self.empty
 
 
 def num_rows(documents: Documents, seq_len: int) -> int:

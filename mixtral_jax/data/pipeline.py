@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,9 +13,10 @@ from mixtral_jax.config import Config, DataConfig, UserError
 from mixtral_jax.data.batch import HostBatch, padding
 from mixtral_jax.data.cache_files import cache_directory
 from mixtral_jax.data.fingerprints import fingerprints
-from mixtral_jax.data.packing import num_rows, pack_rows
+from mixtral_jax.data.packing import TextRows
 from mixtral_jax.data.record import NOTHING, DocumentRecord, hold_out
-from mixtral_jax.data.row_order import choose_sources, place_of_row, rows_dealt, shuffled_rows
+from mixtral_jax.data.record_rows import RecordRows
+from mixtral_jax.data.row_order import choose_sources, rows_dealt, shuffled_rows
 from mixtral_jax.data.sources import check_sources
 from mixtral_jax.data.splits import Documents, Split
 from mixtral_jax.data.token_cache import open_or_build
@@ -34,6 +36,7 @@ class RunText(NamedTuple):
         return [
             {
                 "name": source.name,
+                "format": training.format,
                 "place": str(Path(path).expanduser().resolve()) if path else source.hub or f"builtin {source.builtin}",
                 "training_documents": training.num_documents,
                 "training_tokens": training.num_tokens,
@@ -45,21 +48,29 @@ class RunText(NamedTuple):
         ]
 
 
-def open_documents(config: Config, *, own: DocumentRecord | None = None, before: DocumentRecord = NOTHING) -> RunText:
+def open_documents(
+    config: Config,
+    *,
+    own: DocumentRecord | None = None,
+    before: DocumentRecord = NOTHING,
+    tokenizer: Tokenizer | None = None,
+) -> RunText:
     """Opens everything that training and evaluation read; what can be wrong is checked before anything slow.
 
     Args:
         config: `data` names sources, tokenizer, held-out share and cache; `model.vocab_size` bounds the tokenizer.
         own: what the run recorded when it began, if it goes on.
         before: the record of the run that a new one takes its parameters from.
+        tokenizer: the one to use in place of the configured one.
 
     Raises:
         UserError: whatever is wrong with sources, tokenizer or cache.
     """
     check_sources(config.data.sources)
-    tokenizer = load_tokenizer(config.data, config.model.vocab_size)
+    tokenizer = tokenizer or load_tokenizer(config.data, config.model.vocab_size)
     directory = cache_directory(config.data.cache_dir)
-    caches = [open_or_build(source, tokenizer, directory) for source in config.data.sources]
+    kind = config.objective.name
+    caches = [open_or_build(source, tokenizer, directory, kind) for source in config.data.sources]
     sources = [(cache, fingerprints(cache, directory)) for cache in caches]
     record = own or hold_out(sources, config.data.holdout, config.seed, tokenizer, before)
     splits = [Split(cache, prints, record, tokenizer) for cache, prints in sources]
@@ -70,7 +81,19 @@ def data_fingerprint(config: Config, documents: list[Documents]) -> str:
     """Tells whether a run that goes on would see the same rows; for the arguments see `TrainingData`."""
     weights = [source.weight for source in config.data.sources]
     facts = [[view.fingerprint for view in documents], weights, config.data.seq_len, config.seed]
+    if config.objective.name != "pretrain":
+        facts += [[source.too_long for source in config.data.sources]]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def rows_of(config: Config, documents: list[Documents]) -> Sequence[TextRows | RecordRows]:
+    """Lays out the rows of each source as the objective has them: texts cut anywhere, records whole."""
+    if config.objective.name == "pretrain":
+        return [TextRows(view, config.data.seq_len) for view in documents]
+    return [
+        RecordRows(view, config.data.seq_len, source.too_long)
+        for view, source in zip(documents, config.data.sources, strict=True)
+    ]
 
 
 class TrainingData:
@@ -93,29 +116,29 @@ class TrainingData:
         self._seq_len = config.data.seq_len
         self._batch_size = config.train.batch_size
         self._seed = config.seed
-        self._copies = [max(1, self._seq_len // max(1, view.num_tokens)) for view in documents]
-        self._documents = [view.repeated(copies) for view, copies in zip(documents, self._copies, strict=True)]
-        self._rows = [num_rows(view, self._seq_len) for view in self._documents]
+        self._judged = config.objective.name == "preference"
+        self._answers = config.objective.name != "pretrain"
+        self._rows = rows_of(config, documents)
         self.source_names = [view.name for view in documents]
-        # Targets of an epoch, by source: every token but the first of each document.
-        self.tokens_per_epoch = {view.name: view.num_tokens - view.num_documents for view in documents}
+        # Targets of an epoch, by source.
+        self.tokens_per_epoch = {view.name: rows.targets for view, rows in zip(documents, self._rows, strict=True)}
         for view, rows in zip(documents, self._rows, strict=True):
-            if not rows:
-                raise UserError(f"source '{view.name}' has nothing left to train on: add text or lower data.holdout")
-        if sum(self._rows) < self._batch_size:
+            if not rows.count:
+                why = "add text or lower data.holdout" if view.format == "text" or not view.num_documents else (
+                    f"all {view.num_documents} records are longer than data.seq_len={self._seq_len}: raise it or set "
+                    "too_long: cut for the source"
+                )  # fmt: skip
+                raise UserError(f"source '{view.name}' has nothing left to train on: {why}")
+        total = sum(rows.count for rows in self._rows)
+        if total < self._batch_size:
             tokens = sum(view.num_tokens for view in documents)
             raise UserError(
-                f"the training data is smaller than one batch: {tokens} tokens make {sum(self._rows)} rows of "
+                f"the training data is smaller than one batch: {tokens} tokens make {total} rows of "
                 f"data.seq_len={self._seq_len}, but train.batch_size={self._batch_size}: add text or lower either"
             )
-        # Places of a source's last row that hold no token.
-        self._padding = [
-            max(0, rows * self._seq_len - view.num_tokens)
-            for view, rows in zip(self._documents, self._rows, strict=True)
-        ]
         self._weights = [
-            source.weight / (1 - empty / (rows * self._seq_len))
-            for source, rows, empty in zip(config.data.sources, self._rows, self._padding, strict=True)
+            source.weight / (1 - rows.empty / (rows.count * self._seq_len))
+            for source, rows in zip(config.data.sources, self._rows, strict=True)
         ]
         self.fingerprint = data_fingerprint(config, documents)
 
@@ -132,12 +155,13 @@ class TrainingData:
             rows: which rows of the batch; all of them if None.
         """
         sources, places = self.sources(step, rows)
-        batch = padding(len(sources), self._seq_len)
+        batch = padding(len(sources), self._seq_len, reference=self._judged)
         for source in np.unique(sources):
-            here = sources == source
-            numbers = shuffled_rows(places[here], self._rows[source], self._seed, int(source))
-            for name, part in vars(pack_rows(self._documents[source], numbers, self._seq_len)).items():
-                getattr(batch, name)[here] = part
+            here, own = sources == source, self._rows[source]
+            numbers = shuffled_rows(places[here], own.count, self._seed, int(source))
+            for name, part in vars(own.pack(numbers)).items():
+                if part is not None:
+                    getattr(batch, name)[here] = part
         return batch
 
     def tokens_seen(self, steps: int) -> int:
@@ -147,17 +171,24 @@ class TrainingData:
     def _dealt(self, steps: int) -> tuple[list[int], list[int]]:
         """Rows and tokens that each source gives to the first so many steps."""
         dealt = rows_dealt(steps * self._batch_size, self._weights)
-        tokens = []
-        for source, (rows, size, empty) in enumerate(zip(dealt, self._rows, self._padding, strict=True)):
-            epochs, begun = divmod(rows, size)
-            padded = epochs + (place_of_row(size - 1, epochs, size, self._seed, source) < begun)
-            tokens.append(rows * self._seq_len - padded * empty)
-        return dealt, tokens
+        each = enumerate(zip(self._rows, dealt, strict=True))
+        return dealt, [rows.tokens_of(count, self._seed, source) for source, (rows, count) in each]
+
+    def notes(self) -> list[str]:
+        """Says what a person should know of the sources that hold records."""
+        return [
+            f"source '{name}': records of the format {rows.format}, {rows.targets:,} tokens of answers in "
+            f"{rows.count:,} rows that are {1 - rows.empty / (rows.count * self._seq_len):.0%} full"
+            + (f"; longer than data.seq_len: {rows.dropped} dropped, {rows.cut} cut" if rows.dropped + rows.cut else "")
+            for name, rows in zip(self.source_names, self._rows, strict=True)
+            if isinstance(rows, RecordRows)
+        ]
 
     def progress(self, steps: int) -> dict[str, int | float]:
         """Says what the first so many steps take of each source: `tokens_seen/NAME`, `share/NAME`, `epoch/NAME`.
 
-        Tokens are those that the model reads, BOS and EOS among them; padding is none.
+        Where answers are learnt there is also `num_tokens`, of all sources. Tokens are those that the model reads, BOS
+        and EOS among them; padding is none.
         """
         dealt, tokens = self._dealt(steps)
         seen: dict[str, int | float] = {}
@@ -165,6 +196,21 @@ class TrainingData:
             seen |= {
                 f"tokens_seen/{name}": tokens[source],
                 f"share/{name}": tokens[source] / max(1, sum(tokens)),
-                f"epoch/{name}": dealt[source] * self._copies[source] / self._rows[source],
+                f"epoch/{name}": dealt[source] * self._rows[source].copies / self._rows[source].count,
             }
-        return seen
+        return seen | ({"num_tokens": sum(tokens)} if self._answers else {})
+
+
+def held_out_batches(config: Config, documents: list[Documents]) -> list[HostBatch]:
+    """Packs held-out records into batches of the size of training's, up to `train.eval_batches` a source."""
+    batches = []
+    size, judged = config.train.batch_size, config.objective.name == "preference"
+    for rows in rows_of(config, documents):
+        for first in range(0, min(rows.count, config.train.eval_batches * size), size):
+            batch = padding(size, config.data.seq_len, reference=judged)
+            numbers = np.arange(first, min(first + size, rows.count))
+            for name, part in vars(rows.pack(numbers)).items():
+                if part is not None:
+                    getattr(batch, name)[: len(numbers)] = part
+            batches.append(batch)
+    return batches

@@ -130,6 +130,8 @@ def _extend(
     wanted = holdout * cache.num_tokens
     missing = wanted - ((lengths - until) * copies)[held].sum()
     count, needs_cut = _how_many((lengths * copies)[order], missing, spare=bool(until.any()))
+    if needs_cut and cache.marks is not None:  # a record of a chat stays whole
+        count, needs_cut = min(count + 1, len(order) - (not until.any())), False
     chosen = order[:count]
     missing -= (lengths * copies)[chosen].sum()
     until[free] = lengths[free]

@@ -6,7 +6,7 @@ import io
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +20,7 @@ SUFFIXES = TABLES + tuple(base + end for base in PLAIN + RECORDS for end in ("",
 HUB_TIMEOUT = 10.0  # seconds that the hub may take to say whether it knows a name
 
 log = logging.getLogger(__name__)
+Records = Iterator[tuple[str, Mapping[str, Any]]]  # where each stands, for people, and what it holds
 
 
 def _ignore(_: int) -> None:
@@ -75,6 +76,23 @@ def find_sources(sources: Sequence[SourceConfig]) -> list[list[Path]]:
     if not sources:
         raise UserError("data.sources is empty: name at least one source of text")
     return [[_prepared_index(source)] if source.prepared else source_files(source) for source in sources]
+
+
+def iter_records(source: SourceConfig, on_bytes: Callable[[int], None] = _ignore) -> Records:
+    """Yields the records of a source whole: JSON lines, a JSON list, rows of parquet; see `iter_documents`.
+
+    Raises:
+        UserError: as there, or the source holds plain text.
+    """
+    if source.builtin or source.prepared:
+        raise UserError(f"source '{source.name}' holds texts, not records of chats: give a path or a hub's name")
+    if source.hub:
+        yield from _hub_records(source)
+        return
+    for file in source_files(source):
+        if not (kind := _kind(file.name)) or kind in PLAIN:
+            raise UserError(f"{file} holds plain text, not records of chats: name jsonl, json or parquet files")
+        yield from _table_records(file, None, on_bytes) if kind in TABLES else _json_records(file, on_bytes, lists=True)
 
 
 def check_sources(sources: Sequence[SourceConfig]) -> None:
@@ -182,17 +200,28 @@ def _kind(name: str) -> str | None:
 
 def _file_documents(file: Path, field: str, on_bytes: Callable[[int], None]) -> Iterator[str]:
     kind = _kind(file.name)
+    if kind in TABLES:
+        for where, record in _table_records(file, field, on_bytes):
+            yield _checked(record[field], field, where)
+    elif kind in RECORDS:
+        for where, record in _json_records(file, on_bytes):
+            if field not in record:
+                raise UserError(
+                    f"{where} has no field '{field}' (it has {', '.join(record) or 'none'}): set text_field"
+                )
+            yield _checked(record[field], field, where)
+    else:
+        with _opened(file) as (raw, stream):
+            yield _decode(stream.read(), str(file))
+            on_bytes(raw.tell())
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    """Opens a file as it is and as it reads without its compression; names it in the system's complaints."""
     try:
-        if kind in TABLES:
-            yield from _table_documents(file, field)
-            on_bytes(file.stat().st_size)
-            return
         with open(file, "rb") as raw, _decompressed(raw, file) as stream:
-            if kind in RECORDS:
-                yield from _record_documents(stream, raw, file, field, on_bytes)
-            else:
-                yield _decode(stream.read(), str(file))
-                on_bytes(raw.tell())
+            yield raw, stream
     except OSError as error:  # missing, forbidden, truncated, not really compressed
         raise UserError(f"cannot read {file}: {error.strerror or error}; fix or leave out the file") from None
 
@@ -207,45 +236,57 @@ def _decompressed(raw: IO[bytes], file: Path) -> contextlib.AbstractContextManag
     return io.BufferedReader(CompressedInputStream(raw, compression), 1 << 20)  # type: ignore[arg-type]
 
 
-def _record_documents(
-    stream: IO[bytes], raw: IO[bytes], file: Path, field: str, on_bytes: Callable[[int], None]
-) -> Iterator[str]:
-    told = 0
-    for number, line in enumerate(stream, start=1):
-        if line.isspace():
-            continue
-        where = f"{file}, line {number}"
-        try:
-            record = json.loads(_decode(line, where))
-        except (ValueError, RecursionError) as error:
-            problem = getattr(error, "msg", "cannot be parsed")
-            raise UserError(f"{where} is not a JSON record ({problem}): write one whole object a line") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{where} holds a JSON {type(record).__name__}: every line must hold one object")
-        if field not in record:
-            raise UserError(f"{where} has no field '{field}' (it has {', '.join(record) or 'none'}): set text_field")
-        yield _checked(record[field], field, where)
-        position = raw.tell()
-        on_bytes(position - told)
-        told = position
+def _json_records(file: Path, on_bytes: Callable[[int], None], *, lists: bool = False) -> Records:
+    """One object a line or, if the file begins like one and such are allowed, a list of objects."""
+    with _opened(file) as (raw, stream):
+        told = 0
+        if lists and stream.peek(1 << 10).lstrip()[:1] == b"[":  # type: ignore[attr-defined]  # both kinds have it
+            items = _parsed(stream.read(), f"{file}", "write a whole list of objects")
+            lines = ((f"{file}, record {number}", item) for number, item in enumerate(items, start=1))
+        else:
+            lines = (
+                (where, _parsed(line, where, "write one whole object a line"))
+                for number, line in enumerate(stream, start=1)
+                if not line.isspace()
+                for where in (f"{file}, line {number}",)
+            )
+        for where, record in lines:
+            if not isinstance(record, dict):
+                raise UserError(f"{where} holds a JSON {type(record).__name__}: every line must hold one object")
+            yield where, record
+            position = raw.tell()
+            on_bytes(position - told)
+            told = position
 
 
-def _table_documents(file: Path, field: str) -> Iterator[str]:
+def _parsed(data: bytes, where: str, remedy: str) -> Any:
+    try:
+        return json.loads(_decode(data, where))
+    except (ValueError, RecursionError) as error:
+        problem = getattr(error, "msg", "cannot be parsed")
+        raise UserError(f"{where} is not a JSON record ({problem}): {remedy}") from None
+
+
+def _table_records(file: Path, field: str | None, on_bytes: Callable[[int], None]) -> Records:
+    """Rows of a table: of one column, or all of it."""
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
     try:
         with ParquetFile(file) as table:
-            if field not in table.schema_arrow.names:
+            if field and field not in table.schema_arrow.names:
                 raise UserError(f"{file} has no column '{field}': set text_field to one that holds text")
             number = 0
-            for batch in table.iter_batches(batch_size=1000, columns=[field]):
-                for value in batch.column(0).to_pylist():
+            for batch in table.iter_batches(batch_size=1000, columns=[field] if field else None):
+                for record in batch.to_pylist():
                     number += 1
-                    yield _checked(value, field, f"{file}, row {number}")
+                    yield f"{file}, row {number}", record
+        on_bytes(file.stat().st_size)
     except ArrowException as error:
         problem = str(error).splitlines()[0].rstrip(".")
         raise UserError(f"cannot read {file}: {problem}; fix or leave out the file") from None
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror or error}; fix or leave out the file") from None
 
 
 def _decode(data: bytes, where: str) -> str:
@@ -296,6 +337,16 @@ def _check_hub(source: SourceConfig) -> None:
 
 
 def _hub_documents(source: SourceConfig) -> Iterator[str]:
+    for where, record in _hub_records(source):
+        if source.text_field not in record:
+            raise UserError(
+                f"'{source.hub}' has no field '{source.text_field}' (it has {', '.join(record)}): "
+                f"set text_field of source '{source.name}'"
+            )
+        yield _checked(record[source.text_field], source.text_field, where)
+
+
+def _hub_records(source: SourceConfig) -> Records:
     import datasets
 
     _check_hub(source)  # the library itself tries for half a minute before it gives up
@@ -304,13 +355,6 @@ def _hub_documents(source: SourceConfig) -> Iterator[str]:
         try:
             rows = datasets.load_dataset(repository, config, split=split, streaming=True, cache_dir=scratch)
             for number, record in enumerate(rows):
-                if source.text_field not in record:
-                    raise UserError(
-                        f"'{source.hub}' has no field '{source.text_field}' (it has {', '.join(record)}): "
-                        f"set text_field of source '{source.name}'"
-                    )
-                yield _checked(record[source.text_field], source.text_field, f"'{source.hub}', record {number}")
-        except UserError:
-            raise
+                yield f"'{source.hub}', record {number}", record
         except Exception as error:
             raise _hub_trouble(source, error) from None

@@ -6,8 +6,9 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int32, Int64, Integer
+from jaxtyping import Bool, Float32, Int32, Int64, Integer, UInt8
 
+from mixtral_jax.data.answers import ANSWER
 from mixtral_jax.data.fingerprints import Fingerprints
 from mixtral_jax.data.record import DocumentRecord
 from mixtral_jax.data.token_cache import TokenCache
@@ -18,7 +19,8 @@ from mixtral_jax.data.tokenizer import Tokenizer
 class Documents:
     """An immutable choice of documents, in the order of their source.
 
-    Every document begins with BOS. It ends with EOS, save for one whose tail was held out.
+    Every document begins with BOS. It ends with EOS, save for one whose tail was held out. A document with marks is a
+    record of a chat, or of one chat with the better and one with the worse answer; see `answers`.
     """
 
     name: str
@@ -28,6 +30,9 @@ class Documents:
     byte_counts: Int64[np.ndarray, "documents"]
     bos_id: int
     fingerprint: str
+    format: str = "text"
+    marks: UInt8[np.ndarray, "tokens"] | None = None  # of what lies in `buffer`
+    reference: Float32[np.ndarray, "tokens"] | None = None  # log-probabilities of it, in nats
 
     @property
     def num_documents(self) -> int:
@@ -51,8 +56,15 @@ class Documents:
         tokens[0] = self.bos_id
         return tokens
 
+    def counts(self, index: int) -> Bool[np.ndarray, "_"]:
+        """Which tokens of a document a model is measured on: all but BOS, and of a chat the answers alone."""
+        start, length = self.starts[index], self.offsets[index + 1] - self.offsets[index]
+        if self.marks is None:
+            return np.arange(length) > 0
+        return self.marks[start : start + length] & ANSWER > 0
+
     def num_bytes(self, index: int) -> int:
-        """UTF-8 bytes of one document's text."""
+        """UTF-8 bytes of one document's text, of a chat those of the answers."""
         return int(self.byte_counts[index])
 
     def repeated(self, times: int) -> "Documents":
@@ -135,4 +147,4 @@ class Split:
         starts = self._cache.document_starts[:-1] + skipped
         offsets = np.concatenate([[0], np.cumsum(lengths[chosen])]).astype(np.int64)
         return Documents(self._cache.name, self._cache.tokens, starts[chosen], offsets, sizes[chosen],
-                         self._bos_id, self._fingerprint)  # fmt: skip
+                         self._bos_id, self._fingerprint, self._cache.format, self._cache.marks)  # fmt: skip

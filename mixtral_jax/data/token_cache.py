@@ -1,7 +1,9 @@
 """Token cache: one source, tokenized once, as memory-mapped files with document boundaries.
 
 A cache is a directory: `tokens` (BOS, text, EOS of one document after the other), `document_starts` (num_documents + 1
-places in `tokens`), `document_bytes` (UTF-8 bytes of each document's text), all little-endian, and `index.json`.
+places in `tokens`), `document_bytes` (UTF-8 bytes of each document's text), all little-endian, and `index.json`. Where
+the documents are records of chats there are also `marks`, a byte for each token (see `answers`), and bytes are those of
+the answers.
 """
 
 import contextlib
@@ -10,14 +12,15 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int64, Integer
+from jaxtyping import Int64, Integer, UInt8
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from mixtral_jax.config import SourceConfig, UserError
 from mixtral_jax.console import make_console
+from mixtral_jax.data.answers import ANSWER, Kind, format_of, marked_records
 from mixtral_jax.data.cache_files import altered_file, building, locked
 from mixtral_jax.data.sources import iter_documents, source_fingerprint, total_bytes
 from mixtral_jax.data.tokenizer import Tokenizer
@@ -38,16 +41,19 @@ class TokenCache:
         self.num_documents: int = index["num_documents"]
         self.num_tokens: int = index["num_tokens"]
         self.fingerprint: str = index["content"]  # of the tokens and boundaries themselves
+        self.format: str = index.get("format", "text")
         self.tokens: Integer[np.ndarray, tokens] = np.memmap(directory / "tokens", index["dtype"], "r")
         self.document_starts: Int64[np.ndarray, documents + 1] = np.memmap(directory / "document_starts", "<i8", "r")
         self.document_bytes: Int64[np.ndarray, documents] = np.memmap(directory / "document_bytes", "<i8", "r")
+        marked = self.format != "text"
+        self.marks: UInt8[np.ndarray, tokens] | None = np.memmap(directory / "marks", "u1", "r") if marked else None
 
     def document(self, index: int) -> Integer[np.ndarray, "_"]:
         """The tokens of a document, BOS and EOS included, as they lie on the disk."""
         return self.tokens[self.document_starts[index] : self.document_starts[index + 1]]
 
 
-def open_or_build(source: SourceConfig, tokenizer: Tokenizer, cache_dir: Path) -> TokenCache:
+def open_or_build(source: SourceConfig, tokenizer: Tokenizer, cache_dir: Path, kind: Kind = "pretrain") -> TokenCache:
     """Opens the token cache of a source, building it first where there is none that is whole and up to date.
 
     The cache's name is a digest of the source, the tokenizer and the format, so a changed file or tokenizer gets a new
@@ -58,6 +64,7 @@ def open_or_build(source: SourceConfig, tokenizer: Tokenizer, cache_dir: Path) -
         source: the text.
         tokenizer: turns it into tokens.
         cache_dir: the directory of caches; it exists.
+        kind: what the source holds, as `objective.name` says.
 
     Returns:
         The open cache.
@@ -65,9 +72,10 @@ def open_or_build(source: SourceConfig, tokenizer: Tokenizer, cache_dir: Path) -
     Raises:
         UserError: trouble in the source (see `iter_documents`), or no room for the cache.
     """
-    if source.prepared:
+    if source.prepared and kind == "pretrain":
         return _open_prepared(source, source.prepared, tokenizer, cache_dir)
-    key = _key(source, tokenizer)
+    format = "text" if kind == "pretrain" else format_of(source, kind)
+    key = _key(source, tokenizer, format)
     target = cache_dir / f"tokens-{key[:24]}"
     with locked(target):
         index, problem = _read_index(target, key, cache_dir)
@@ -75,8 +83,8 @@ def open_or_build(source: SourceConfig, tokenizer: Tokenizer, cache_dir: Path) -
             log.warning("the token cache %s is damaged (%s): building it again", target, problem)
         if index is None:
             with building(target) as partial:
-                _build(source, tokenizer, partial, key)
-            if _key(source, tokenizer) != key:
+                _build(source, tokenizer, partial, key, kind, format)
+            if _key(source, tokenizer, format) != key:
                 raise UserError(f"the files of source '{source.name}' changed while they were read: start again")
             index, problem = _read_index(target, key, cache_dir)
             if index is None:
@@ -105,8 +113,9 @@ def token_dtype(tokenizer: Tokenizer) -> str:
     return "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
 
 
-def _key(source: SourceConfig, tokenizer: Tokenizer) -> str:
-    return hashlib.sha256(f"{FORMAT} {source_fingerprint(source)} {tokenizer.fingerprint}".encode()).hexdigest()
+def _key(source: SourceConfig, tokenizer: Tokenizer, format: str) -> str:
+    read = "" if format == "text" else f" {format}"
+    return hashlib.sha256(f"{FORMAT} {source_fingerprint(source)} {tokenizer.fingerprint}{read}".encode()).hexdigest()
 
 
 def _read_index(directory: Path, key: str, stamps: Path) -> tuple[dict[str, Any] | None, str]:
@@ -127,9 +136,19 @@ def _read_index(directory: Path, key: str, stamps: Path) -> tuple[dict[str, Any]
     return index, ""
 
 
-def _build(source: SourceConfig, tokenizer: Tokenizer, directory: Path, key: str) -> None:
+class _Piece(NamedTuple):
+    """Some documents, one after the other."""
+
+    tokens: Integer[np.ndarray, " tokens"]
+    lengths: list[int]  # tokens of each
+    sizes: list[int]  # bytes of each
+    marks: UInt8[np.ndarray, " tokens"] | None
+
+
+def _build(source: SourceConfig, tokenizer: Tokenizer, directory: Path, key: str, kind: Kind, format: str) -> None:
     dtype = token_dtype(tokenizer)
-    digests = {name: hashlib.sha256() for name in ("tokens", "document_starts", "document_bytes")}
+    names = ("tokens", "document_starts", "document_bytes", *(() if format == "text" else ("marks",)))
+    digests = {name: hashlib.sha256() for name in names}
     num_tokens = num_documents = 0
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context(open(directory / name, "wb")) for name in digests}
@@ -141,21 +160,46 @@ def _build(source: SourceConfig, tokenizer: Tokenizer, directory: Path, key: str
             files[name].write(data)
 
         write("document_starts", np.zeros(1, "<i8"))
-        for batch in _batches(source, progress):
-            encoded = tokenizer.encode_batch(batch)
-            ends = num_tokens + np.cumsum([len(ids) + 2 for ids in encoded])
-            parts = [part for ids in encoded for part in ([tokenizer.bos_id], ids, [tokenizer.eos_id])]
-            write("tokens", np.concatenate(parts).astype(dtype))
+        texts = format == "text"
+        for piece in (
+            _texts(source, tokenizer, progress) if texts else _chats(source, kind, format, tokenizer, progress)
+        ):
+            ends = num_tokens + np.cumsum(piece.lengths)
+            write("tokens", piece.tokens.astype(dtype))
             write("document_starts", ends.astype("<i8"))
-            write("document_bytes", np.array([len(text.encode()) for text in batch], "<i8"))
+            write("document_bytes", np.array(piece.sizes, "<i8"))
+            if piece.marks is not None:
+                write("marks", piece.marks)
             num_tokens = int(ends[-1])
-            num_documents += len(batch)
+            num_documents += len(piece.lengths)
             progress.update(progress.task_ids[0], documents=num_documents, tokens=num_tokens / 1e6)
-    write_index(directory, key, source.name, dtype, num_documents, num_tokens, digests)
+    write_index(directory, key, source.name, dtype, num_documents, num_tokens, digests, format)
+
+
+def _texts(source: SourceConfig, tokenizer: Tokenizer, progress: Progress) -> Iterator[_Piece]:
+    for batch in _batches(source, progress):
+        encoded = tokenizer.encode_batch(batch)
+        parts = [part for ids in encoded for part in ([tokenizer.bos_id], ids, [tokenizer.eos_id])]
+        sizes = [len(text.encode()) for text in batch]
+        yield _Piece(np.concatenate(parts), [len(ids) + 2 for ids in encoded], sizes, None)
+
+
+def _chats(source: SourceConfig, kind: Kind, format: str, tokenizer: Tokenizer, progress: Progress) -> Iterator[_Piece]:
+    task = progress.task_ids[0]
+    for record in marked_records(source, kind, format, tokenizer, lambda count: progress.advance(task, count)):
+        said = record.tokens[record.marks & ANSWER > 0]
+        yield _Piece(record.tokens, [len(record.tokens)], [int(tokenizer.token_bytes[said].sum())], record.marks)
 
 
 def write_index(
-    directory: Path, key: str, source: str, dtype: str, num_documents: int, num_tokens: int, digests: dict[str, Any]
+    directory: Path,
+    key: str,
+    source: str,
+    dtype: str,
+    num_documents: int,
+    num_tokens: int,
+    digests: dict[str, Any],
+    format: str = "text",
 ) -> None:
     """Writes the `index.json` of a cache whose other files are complete.
 
@@ -167,11 +211,13 @@ def write_index(
         num_documents: how many there are.
         num_tokens: how many there are, BOS and EOS included.
         digests: SHA-256 objects of the files, by name.
+        format: of the records, or `text`.
     """
     sha256 = {name: digest.hexdigest() for name, digest in digests.items()}
     index = {
         "key": key,
         "source": source,
+        "format": format,
         "num_documents": num_documents,
         "num_tokens": num_tokens,
         "dtype": dtype,

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from mixtral_jax.config import DistributedConfig, UserError
-from mixtral_jax.config_loading import parse_structured, validate_distributed
+from mixtral_jax.config_checks import validate_distributed
+from mixtral_jax.config_loading import parse_structured
 from mixtral_jax.distributed.supervisor import GIVEN_UP, RESTART, supervise
 from mixtral_jax.distributed.watchdog import ROOT, USER_ERROR, Watchdog
 

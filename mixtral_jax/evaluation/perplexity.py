@@ -163,7 +163,7 @@ def _document_sizes(documents: Documents, eval: EvalConfig) -> Float64[np.ndarra
 def uniform_nats(heldout: Documents, vocab_size: int, max_tokens: int = 0) -> float:
     """Sums -log p of held-out tokens under a model that finds every token equally likely; see `unigram_nats`."""
     selected = range(num_selected(heldout, max_tokens))
-    return sum(len(heldout.tokens(index)) - 1 for index in selected) * math.log(vocab_size)
+    return sum(np.count_nonzero(heldout.counts(index)) for index in selected) * math.log(vocab_size)
 
 
 def unigram_nats(
@@ -201,7 +201,7 @@ def _token_counts(documents: Documents, indices: range, vocab_size: int) -> np.n
     pending: list[np.ndarray] = []
     size = 0
     for index in indices:
-        pending.append(documents.tokens(index)[1:])
+        pending.append(documents.tokens(index)[documents.counts(index)])
         size += len(pending[-1])
         if index == indices[-1] or size >= 2**20:
             counts += np.bincount(np.concatenate(pending).astype(np.int64), minlength=vocab_size)

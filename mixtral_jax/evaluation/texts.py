@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
+from mixtral_jax.config import UserError
 from mixtral_jax.data.cache_files import cache_directory
 from mixtral_jax.data.fingerprints import fingerprints, make_fingerprints
 from mixtral_jax.data.record import NOTHING, DocumentRecord
@@ -30,11 +31,16 @@ def evaluation_texts(loaded: LoadedModel) -> list[MeasuredText]:
 
 def _open_texts(loaded: LoadedModel) -> list[MeasuredText]:
     config, record = loaded.config, loaded.record
+    if config.objective.name == "preference":
+        raise UserError(
+            "the run learnt from judged answers, which are neither texts nor chats: name chats with "
+            "objective={name: sft, losses: []} and data.sources, or texts with objective={name: pretrain, losses: []}"
+        )
     check_sources(config.data.sources)
     directory = cache_directory(config.data.cache_dir)
     texts = []
     for source in config.data.sources:
-        cache = open_or_build(source, loaded.tokenizer, directory)
+        cache = open_or_build(source, loaded.tokenizer, directory, config.objective.name)
         text = Split(cache, fingerprints(cache, directory), record or NOTHING, loaded.tokenizer).to_measure()
         texts.append(text if record else MeasuredText(text.documents, "unknown", None))
     return texts

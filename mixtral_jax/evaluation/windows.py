@@ -5,7 +5,7 @@ The first token is the start sign, which nothing precedes. The end sign does cou
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Protocol, runtime_checkable
 
@@ -40,8 +40,17 @@ class Documents(Protocol):
         """Returns the token ids of a document: the start sign, its text and, unless its tail was cut, the end sign."""
         ...
 
+    def counts(self, index: int) -> np.ndarray:
+        """Says which tokens of a document are predicted: all but the start sign, or of a chat the answers alone."""
+        ...
+
+    @property
+    def format(self) -> str:
+        """Says `text`, or what records of chats these are."""
+        ...
+
     def num_bytes(self, index: int) -> int:
-        """Returns the length of a document's text in UTF-8 bytes."""
+        """Returns the length of a document's text, or of a chat's answers, in UTF-8 bytes."""
         ...
 
 
@@ -50,7 +59,8 @@ class Documents(Protocol):
 class EvaluationBatch(Batch[np.ndarray]):
     """A batch whose targets are counted by document."""
 
-    documents: Int32[np.ndarray, "batch seq"]  # number of the document, where it is not padding
+    # Number of the document, where it is not padding.
+    documents: Int32[np.ndarray, "batch seq"] = field(kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,7 @@ class Window:
 
     index: int  # of the document
     document: np.ndarray  # its tokens, all of them
+    counts: np.ndarray  # which of them are predicted
     begin: int  # first input
     end: int  # one past the last input
     counted_from: int  # first input whose successor is predicted here and in no other window
@@ -84,7 +95,7 @@ def num_selected(documents: Documents, max_tokens: int) -> int:
         return documents.num_documents
     predicted = 0
     for index in range(documents.num_documents):
-        predicted += len(documents.tokens(index)) - 1
+        predicted += int(np.count_nonzero(documents.counts(index)))
         if predicted >= max_tokens:
             return index + 1
     return documents.num_documents
@@ -94,7 +105,7 @@ def evaluation_batches(documents: Documents, eval: EvalConfig, seq_len: int) -> 
     """Cuts documents into batches of one fixed shape.
 
     - packed: documents follow one another through the rows as in training; one that crosses the end of a row goes on
-      in the next without memory of the last.
+      in the next without memory of the last. Records of chats, which training leaves whole, are as in `document`.
     - document: every document from its start, in successive windows of `context` tokens.
     - strided: a window of `context` tokens moves on by `stride`; a token is predicted in the first window that
       reaches it, so after at least context - stride tokens, or all from the start of its document.
@@ -125,7 +136,8 @@ def evaluation_batches(documents: Documents, eval: EvalConfig, seq_len: int) -> 
                 batch.segment_ids[row, here] = segment
                 batch.documents[row, here] = window.index
                 batch.positions[row, here] = np.arange(size)
-                batch.loss_mask[row, start + window.counted_from - window.begin : predicted.stop] = True
+                counted = window.counts[window.counted_from + 1 : window.end + 1]
+                batch.loss_mask[row, start + window.counted_from - window.begin : predicted.stop] = counted
                 start += size
         yield batch
 
@@ -146,11 +158,11 @@ def _rows(documents: Documents, eval: EvalConfig, seq_len: int) -> Iterator[list
     row: list[Window] = []
     room = context
     for index in range(num_selected(documents, eval.max_tokens)):
-        document = documents.tokens(index)
-        if eval.mode == "packed":
-            windows = _cut(index, document, room, context)
+        document, counts = documents.tokens(index), documents.counts(index)
+        if eval.mode == "packed" and documents.format == "text":
+            windows = _cut(index, document, counts, room, context)
         else:
-            windows = _slide(index, document, context, stride)
+            windows = _slide(index, document, counts, context, stride)
         for window in windows:
             size = window.end - window.begin
             if size > room:
@@ -165,19 +177,19 @@ def _rows(documents: Documents, eval: EvalConfig, seq_len: int) -> Iterator[list
         yield row
 
 
-def _cut(index: int, document: np.ndarray, room: int, context: int) -> Iterator[Window]:
+def _cut(index: int, document: np.ndarray, counts: np.ndarray, room: int, context: int) -> Iterator[Window]:
     """Fills the room that is left in a row, then whole rows; the end sign takes a place, as in training."""
     begin, end = 0, min(room, len(document))
     while begin < len(document):
-        yield Window(index, document, begin, end, counted_from=begin)
+        yield Window(index, document, counts, begin, end, counted_from=begin)
         begin, end = end, min(end + context, len(document))
 
 
-def _slide(index: int, document: np.ndarray, context: int, stride: int) -> Iterator[Window]:
+def _slide(index: int, document: np.ndarray, counts: np.ndarray, context: int, stride: int) -> Iterator[Window]:
     """Moves a window over the document; the end sign is never an input, since nothing follows it."""
     begin = predicted = 0
     last = len(document) - 1
     while predicted < last:
         end = min(begin + context, last)
-        yield Window(index, document, begin, end, counted_from=predicted)
+        yield Window(index, document, counts, begin, end, counted_from=predicted)
         begin, predicted = begin + stride, end

@@ -4,6 +4,7 @@ The gradient is made in the forward pass, while a chunk's logits are at hand, so
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +58,9 @@ def token_losses(
     backend: str,
     chunk: int,
 ) -> tuple[Float[Array, "batch seq"], Bool[Array, "batch seq"]]:
-    """Computes -log softmax(x head)[target] of every position in nats, forward only; see `cross_entropy_sum`.
+    """Computes -log softmax(x head)[target] of every position in nats; see `cross_entropy_sum`.
+
+    Differentiable in x and head, by a second pass over the chunks: what each token's loss weighs is known last.
 
     Returns:
         The losses, and whether no other token is likelier than the target (what greedy decoding would choose).
@@ -65,20 +68,41 @@ def token_losses(
 
     def local(x: Array, head: Array, targets: Array) -> tuple[Array, Array]:
         head = gather(head, mesh, "d_model", axis=0)
-
-        engine = load("cross_entropy", backend)
-
-        def body(inputs: tuple[Array, Array]) -> tuple[Array, Array]:
-            nats, greedy = engine.chunk_losses(inputs[0], head, inputs[1], backend)
-            return nats, greedy
-
-        size = min(chunk, targets.size)
-        chunks = (_split(x.reshape(-1, x.shape[-1]), size), _split(targets.reshape(-1), size))
-        losses, greedy = (_join(out, targets.size).reshape(targets.shape) for out in jax.lax.map(body, chunks))
-        return losses, greedy
+        flat = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
+        losses, greedy = _local_losses(head, *flat, min(chunk, targets.size), backend)
+        return losses.reshape(targets.shape), greedy.reshape(targets.shape)
 
     tokens = spec(("batch", "sequence"))
     in_specs = (spec(("batch", "sequence", None)), spec(("d_model", "vocab")), tokens)
+    return by_device(local, mesh, in_specs, (tokens, tokens))(x, head, targets)
+
+
+def token_statistics(
+    x: Float[Array, "batch seq d_model"],
+    head: Float[Array, "d_model vocab"],
+    targets: Int[Array, "batch seq"],
+    *,
+    mesh: Mesh,
+    chunk: int,
+) -> tuple[Float[Array, "batch seq"], Bool[Array, "batch seq"]]:
+    """Computes, forward only, every prediction's entropy in nats and whether its target is the likeliest."""
+
+    def local(x: Array, head: Array, targets: Array) -> tuple[Array, Array]:
+        head = gather(head, mesh, "d_model", axis=0)
+
+        def body(inputs: tuple[Array, Array]) -> tuple[Array, Array]:
+            logits, logsumexp, at_target, _ = _chunk_logits(inputs[0], head, inputs[1])
+            mean = jax.lax.psum(jnp.sum(jnp.exp(logits - logsumexp[:, None]) * logits, axis=-1), VOCAB_AXIS)
+            return logsumexp - mean, at_target >= jax.lax.pmax(jnp.max(logits, axis=-1), VOCAB_AXIS)
+
+        size = min(chunk, targets.size)
+        chunks = (_split(x.reshape(-1, x.shape[-1]), size), _split(targets.reshape(-1), size))
+        entropy, greedy = (_join(out, targets.size).reshape(targets.shape) for out in jax.lax.map(body, chunks))
+        return entropy, greedy
+
+    tokens = spec(("batch", "sequence"))
+    in_specs = (spec(("batch", "sequence", None)), spec(("d_model", "vocab")), tokens)
+    x, head = jax.lax.stop_gradient((x, head))
     return by_device(local, mesh, in_specs, (tokens, tokens))(x, head, targets)
 
 
@@ -119,11 +143,16 @@ def chunk_gradients(
     mask: Bool[Array, " tokens"],
     d_head: Float[Array, "d_model vocab"],
     backend: str,
+    weights: Float[Array, " tokens"] | None = None,
 ) -> tuple[Float[Array, " tokens"], Float[Array, "tokens d_model"], Float[Array, "d_model vocab"]]:
-    """Computes the losses of a chunk and the gradients of the masked ones' sum; the head's is added to `d_head`."""
+    """Computes the losses of a chunk and the gradients of the masked ones' sum; the head's is added to `d_head`.
+
+    Each loss counts as often as its weight says, once if there are none.
+    """
     logits, logsumexp, at_target, column = _chunk_logits(x, head, targets)
     hit = jnp.arange(head.shape[1]) == column[..., None]
-    d_logits = jnp.where(mask[..., None], jnp.exp(logits - logsumexp[..., None]) - hit, 0).astype(head.dtype)
+    d_logits = jnp.where(mask[..., None], jnp.exp(logits - logsumexp[..., None]) - hit, 0)
+    d_logits = (d_logits if weights is None else d_logits * weights[:, None]).astype(head.dtype)
     d_head += jnp.einsum("td,tv->dv", x, d_logits, preferred_element_type=FULL)
     return logsumexp - at_target, jnp.einsum("tv,dv->td", d_logits, head), d_head
 
@@ -164,3 +193,39 @@ def _local_bwd(chunk: int, backend: str, residuals: tuple[Array, Array], d_total
 
 
 _local_sum.defvjp(_local_fwd, _local_bwd)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _local_losses(head: Array, x: Array, targets: Array, chunk: int, backend: str) -> tuple[Array, Array]:
+    engine = load("cross_entropy", backend)
+
+    def body(inputs: tuple[Array, Array]) -> tuple[Array, Array]:
+        nats, greedy = engine.chunk_losses(inputs[0], head, inputs[1], backend)
+        return nats, greedy
+
+    losses, greedy = jax.lax.map(body, (_split(x, chunk), _split(targets, chunk)))
+    return _join(losses, targets.size), _join(greedy, targets.size)
+
+
+def _losses_fwd(head: Array, x: Array, targets: Array, chunk: int, backend: str) -> tuple[Any, tuple[Array, ...]]:
+    return _local_losses(head, x, targets, chunk, backend), (head, x, targets)
+
+
+def _losses_bwd(
+    chunk: int, backend: str, residuals: tuple[Array, ...], cotangents: tuple[Array, Array]
+) -> tuple[Array | None, ...]:
+    head, x, targets = residuals
+    engine = load("cross_entropy", backend)
+    weights = jax.lax.psum(cotangents[0], VOCAB_AXIS)  # as in `_local_bwd`
+
+    def body(d_head: Array, inputs: tuple[Array, ...]) -> tuple[Array, Array]:
+        x_c, targets_c, weights_c = inputs
+        _, d_x, d_head = engine.chunk_gradients(x_c, head, targets_c, weights_c != 0, d_head, backend, weights_c)
+        return d_head, d_x
+
+    chunks = tuple(_split(a, chunk) for a in (x, targets, weights))
+    d_head, d_x = jax.lax.scan(body, jnp.zeros(head.shape, FULL), chunks)
+    return d_head.astype(head.dtype), _join(d_x, x.shape[0]).astype(x.dtype), None
+
+
+_local_losses.defvjp(_losses_fwd, _losses_bwd)

@@ -4,18 +4,22 @@ Every term is a sum over this part of the batch divided by a count over the whol
 gradients add up to the whole batch's, however it was split.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from mixtral_jax.config import LossesConfig
+from mixtral_jax.config import LossesConfig, ObjectiveConfig
 from mixtral_jax.data.batch import Batch
-from mixtral_jax.kernels.cross_entropy import cross_entropy_sum
+from mixtral_jax.kernels.cross_entropy import cross_entropy_sum, token_losses, token_statistics
 from mixtral_jax.model.mixtral import Mixtral
 from mixtral_jax.model.moe import RouterOutput
 from mixtral_jax.precision import EXACT_PRODUCT, FULL
+from mixtral_jax.training.preferences import AnswerCounts, compare_answers, count_answers
+
+PRETRAIN = ObjectiveConfig()
 
 
 class Counts(NamedTuple):
@@ -23,6 +27,7 @@ class Counts(NamedTuple):
 
     targets: Float[Array, ""]  # tokens to predict
     tokens: Float[Array, ""]  # tokens that are not padding
+    answers: AnswerCounts | None = None  # where the batch holds judged answers
 
 
 class RouterSums(NamedTuple):
@@ -39,14 +44,16 @@ class Losses(NamedTuple):
     """The parts of the loss: what is reported; `total` is what is minimised."""
 
     total: Float[Array, ""]
-    cross_entropy: Float[Array, ""]  # nats per target
+    cross_entropy: Float[Array, ""]  # nats per target; of judged answers, of the better ones
     load_balance: Float[Array, ""]  # 1 at perfect balance
     router_z: Float[Array, ""]
+    answers: dict[str, Float[Array, ""]]  # what else is reported where answers are learnt
 
 
-def count(batch: Batch) -> Counts:
-    """Counts targets and tokens of a batch."""
-    return Counts(jnp.sum(batch.loss_mask, dtype=FULL), jnp.sum(batch.segment_ids > 0, dtype=FULL))
+def count(batch: Batch, mesh: Mesh | None = None) -> Counts:
+    """Counts targets and tokens of a batch, and the answers of one that lies on a mesh and holds some."""
+    answers = None if batch.reference is None or mesh is None else count_answers(batch, mesh)
+    return Counts(jnp.sum(batch.loss_mask, dtype=FULL), jnp.sum(batch.segment_ids > 0, dtype=FULL), answers)
 
 
 def router_sums(router: RouterOutput, batch: Batch) -> RouterSums:
@@ -94,6 +101,7 @@ def compute_losses(
     counts: Counts,
     load: Float[Array, "layers experts"] | None,
     config: LossesConfig,
+    objective: ObjectiveConfig = PRETRAIN,
 ) -> tuple[Losses, RouterSums]:
     """Computes this part of the batch's share of every loss.
 
@@ -103,22 +111,44 @@ def compute_losses(
         counts: of the whole batch.
         load: f over the whole batch; None counts it over this part.
         config: coefficients.
+        objective: what is learnt beside balance.
     """
     x, router = model(batch.tokens, batch.segment_ids, batch.positions)
-    runtime = model.runtime
-    nats = cross_entropy_sum(
-        x,
-        model.head(),
-        batch.targets,
-        batch.loss_mask,
-        mesh=runtime.mesh,
-        backend=runtime.matmul,
-        chunk=runtime.loss_chunk,
-    )
+    loss, cross_entropy, answers = _learnt(model, x, batch, counts, objective)
     sums = router_sums(router, batch)
     load = expert_load(sums.assignments) if load is None else load
-    cross_entropy = nats / jnp.maximum(counts.targets, 1)
     load_balance = load_balance_loss(load, sums.probs, counts.tokens)
     router_z = jnp.mean(sums.logsumexp_squared) / jnp.maximum(counts.tokens, 1)
-    total = cross_entropy + config.load_balance * load_balance + config.router_z * router_z
-    return Losses(total, cross_entropy, load_balance, router_z), sums
+    total = loss + config.load_balance * load_balance + config.router_z * router_z
+    return Losses(total, cross_entropy, load_balance, router_z, answers), sums
+
+
+def _learnt(
+    model: Mixtral, x: Array, batch: Batch, counts: Counts, objective: ObjectiveConfig
+) -> tuple[Array, Array, dict[str, Array]]:
+    """The loss of the objective, the cross-entropy, and what else is reported."""
+    runtime, head = model.runtime, model.head()
+    where: dict[str, Any] = {"mesh": runtime.mesh, "chunk": runtime.loss_chunk}
+    if objective.name == "preference":
+        assert counts.answers is not None
+        nats, _ = token_losses(x, head, batch.targets, backend=runtime.matmul, **where)
+        mean_logits = jax.lax.stop_gradient(
+            jnp.einsum("bsd,d->bs", x, jnp.mean(head, axis=1), preferred_element_type=FULL)
+        )
+        loss, metrics = compare_answers(-nats, mean_logits, batch, counts.answers, objective.losses, runtime.mesh)
+        better = jnp.where(batch.loss_mask & (batch.segment_ids % 2 == 1), jax.lax.stop_gradient(nats), 0)
+        return loss, jnp.sum(better) / jnp.maximum(counts.answers.better_tokens, 1), metrics
+    nats = cross_entropy_sum(x, head, batch.targets, batch.loss_mask, backend=runtime.matmul, **where)
+    cross_entropy = nats / jnp.maximum(counts.targets, 1)
+    if objective.name == "pretrain":
+        return cross_entropy, cross_entropy, {}
+    entropy, greedy = token_statistics(x, head, batch.targets, **where)
+    reported = {"entropy": entropy, "mean_token_accuracy": greedy}
+    return (
+        cross_entropy,
+        cross_entropy,
+        {
+            name: jnp.sum(jnp.where(batch.loss_mask, values, 0), dtype=FULL) / jnp.maximum(counts.targets, 1)
+            for name, values in reported.items()
+        },
+    )

@@ -1,5 +1,7 @@
 """One pure training step over a mesh: losses, accumulated gradients, update, statistics."""
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -83,7 +85,8 @@ class Trainable:
 
     def abstract_batch(self) -> Batch[Any]:
         """Describes a global batch by shape, type and sharding."""
-        return abstract_batch(self.config.train.batch_size, self.config.data.seq_len, self.batch_sharding)
+        shape = self.config.train.batch_size, self.config.data.seq_len
+        return abstract_batch(*shape, self.batch_sharding, reference=self.config.objective.name == "preference")
 
     def host_rows(self) -> slice:
         """Returns the part of a global batch, from the first row to the last, that this host's devices need."""
@@ -95,6 +98,32 @@ class Trainable:
     def put(self, batch: HostBatch, rows: slice | None = None) -> Batch:
         """Spreads a global batch, of which `batch` holds the given rows (None: all), over the devices."""
         return put_batch(batch, self.batch_sharding, self.config.train.batch_size, rows.start if rows else 0)
+
+    def judge(self, arrays: Arrays, batches: Sequence[HostBatch]) -> dict[str, float]:
+        """Measures the objective on batches of judged answers, as one: the names are those of training's metrics."""
+        placed = [self.put(batch) for batch in batches]
+        counts = jax.tree.map(lambda *parts: sum(parts), *map(self._count, placed))
+        losses = jax.tree.map(lambda *parts: float(sum(parts)), *(self._measure(arrays, b, counts) for b in placed))
+        objective = losses.total - sum(
+            coefficient * value
+            for coefficient, value in (
+                (self.config.losses.load_balance, losses.load_balance),
+                (self.config.losses.router_z, losses.router_z),
+            )
+        )
+        return {"loss": objective, "cross_entropy": losses.cross_entropy, **losses.answers}
+
+    @functools.cached_property
+    def _count(self) -> Any:
+        return jax.jit(lambda batch: count(batch, self.architecture.runtime.mesh), out_shardings=self.replicated)
+
+    @functools.cached_property
+    def _measure(self) -> Any:
+        def measure(arrays: Arrays, batch: Batch, counts: Counts) -> Losses:
+            model = self.architecture.bind(arrays)
+            return compute_losses(model, batch, counts, None, self.config.losses, self.config.objective)[0]
+
+        return jax.jit(measure, out_shardings=self.replicated)
 
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         runtime = self.architecture.runtime
@@ -126,6 +155,7 @@ class Trainable:
         metrics = {
             "loss": losses.total,
             "cross_entropy": losses.cross_entropy,
+            **losses.answers,
             "load_balance_loss": losses.load_balance,
             "router_z_loss": losses.router_z,
             "learning_rate": learning_rate,
@@ -139,11 +169,11 @@ class Trainable:
     def _gradients(self, arrays: Arrays, batch: Batch) -> tuple[Any, Losses, RouterSums, Counts]:
         """Sums losses and gradients over the microbatches."""
         config, (params, bias) = self.config, (arrays["params"], arrays["selection_bias"])
-        counts = count(batch)
+        counts = count(batch, self.architecture.runtime.mesh)
 
         def loss(params: Any, part: Batch, load: Array | None) -> tuple[Array, tuple[Losses, RouterSums]]:
             model = self.architecture.bind({"params": params, "selection_bias": bias})
-            losses, sums = compute_losses(model, part, counts, load, config.losses)
+            losses, sums = compute_losses(model, part, counts, load, config.losses, config.objective)
             return losses.total, (losses, sums)
 
         gradient = jax.grad(loss, has_aux=True)

@@ -26,7 +26,8 @@ def summarize(config: Config, outcome: Outcome, console: Console) -> None:
         )
         return
     if any(documents.num_documents for documents in outcome.heldout):
-        _show_perplexity(config, outcome, console)
+        if config.objective.name != "preference":
+            _show_perplexity(config, outcome, console)
         _show_sample(config, outcome, console)
     console.print(
         Text.assemble(
@@ -59,10 +60,11 @@ def _show_sample(config: Config, outcome: Outcome, console: Console) -> None:
         return
     tokenizer = outcome.tokenizer
     documents = next(documents for documents in outcome.heldout if documents.num_documents)
-    tokens = [int(token) for token in documents.tokens(0)[:PROMPT_TOKENS]]
+    prompt_tokens = PROMPT_TOKENS if documents.format == "text" else int(documents.counts(0).argmax())
+    tokens = [int(token) for token in documents.tokens(0)[:prompt_tokens]]
     prompt = Prompt(tokens, Sampling(temperature=TEMPERATURE, seed=config.seed), NEW_TOKENS)
     generate = make_generator(outcome.architecture)(outcome.state.arrays)
-    (sample,) = complete_texts(generate, tokenizer, [prompt], rows=1, context=PROMPT_TOKENS + NEW_TOKENS)
+    (sample,) = complete_texts(generate, tokenizer, [prompt], rows=1, context=prompt_tokens + NEW_TOKENS)
     text = Text.assemble((tokenizer.decode(tokens), "dim"), (sample.text, "bold"))
     title = f"held-out text, then {len(sample.tokens)} sampled tokens (temperature {TEMPERATURE})"
     console.print(Panel(text, title=title))

@@ -13,9 +13,9 @@ import numpy as np
 
 from mixtral_jax.compiled import keep_compiled
 from mixtral_jax.config import Config, DistributedConfig, UserError
-from mixtral_jax.config_loading import changed_keys, parse_config, to_yaml, value_of
+from mixtral_jax.config_loading import CHECKPOINT_TOKENIZER, changed_keys, parse_config, to_yaml, value_of
 from mixtral_jax.data.batch import Batch
-from mixtral_jax.data.pipeline import TrainingData, data_fingerprint, open_documents
+from mixtral_jax.data.pipeline import TrainingData, data_fingerprint, held_out_batches, open_documents
 from mixtral_jax.data.prefetch import Prefetcher
 from mixtral_jax.data.record import FILE as RECORD
 from mixtral_jax.data.record import NOTHING
@@ -34,6 +34,7 @@ from mixtral_jax.runs.run_dir import RunDirectory
 from mixtral_jax.runtime import make_runtime
 from mixtral_jax.sharding import ANY_MESH
 from mixtral_jax.training.admission import admit_kernels
+from mixtral_jax.training.reference import with_reference
 from mixtral_jax.training.signals import StopRequest
 from mixtral_jax.training.state import TrainState
 from mixtral_jax.training.step import Metrics, Trainable
@@ -127,16 +128,31 @@ class Trainer:
             before = source[0].read_record(source[1]) or dataclasses.replace(NOTHING, complete=False)
             if not before.complete:
                 self.say(f"it is not known what {init_from} was trained on: held-out text may be among it")
-        self.text = processes.main_first(lambda: open_documents(self.config, own=record, before=before))
+        tokenizer = self._checkpoint_tokenizer(own, source)
+        self.text = processes.main_first(
+            lambda: open_documents(self.config, own=record, before=before, tokenizer=tokenizer)
+        )
+        self.text = with_reference(self.config, self.text, self.runtime, self.say)
         fingerprint = data_fingerprint(self.config, self.text.training)
         processes.check_same(fingerprint, "this process sees other data than process 0: keep the "
                                "sources on storage that all share, or the same copy on every host")  # fmt: skip
         if own is not None and self.checkpoints.read_meta(own)["data_fingerprint"] != fingerprint:
             raise UserError(
-                f"{run_dir} was trained on other data than data.sources gives now (files or tokenizer changed): "
-                "restore them or choose another run_dir"
+                f"{run_dir} was trained on other data than data.sources gives now (files, tokenizer or reference "
+                "changed): restore them or choose another run_dir"
             )
         self.data = TrainingData(self.config, self.text.training)
+        for note in self.data.notes():
+            self.say(note)
+
+    def _checkpoint_tokenizer(self, own: int | None, source: tuple[Checkpoints, int] | None) -> Tokenizer | None:
+        """The tokenizer of the run's own checkpoint or of init_from's, where the configuration asks for that."""
+        if self.config.data.tokenizer != CHECKPOINT_TOKENIZER:
+            return None
+        found = source if own is None else (self.checkpoints, own)
+        if found is None:
+            raise UserError("data.tokenizer=checkpoint is that of init_from: set it, or name a tokenizer")
+        return Tokenizer(found[0].read_file(found[1], "tokenizer.model"), "the checkpoint's tokenizer")
 
     def _first_state(self, own: int | None, source: tuple[Checkpoints, int] | None) -> tuple[TrainState, int]:
         """Takes, in this order: the run's newest good checkpoint, the parameters of init_from, fresh parameters."""
@@ -269,6 +285,9 @@ class Trainer:
     def _evaluate(self, step: int, state: TrainState) -> None:
         """Measures a bounded part of the held-out text, packed as in training."""
         config = self.config
+        if config.objective.name == "preference":
+            self._judge(step, state)
+            return
         tokens = config.train.eval_batches * config.eval.batch_size * config.data.seq_len
         settings = dataclasses.replace(config.eval, mode="packed", context=0, stride=0, max_tokens=tokens)
         texts = [documents for documents in self.text.held_out if documents.num_documents]
@@ -281,4 +300,16 @@ class Trainer:
         self.logger.say(
             f"step {step}: held-out perplexity {evaluation.total.perplexity:,.2f}, "
             f"{evaluation.total.bits_per_byte:.4f} bits per byte"
+        )
+
+    def _judge(self, step: int, state: TrainState) -> None:
+        """Measures a bounded part of the held-out answers."""
+        batches = held_out_batches(self.config, self.text.held_out)
+        if not batches:
+            return
+        found = self.trainable.judge(state.arrays, batches)
+        self.logger.log(step, {f"heldout/{name}": value for name, value in found.items()})
+        self.logger.say(
+            f"step {step}: held-out loss {found['loss']:.4f}, reward accuracy {found['rewards/accuracies']:.1%}, "
+            f"margin {found['rewards/margins']:.4f}"
         )

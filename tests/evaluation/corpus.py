@@ -15,6 +15,7 @@ class Corpus:
     texts: Sequence[Sequence[int]]  # tokens without start and end sign
     sizes: Sequence[int] = ()  # bytes; twice the tokens if empty
     name: str = "made-up"
+    format: str = "text"
 
     @property
     def num_documents(self) -> int:
@@ -26,6 +27,9 @@ class Corpus:
 
     def tokens(self, index: int) -> np.ndarray:
         return np.array([BOS, *self.texts[index], EOS], np.uint16)
+
+    def counts(self, index: int) -> np.ndarray:
+        return np.arange(len(self.texts[index]) + 2) > 0
 
     def num_bytes(self, index: int) -> int:
         return self.sizes[index] if self.sizes else 2 * len(self.texts[index])

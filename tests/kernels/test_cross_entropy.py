@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixtral_jax.kernels.cross_entropy import cross_entropy_sum, token_losses
+from mixtral_jax.kernels.cross_entropy import cross_entropy_sum, token_losses, token_statistics
 from tests import oracles
 from tests.tiny import LIMITS, by_engine, mesh_of
 
@@ -54,8 +54,24 @@ def test_losses_of_tokens_equal_the_reference(mesh, backend, chunk):
     scores = jax.jit(functools.partial(token_losses, **where, chunk=chunk))
     losses, greedy = scores(x, head, targets)
     np.testing.assert_array_equal(greedy, targets == best)
-    expected, _ = oracles.value_and_pull(lambda x, head: oracles.token_losses(x, head, targets), (x, head), losses)
+    weights = jnp.asarray(np.random.default_rng(1).standard_normal(losses.shape), jnp.float32)  # a gradient's, by token
+    expected, expected_grads = oracles.value_and_pull(
+        lambda x, head: oracles.token_losses(x, head, targets), (x, head), weights
+    )
     assert oracles.error(losses, expected) < LIMITS[backend]
+    grads = jax.jit(jax.grad(lambda x, head: jnp.sum(weights * scores(x, head, targets)[0]), (0, 1)))(x, head)
+    assert max(oracles.error(a, b) for a, b in zip(grads, expected_grads, strict=True)) < LIMITS[backend]
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_entropies_equal_the_reference(mesh):
+    x, head, targets, _ = example()
+    where = {"mesh": mesh_of(**MESHES[mesh]), "chunk": 5}
+    entropy, greedy = jax.jit(functools.partial(token_statistics, **where))(x, head, targets)
+    logits = np.float64(x) @ np.float64(head)
+    log_probs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    assert oracles.error(entropy, -(np.exp(log_probs) * log_probs).sum(axis=-1)) < 2e-6
+    np.testing.assert_array_equal(greedy, targets == np.argmax(logits, axis=-1))
 
 
 def test_nothing_masked_in_is_zero():

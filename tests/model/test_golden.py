@@ -14,7 +14,8 @@ from mixtral_jax.runtime import make_runtime
 from tests.tiny import mesh_of
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = [path for path in sorted((ROOT / "configs").glob("*.yaml")) if not path.stem.startswith("prepare")]
+OTHERS = ("prepare", "sft", "dpo")  # without an architecture
+CONFIGS = [path for path in sorted((ROOT / "configs").glob("*.yaml")) if not path.stem.startswith(OTHERS)]
 
 
 def describe(path: Path) -> str:

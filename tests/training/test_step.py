@@ -100,7 +100,7 @@ def test_a_part_of_a_batch_counts_for_its_share_of_the_whole():
     whole = count(batch)
     twice = Counts(2 * whole.targets, 2 * whole.tokens)
     losses, _ = compute_losses(step.architecture.bind(arrays), batch, twice, None, step.config.losses)
-    for found, name in zip(losses[1:], LOSSES, strict=True):
+    for found, name in zip(losses[1:4], LOSSES, strict=True):
         assert found == pytest.approx(expected[name] / 2, rel=1e-5)
 
 

@@ -21,8 +21,10 @@ def chunk_gradients(
     mask: Bool[Array, " tokens"],
     d_head: Float[Array, "d_model vocab"],
     engine: str,
+    weights: Float[Array, " tokens"] | None = None,
 ) -> tuple[Float[Array, " tokens"], Float[Array, "tokens d_model"], Float[Array, "d_model vocab"]]:
-    """Computes the losses and the gradients of the masked ones' sum; the head's is added to `d_head`."""
+    """Computes the losses and the gradients of the masked ones' sum, by weight; the head's is added to `d_head`."""
     rows, d_logits = differentiate(multiply(x, head, engine), targets, mask)
-    d_head = add_product(d_head, x, d_logits, engine)
-    return rows.log_total - rows.at_target, multiply(d_logits, head, engine, "nt"), d_head
+    weigh = lambda a: a if weights is None else a * weights[:, None].astype(a.dtype)  # noqa: E731
+    d_head = add_product(d_head, weigh(x), d_logits, engine)
+    return rows.log_total - rows.at_target, weigh(multiply(d_logits, head, engine, "nt")), d_head

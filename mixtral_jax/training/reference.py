@@ -1,0 +1,116 @@
+"""What the reference model says of every judged answer: computed once, before training, and kept beside the tokens."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32
+
+from mixtral_jax.config import Config, SourceConfig, UserError
+from mixtral_jax.config_loading import parse_config
+from mixtral_jax.data.cache_files import altered_file, building, cache_directory, locked
+from mixtral_jax.data.pipeline import RunText
+from mixtral_jax.data.record_rows import RecordRows
+from mixtral_jax.data.splits import Documents
+from mixtral_jax.distributed import processes
+from mixtral_jax.evaluation.scoring import Score, make_scorer
+from mixtral_jax.model.mixtral import Architecture
+from mixtral_jax.runs.checkpoint import find_checkpoint
+from mixtral_jax.runs.manifest import NAME as MANIFEST
+from mixtral_jax.runtime import Runtime
+from mixtral_jax.sharding import ANY_MESH
+from mixtral_jax.training.preferences import COMPARING
+
+FORMAT = 1  # raise it when the numbers below change
+FILE = "log_probs"
+
+
+def with_reference(config: Config, text: RunText, runtime: Runtime, say: Callable[[str], None]) -> RunText:
+    """Adds the reference's log-probabilities to what a run reads; they are computed where they are not kept yet.
+
+    They are kept by the tokens, the rows' length and the checksums of the reference's checkpoint, so another reference
+    or other data never finds them, and a damaged file is made again.
+
+    Args:
+        config: of the run; `objective.reference`, or else `init_from`, names the reference.
+        text: of the run.
+        runtime: where to compute.
+        say: prints a line for people.
+
+    Raises:
+        UserError: no reference, or one with another tokenizer.
+    """
+    if config.objective.name != "preference" or not any(loss.name in COMPARING for loss in config.objective.losses):
+        return text
+    place = config.objective.reference or config.init_from
+    if not place:
+        raise UserError(
+            "objective.losses compare answers with what a reference says of them: set init_from or objective.reference"
+        )
+    checkpoints, step = find_checkpoint(Path(place))
+    if checkpoints.read_file(step, "tokenizer.model") != text.tokenizer.model_bytes:
+        raise UserError(f"the reference {place} has another tokenizer than the run: name a reference with the same one")
+    weights = hashlib.sha256(checkpoints.read_file(step, MANIFEST)).hexdigest()
+    directory = cache_directory(config.data.cache_dir)
+
+    def load() -> Score:
+        saved = parse_config(checkpoints.read_meta(step)["config"], [ANY_MESH], saved=True)
+        architecture = Architecture(saved.model, runtime)
+        return make_scorer(architecture)(checkpoints.restore(step, architecture.abstract()))
+
+    score: Score | None = None
+    views: list[tuple[Documents, Documents]] = []
+    for source, *pair in zip(config.data.sources, text.training, text.held_out, strict=True):
+        key = _key(config, source, pair[0], weights)
+        target = directory / f"reference-{key[:24]}"
+        if not processes.from_main(lambda target=target, key=key: _is_whole(target, key, directory)):  # type: ignore[misc]
+            say(f"source '{source.name}': computing what the reference, step {step} of {place}, says of it")
+            score = score or load()
+            found = np.zeros(len(pair[0].buffer), np.float32)
+            for view in pair:
+                _score(score, RecordRows(view, config.data.seq_len, source.too_long), config.train.batch_size, found)
+            if processes.is_main():
+                _write(target, key, found)
+            processes.barrier()
+        log_probs = np.memmap(target / FILE, "<f4", "r")
+        both = [dataclasses.replace(v, reference=log_probs, fingerprint=f"{v.fingerprint} {key}") for v in pair]
+        views.append((both[0], both[1]))
+    return text._replace(training=[view for view, _ in views], held_out=[view for _, view in views])
+
+
+def _key(config: Config, source: SourceConfig, documents: Documents, weights: str) -> str:
+    """Of the tokens, how rows hold them, and the reference."""
+    tokens = documents.fingerprint.split()[0]  # of the cache; what follows is the split
+    facts = [FORMAT, tokens, config.data.seq_len, source.too_long, weights]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _is_whole(target: Path, key: str, stamps: Path) -> bool:
+    try:
+        index = json.loads((target / "index.json").read_text())
+        return bool(index["key"] == key) and altered_file(target, index["sha256"], stamps) is None
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # not there, or damaged: it is made again
+
+
+def _score(score: Score, rows: RecordRows, batch_size: int, found: Float32[np.ndarray, " tokens"]) -> None:
+    for first in range(0, rows.count, batch_size):
+        numbers = np.arange(first, min(first + batch_size, rows.count))
+        padded = np.pad(numbers, (0, batch_size - len(numbers)), mode="edge")  # one shape, one program
+        nats = score(rows.pack(padded)).nats
+        for row, number in enumerate(numbers):
+            start = 0
+            for place, length in rows.places(int(number)):
+                found[place + 1 : place + length] = -nats[row, start : start + length - 1]
+                start += length - 1
+
+
+def _write(target: Path, key: str, found: Float32[np.ndarray, " tokens"]) -> None:
+    data = found.astype("<f4").tobytes()
+    with locked(target), building(target) as partial:
+        (partial / FILE).write_bytes(data)
+        index = {"key": key, "sha256": {FILE: hashlib.sha256(data).hexdigest()}}
+        (partial / "index.json").write_text(json.dumps(index, indent=1))
