@@ -85,7 +85,7 @@ class _Splitter:
             if len(buffer) < HEADERS and not final:
                 return None
             return self._lose("bad record", "it has no headers")
-        if not buffer.startswith(VERSION):
+        if not buffer.startswith(VERSION) or MARK.search(buffer, 1, headers.end()):  # a stray line before a record
             return self._lose("bad record", f"it begins with {buffer[:20]!r}")
         stated = LENGTH.search(buffer, 0, headers.end())
         if stated is None or not stated[1].isdigit():

@@ -59,6 +59,7 @@ def test_so_do_those_of_other_files(tmp_path, pack, name):
 
 JUNK = {
     "a bad version line": b"WARX/1.0\r\n" + RECORDS[0].partition(b"\r\n")[2],
+    "a stray version line": b"WARC/x.y\r\n",
     "NULs": b"\0" * 500,
     "spaces": b" " * 500,
     "a line": b"\r\nnothing of the kind\r\n",
