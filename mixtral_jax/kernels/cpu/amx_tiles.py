@@ -9,15 +9,13 @@ order in which the unit reads them: pairs along the inner dimension lie together
 which both factors agree on and which takes no shuffles.
 """
 
-from typing import Any, no_type_check
+from typing import no_type_check
 
 import numpy as np
 from llvmlite import ir
-from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
-from mixtral_jax.kernels.cpu.intrinsics import I8, I32, I64, Builder, Code, compiled, pointer, returns_nothing
+from mixtral_jax.kernels.cpu.intrinsics import I8, I32, I64, Builder, Value, compiled, emits, pointer
 from mixtral_jax.kernels.cpu.simd import FLOATS, INTS, copy_row, load_vector, shuffle, splat, store_vector
 
 TILE, STEP = 1024, 4096  # bytes of a tile, and of the high and low tiles of 32 rows or columns
@@ -40,79 +38,70 @@ def make_configurations() -> np.ndarray:
     return table
 
 
-def emit(builder: Builder, name: str, *arguments: Any) -> None:
+def emit(builder: Builder, name: str, *arguments: Value) -> None:
     """Calls an instruction of x86."""
     kind = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
     builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.x86.{name}"), arguments)
 
 
-@intrinsic
-def configure(_: Any, address: Any) -> Code:
+@emits()
+def configure(b: Builder, address: Value) -> None:
     """Sets the shapes of all tiles."""
-    return returns_nothing(lambda b, a: emit(b, "ldtilecfg", pointer(b, a)), types.int64)
+    emit(b, "ldtilecfg", pointer(b, address))
 
 
-@intrinsic
-def release(_: Any) -> Code:
+@emits()
+def release(b: Builder) -> None:
     """Gives the tiles back."""
-    return returns_nothing(lambda b: emit(b, "tilerelease"))
+    emit(b, "tilerelease")
 
 
-@intrinsic(prefer_literal=True)
-def clear(_: Any, tile: Any) -> Code:
+@emits()
+def clear(b: Builder, tile: int) -> None:
     """Makes a tile zero."""
-    return returns_nothing(lambda b, _: emit(b, "tilezero", I8(tile.literal_value)), tile)
+    emit(b, "tilezero", I8(tile))
 
 
-@intrinsic(prefer_literal=True)
-def load(_: Any, tile: Any, address: Any, stride: Any) -> Code:
+@emits()
+def load(b: Builder, tile: int, address: Value, stride: Value) -> None:
     """Reads a tile whose rows lie `stride` bytes apart."""
-
-    def write(b: Builder, _: Any, a: Any, s: Any) -> None:
-        emit(b, "tileloadd64", I8(tile.literal_value), pointer(b, a), s)
-
-    return returns_nothing(write, tile, types.int64, types.int64)
+    emit(b, "tileloadd64", I8(tile), pointer(b, address), stride)
 
 
-@intrinsic(prefer_literal=True)
-def store(_: Any, tile: Any, address: Any, stride: Any) -> Code:
+@emits()
+def store(b: Builder, tile: int, address: Value, stride: Value) -> None:
     """Writes a tile."""
-
-    def write(b: Builder, _: Any, a: Any, s: Any) -> None:
-        emit(b, "tilestored64", I8(tile.literal_value), pointer(b, a), s)
-
-    return returns_nothing(write, tile, types.int64, types.int64)
+    emit(b, "tilestored64", I8(tile), pointer(b, address), stride)
 
 
-@intrinsic(prefer_literal=True)
-def dot(_: Any, total: Any, a: Any, b: Any) -> Code:
+@emits()
+def dot(b: Builder, total: int, left: int, right: int) -> None:
     """Adds the product of two tiles to a third."""
-    numbers = [I8(tile.literal_value) for tile in (total, a, b)]
-    return returns_nothing(lambda builder, *_: emit(builder, "tdpbf16ps", *numbers), total, a, b)
+    emit(b, "tdpbf16ps", I8(total), I8(left), I8(right))
 
 
-@intrinsic
-def clear_element(_: Any, target: Any) -> Code:
+@emits()
+def clear_element(b: Builder, target: Value) -> None:
     """Makes four bytes zero."""
-    return returns_nothing(lambda b, target: b.store(I32(0), pointer(b, target, I32)), types.int64)
+    b.store(I32(0), pointer(b, target, I32))
 
 
-def split(b: Builder, x: Any) -> tuple[Any, Any]:
+def split(b: Builder, x: Value) -> tuple[Value, Value]:
     """Finds the high and the low part of floats, each in the upper halves of integers; below them lies anything."""
 
-    def high_of(x: Any) -> Any:  # what is half way goes away from zero
+    def high_of(x: Value) -> Value:  # what is half way goes away from zero
         return b.add(b.bitcast(x, INTS), splat(INTS, 0x8000))
 
     high = b.and_(high_of(x), splat(INTS, UPPER))
     return high, high_of(b.fsub(x, b.bitcast(high, FLOATS)))
 
 
-def pair(b: Builder, x: Any, y: Any) -> Any:
+def pair(b: Builder, x: Value, y: Value) -> Value:
     """Puts the upper halves of x and of y together, those of x below."""
     return b.or_(b.and_(y, splat(INTS, UPPER)), b.lshr(x, splat(INTS, 16)))
 
 
-def transpose(b: Builder, rows: list[Any]) -> list[Any]:
+def transpose(b: Builder, rows: list[Value]) -> list[Value]:
     """Exchanges rows and columns of 16 x 16 integers: of ever smaller squares, those off the diagonal change places."""
     rows = list(rows)
     for size in (8, 4, 2, 1):
@@ -123,7 +112,7 @@ def transpose(b: Builder, rows: list[Any]) -> list[Any]:
     return rows
 
 
-def fetch(b: Builder, address: Any) -> None:
+def fetch(b: Builder, address: Value) -> None:
     """Asks for 64 bytes to be brought to the L2 cache."""
     kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
     b.call(
@@ -132,43 +121,34 @@ def fetch(b: Builder, address: Any) -> None:
     )
 
 
-@intrinsic(prefer_literal=True)
-def split_tile(_: Any, source: Any, stride: Any, target: Any, inner_last: Any, transposed: Any) -> Code:
+@emits()
+def split_tile(b: Builder, source: Value, stride: Value, target: Value, inner_last: bool, transposed: bool) -> None:
     """Turns floats, [16, 32] with the inner dimension last or [32, 16], into a high and, two tiles on, a low tile."""
-    last, turn = bool(inner_last.literal_value), bool(transposed.literal_value)
-
-    def write(b: Builder, source: Any, stride: Any, target: Any, *_: Any) -> None:
-        behind = b.add(source, I64(64) if last else b.mul(stride, I64(16)))
-        ahead = b.mul(stride, I64(16))
-        parts: tuple[list[Any], list[Any]] = ([], [])
-        for row in range(16):
-            offset = b.mul(stride, I64(row))
-            x, y = (split(b, load_vector(b, b.add(start, offset))) for start in (source, behind))
-            if last:  # the next 16 rows are far away, and the processor does not ask for so many by itself
-                fetch(b, b.add(b.add(source, offset), ahead))
-                fetch(b, b.add(b.add(behind, offset), ahead))
-            for part, of_x, of_y in zip(parts, x, y, strict=True):
-                part.append(pair(b, of_x, of_y))
-        for part, offset in zip(parts, (0, 2 * TILE), strict=True):
-            for row, pairs in enumerate(transpose(b, part) if turn else part):
-                store_vector(b, pairs, target, offset + 64 * row)
-
-    return returns_nothing(write, types.int64, types.int64, types.int64, inner_last, transposed)
+    behind = b.add(source, I64(64) if inner_last else b.mul(stride, I64(16)))
+    ahead = b.mul(stride, I64(16))
+    parts: tuple[list[Value], list[Value]] = ([], [])
+    for row in range(16):
+        offset = b.mul(stride, I64(row))
+        x, y = (split(b, load_vector(b, b.add(start, offset))) for start in (source, behind))
+        if inner_last:  # the next 16 rows are far away, and the processor does not ask for so many by itself
+            fetch(b, b.add(b.add(source, offset), ahead))
+            fetch(b, b.add(b.add(behind, offset), ahead))
+        for part, of_x, of_y in zip(parts, x, y, strict=True):
+            part.append(pair(b, of_x, of_y))
+    for part, offset in zip(parts, (0, 2 * TILE), strict=True):
+        for row, pairs in enumerate(transpose(b, part) if transposed else part):
+            store_vector(b, pairs, target, offset + 64 * row)
 
 
-@intrinsic
-def split_rows(_: Any, x: Any, y: Any, target: Any, panels: Any, step: Any) -> Code:
+@emits()
+def split_rows(b: Builder, x: Value, y: Value, target: Value, panels: Value, step: Value) -> None:
     """Turns two rows of panels of 32 floats, elements i and i + 16 of the inner dimension, into rows of tiles."""
-
-    def write(b: Builder, x: Any, y: Any, target: Any, panels: Any, step: Any) -> None:
-        with cgutils.for_range(b, panels) as loop:
-            source, place = b.shl(loop.index, I64(7)), b.add(target, b.mul(loop.index, step))
-            for half in range(2):
-                parts = (split(b, load_vector(b, b.add(row, source), 64 * half)) for row in (x, y))
-                for offset, of_x, of_y in zip((0, 2 * TILE), *parts, strict=True):
-                    store_vector(b, pair(b, of_x, of_y), place, half * TILE + offset)
-
-    return returns_nothing(write, *[types.int64] * 5)
+    with cgutils.for_range(b, panels) as loop:
+        source, place = b.shl(loop.index, I64(7)), b.add(target, b.mul(loop.index, step))
+        for half in range(2):
+            parts = (split(b, load_vector(b, b.add(row, source), 64 * half)) for row in (x, y))
+            for offset, of_x, of_y in zip((0, 2 * TILE), *parts, strict=True):
+                store_vector(b, pair(b, of_x, of_y), place, half * TILE + offset)
 
 
 @compiled

@@ -6,17 +6,23 @@ Addresses are integers, and so are functions, which take and return one integer.
 import contextlib
 import functools
 import hashlib
+import inspect
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, no_type_check
 
 import numpy as np
 from llvmlite import binding, ir
+from llvmlite.ir import IRBuilder as Builder
+from llvmlite.ir import Value
 from numba import carray, cfunc, from_dtype, njit, types
 from numba import config as numba_config
 from numba.core import cgutils
+from numba.core.types import Type
+from numba.core.typing.context import BaseContext
+from numba.core.typing.templates import Signature
 from numba.extending import intrinsic
 
 OPTIONS: Any = {"cache": True, "error_model": "numpy", "fastmath": {"contract"}}
@@ -28,8 +34,6 @@ CACHES = "MIXTRAL_JAX_CACHE_DIR"  # environment: `data.cache_dir`, for where the
 THREADS, SLOTS, FLAGS, WORKSPACES, CONFIGURATIONS = range(5)
 AMX, MKL, SGEMM_BATCH, MULTIPLY, ATTEND, DIFFERENTIATE, UPDATE, SUM_SQUARES, SOFTMAX, SWIGLU = range(8, 18)
 settings: Any = numba_config  # Numba makes its attributes when it is imported
-Builder = Any
-Code = tuple[Any, Callable[..., Any]]  # a signature, and what writes LLVM's instructions
 
 # Addresses and numbers of this process, which may not stand in compiled functions: these are kept on disk.
 state = np.zeros(64, np.int64)
@@ -91,57 +95,69 @@ def set_state(place: int, value: Any) -> None:
     state[place] = value
 
 
-def pointer(builder: Builder, address: Any, kind: Any = I8) -> Any:
+def pointer(builder: Builder, address: Value, kind: ir.Type = I8) -> Value:
     """Makes an address a pointer."""
     return builder.inttoptr(address, kind.as_pointer())
 
 
-def returns_nothing(write: Callable[..., None], *arguments: Any) -> Code:
-    """Makes an intrinsic of a function that writes code for its arguments."""
+def emits(result: Type = types.void, **kinds: Type | None) -> Callable[[Callable[..., Value | None]], Any]:
+    """Makes a function for compiled Python of one that writes LLVM's instructions.
 
-    def generate(context: Any, builder: Builder, _: Any, values: Any) -> Any:
-        write(builder, *values)
-        return context.get_dummy_value()
+    Args:
+        result: the type of what the instructions give.
+        kinds: types of arguments by name, None for any; others are `NUMBER`, unless they are annotated as numbers of
+            Python's, which must be known when the caller is compiled.
+    """
 
-    return types.void(*arguments), generate
+    def decorate(write: Callable[..., Value | None]) -> Any:
+        arguments = [*inspect.signature(write).parameters.values()][1:]
+        known = [argument.annotation if argument.annotation in (int, bool) else None for argument in arguments]
+        wanted = [kinds.get(argument.name, NUMBER) for argument in arguments]
+
+        @functools.wraps(write)
+        def define(_: BaseContext, *given: Any) -> tuple[Signature, Callable[..., Value]]:
+            numbers = [make and make(kind.literal_value) for make, kind in zip(known, given, strict=True)]
+            taken = [kind if make else want or kind for make, want, kind in zip(known, wanted, given, strict=True)]
+
+            def generate(context: Any, b: Builder, _: Signature, values: Sequence[Value]) -> Value:
+                passed = (n if make else v for make, n, v in zip(known, numbers, values, strict=True))
+                written = write(b, *passed)
+                return context.get_dummy_value() if written is None else written
+
+            return result(*taken), generate
+
+        return intrinsic(prefer_literal=any(known))(define)
+
+    return decorate
 
 
-def returns_number(write: Callable[..., Any], *arguments: Any) -> Code:
-    """Makes an intrinsic of a function that writes code for its arguments and gives an integer."""
-    return NUMBER(*arguments), lambda _, builder, __, values: write(builder, *values)
-
-
-@intrinsic
-def read(_: Any, address: Any) -> Code:
+@emits(NUMBER)
+def read(b: Builder, address: Value) -> Value:
     """Reads an integer of 8 bytes."""
-    return returns_number(lambda b, address: b.load(pointer(b, address, I64)), NUMBER)
+    return b.load(pointer(b, address, I64))
 
 
-@intrinsic
-def read_short(_: Any, address: Any) -> Code:
+@emits(NUMBER)
+def read_short(b: Builder, address: Value) -> Value:
     """Reads an integer of 4 bytes."""
-    return returns_number(lambda b, address: b.sext(b.load(pointer(b, address, I32)), I64), NUMBER)
+    return b.sext(b.load(pointer(b, address, I32)), I64)
 
 
-@intrinsic
-def write(_: Any, address: Any, value: Any) -> Code:
+@emits()
+def write(b: Builder, address: Value, value: Value) -> None:
     """Writes an integer of 8 bytes."""
-    return returns_nothing(lambda b, address, value: b.store(value, pointer(b, address, I64)), NUMBER, NUMBER)
+    b.store(value, pointer(b, address, I64))
 
 
-@intrinsic
-def write_short(_: Any, address: Any, value: Any) -> Code:
+@emits()
+def write_short(b: Builder, address: Value, value: Value) -> None:
     """Writes an integer of 4 bytes."""
-
-    def generate(b: Builder, address: Any, value: Any) -> None:
-        b.store(b.trunc(value, I32), pointer(b, address, I32))
-
-    return returns_nothing(generate, NUMBER, NUMBER)
+    b.store(b.trunc(value, I32), pointer(b, address, I32))
 
 
-@intrinsic
-def _pointer(_: Any, address: Any) -> Code:
-    return types.voidptr(NUMBER), lambda _, b, __, values: pointer(b, values[0])
+@emits(types.voidptr)
+def _pointer(b: Builder, address: Value) -> Value:
+    return pointer(b, address)
 
 
 @compiled
@@ -151,69 +167,45 @@ def view(address: int, rows: int, columns: int, dtype: Any) -> np.ndarray:
     return carray(_pointer(address), (rows, columns), dtype)
 
 
-@intrinsic
-def read_state(_: Any, place: Any) -> Code:
+@emits(NUMBER)
+def read_state(b: Builder, place: Value) -> Value:
     """Reads an entry of `state`."""
-
-    def generate(b: Builder, place: Any) -> Any:
-        table = b.module.globals.get(STATE) or ir.GlobalVariable(b.module, I64, STATE)
-        return b.load(b.gep(table, [place]))
-
-    return returns_number(generate, NUMBER)
+    table = b.module.globals.get(STATE) or ir.GlobalVariable(b.module, I64, STATE)
+    return b.load(b.gep(table, [place]))
 
 
-@intrinsic
-def call(_: Any, function: Any, arguments: Any) -> Code:
+@emits(NUMBER, arguments=None)
+def call(b: Builder, function: Value, arguments: Value) -> Value:
     """Calls what lies at an address with a tuple of integers, some of which may be narrower there."""
-
-    def generate(b: Builder, function: Any, arguments: Any) -> Any:
-        values = cgutils.unpack_tuple(b, arguments)
-        return b.call(pointer(b, function, ir.FunctionType(I64, [I64] * len(values))), values)
-
-    return returns_number(generate, NUMBER, arguments)
+    values = cgutils.unpack_tuple(b, arguments)
+    return b.call(pointer(b, function, ir.FunctionType(I64, [I64] * len(values))), values)
 
 
-@intrinsic
-def exchange(_: Any, address: Any, value: Any) -> Code:
+@emits(NUMBER)
+def exchange(b: Builder, address: Value, value: Value) -> Value:
     """Writes an integer and gives what was there, at once."""
-
-    def generate(b: Builder, address: Any, value: Any) -> Any:
-        return b.atomic_rmw("xchg", pointer(b, address, I64), value, "seq_cst")
-
-    return returns_number(generate, NUMBER, NUMBER)
+    return b.atomic_rmw("xchg", pointer(b, address, I64), value, "seq_cst")
 
 
-@intrinsic
-def read_counter(_: Any, counter: Any) -> Code:
+@emits(NUMBER)
+def read_counter(b: Builder, counter: Value) -> Value:
     """Reads what another thread may raise, and then what that one wrote before."""
-    return returns_number(lambda b, counter: b.load_atomic(pointer(b, counter, I64), "acquire", 8), NUMBER)
+    return b.load_atomic(pointer(b, counter, I64), "acquire", 8)
 
 
-@intrinsic
-def add_to_counter(_: Any, counter: Any, value: Any) -> Code:
+@emits(NUMBER)
+def add_to_counter(b: Builder, counter: Value, value: Value) -> Value:
     """Adds to a counter, after everything that was written before; gives what it was."""
-
-    def generate(b: Builder, counter: Any, value: Any) -> Any:
-        return b.atomic_rmw("add", pointer(b, counter, I64), value, "seq_cst")
-
-    return returns_number(generate, NUMBER, NUMBER)
+    return b.atomic_rmw("add", pointer(b, counter, I64), value, "seq_cst")
 
 
-@intrinsic
-def pause(_: Any) -> Code:
+@emits()
+def pause(b: Builder) -> None:
     """Tells the processor that this thread waits."""
-
-    def generate(b: Builder) -> None:
-        b.call(cgutils.get_or_insert_function(b.module, ir.FunctionType(ir.VoidType(), []), "llvm.x86.sse2.pause"), [])
-
-    return returns_nothing(generate)
+    b.call(cgutils.get_or_insert_function(b.module, ir.FunctionType(ir.VoidType(), []), "llvm.x86.sse2.pause"), [])
 
 
-@intrinsic
-def give_way(_: Any) -> Code:
+@emits()
+def give_way(b: Builder) -> None:
     """Lets other threads have this one's processor."""
-
-    def generate(b: Builder) -> None:
-        b.call(cgutils.get_or_insert_function(b.module, ir.FunctionType(I32, []), "sched_yield"), [])
-
-    return returns_nothing(generate)
+    b.call(cgutils.get_or_insert_function(b.module, ir.FunctionType(I32, []), "sched_yield"), [])

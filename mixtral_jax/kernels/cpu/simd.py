@@ -2,14 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 from llvmlite import ir
 from numba.core import cgutils
-from numba.extending import intrinsic
 
-from mixtral_jax.kernels.cpu.intrinsics import I32, I64, NUMBER, REAL, Builder, Code, pointer, returns_nothing
+from mixtral_jax.kernels.cpu.intrinsics import I32, I64, REAL, Builder, Value, emits, pointer
 
 FLOAT = ir.FloatType()
 INTS, FLOATS = ir.VectorType(I32, 16), ir.VectorType(FLOAT, 16)
@@ -21,33 +19,33 @@ LARGEST_POWER = 126.0  # 2 to its power is still a number
 ROUNDING = 1.5 * 2.0**23  # added to a float of moderate size, it leaves an integer in the last bits
 
 
-def splat(kind: Any, value: int | float) -> Any:
+def splat(kind: ir.VectorType, value: int | float) -> Value:
     """Makes a vector of one value."""
     return ir.Constant(kind, [value] * kind.count)
 
 
-def shuffle(b: Builder, x: Any, y: Any, lanes: list[int]) -> Any:
+def shuffle(b: Builder, x: Value, y: Value, lanes: list[int]) -> Value:
     """Takes lanes of two vectors, those of the second counted on."""
     return b.shuffle_vector(x, y, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
 
 
-def load_vector(b: Builder, address: Any, offset: int = 0, kind: Any = FLOATS) -> Any:
+def load_vector(b: Builder, address: Value, offset: int = 0, kind: ir.Type = FLOATS) -> Value:
     """Reads 64 bytes."""
     return b.load(pointer(b, b.add(address, I64(offset)), kind), align=4)
 
 
-def store_vector(b: Builder, value: Any, address: Any, offset: int = 0) -> None:
+def store_vector(b: Builder, value: Value, address: Value, offset: int = 0) -> None:
     """Writes 64 bytes."""
     b.store(value, pointer(b, b.add(address, I64(offset)), value.type), align=4)
 
 
-def call(b: Builder, name: str, *vectors: Any) -> Any:
+def call(b: Builder, name: str, *vectors: Value) -> Value:
     """Calls a function of LLVM's on floats."""
     kind = ir.FunctionType(FLOATS, [FLOATS] * len(vectors))
     return b.call(cgutils.get_or_insert_function(b.module, kind, f"llvm.{name}.v16f32"), vectors)
 
 
-def exp2(b: Builder, x: Any) -> Any:
+def exp2(b: Builder, x: Value) -> Value:
     """Computes 2^x for x up to some tens; NaN stays NaN."""
     shifted = b.fadd(x, splat(FLOATS, ROUNDING))
     fraction = b.fsub(x, b.fsub(shifted, splat(FLOATS, ROUNDING)))
@@ -59,25 +57,25 @@ def exp2(b: Builder, x: Any) -> Any:
     return b.select(b.fcmp_unordered(">=", x, splat(FLOATS, NOTHING)), power, splat(FLOATS, 0.0))
 
 
-def larger(b: Builder, x: Any, y: Any) -> Any:
+def larger(b: Builder, x: Value, y: Value) -> Value:
     """Computes the maximum; that with NaN is y."""
     return b.select(b.fcmp_ordered(">", x, y), x, y)
 
 
-def variable(b: Builder, value: Any) -> Any:
+def variable(b: Builder, value: Value) -> Value:
     """Makes a place for a value that changes in a loop; LLVM keeps it in a register."""
     place = cgutils.alloca_once(b, value.type)
     b.store(value, place)
     return place
 
 
-def spread(b: Builder, value: Any, kind: Any) -> Any:
+def spread(b: Builder, value: Value, kind: ir.VectorType) -> Value:
     """Makes a vector of a value that is not known yet."""
     first = b.insert_element(ir.Constant(kind, ir.Undefined), value, I32(0))
     return b.shuffle_vector(first, first, splat(INTS, 0))
 
 
-def reduce_lanes(b: Builder, values: Any, combine: Callable[[Any, Any], Any]) -> Any:
+def reduce_lanes(b: Builder, values: Value, combine: Callable[[Value, Value], Value]) -> Value:
     """Combines all numbers of a vector to one."""
     for size in (8, 4, 2, 1):
         order = ir.Constant(INTS, [i ^ size for i in range(16)])
@@ -86,7 +84,7 @@ def reduce_lanes(b: Builder, values: Any, combine: Callable[[Any, Any], Any]) ->
 
 
 @contextmanager
-def chunks_of(b: Builder, count: Any) -> Iterator[tuple[Any, Any]]:
+def chunks_of(b: Builder, count: Value) -> Iterator[tuple[Value, Value]]:
     """Repeats the code within for 16 numbers of a row after the other; gives their offset in bytes and which exist."""
     with cgutils.for_range(b, b.lshr(b.add(count, I64(15)), I64(4))) as loop:
         left = b.trunc(b.sub(count, b.mul(loop.index, I64(16))), I32)
@@ -94,150 +92,115 @@ def chunks_of(b: Builder, count: Any) -> Iterator[tuple[Any, Any]]:
         yield b.mul(loop.index, I64(64)), there
 
 
-def load_masked(b: Builder, address: Any, there: Any, otherwise: float) -> Any:
+def load_masked(b: Builder, address: Value, there: Value, otherwise: float) -> Value:
     """Reads those of 16 numbers that exist."""
     kind = ir.FunctionType(FLOATS, [FLOATS.as_pointer(), there.type, FLOATS])
     read = cgutils.get_or_insert_function(b.module, kind, "llvm.masked.load.v16f32.p0")
     return b.call(read, [pointer(b, address, FLOATS), there, splat(FLOATS, otherwise)])
 
 
-def store_masked(b: Builder, value: Any, address: Any, there: Any) -> None:
+def store_masked(b: Builder, value: Value, address: Value, there: Value) -> None:
     """Writes those of 16 numbers that exist."""
     kind = ir.FunctionType(ir.VoidType(), [FLOATS, FLOATS.as_pointer(), I32, there.type])
     write = cgutils.get_or_insert_function(b.module, kind, "llvm.masked.store.v16f32.p0")
     b.call(write, [value, pointer(b, address, FLOATS), I32(4), there])
 
 
-@intrinsic
-def dot_row(_: Any, target: Any, x: Any, y: Any, count: Any) -> Code:
+@emits()
+def dot_row(b: Builder, target: Value, x: Value, y: Value, count: Value) -> None:
     """Computes the product of two rows of numbers."""
-
-    def write(b: Builder, target: Any, x: Any, y: Any, count: Any) -> None:
-        totals = [variable(b, splat(FLOATS, 0.0)) for _ in range(4)]  # one would wait for itself
-        whole = b.lshr(count, I64(6))
-        with cgutils.for_range(b, whole) as loop:
-            for i, total in enumerate(totals):
-                offset = b.add(b.shl(loop.index, I64(8)), I64(64 * i))
-                numbers = [load_vector(b, b.add(row, offset)) for row in (x, y)]
-                b.store(call(b, "fma", *numbers, b.load(total)), total)
-        done = b.shl(whole, I64(8))
-        with chunks_of(b, b.and_(count, I64(63))) as (offset, there):
-            place = b.add(done, offset)
-            numbers = [load_masked(b, b.add(row, place), there, 0.0) for row in (x, y)]
-            b.store(call(b, "fma", *numbers, b.load(totals[0])), totals[0])
-        first, second, third, fourth = (b.load(total) for total in totals)
-        total = b.fadd(b.fadd(first, second), b.fadd(third, fourth))
-        b.store(reduce_lanes(b, total, b.fadd), pointer(b, target, FLOAT))
-
-    return returns_nothing(write, *[NUMBER] * 4)
+    totals = [variable(b, splat(FLOATS, 0.0)) for _ in range(4)]  # one would wait for itself
+    whole = b.lshr(count, I64(6))
+    with cgutils.for_range(b, whole) as loop:
+        for i, total in enumerate(totals):
+            offset = b.add(b.shl(loop.index, I64(8)), I64(64 * i))
+            numbers = [load_vector(b, b.add(row, offset)) for row in (x, y)]
+            b.store(call(b, "fma", *numbers, b.load(total)), total)
+    done = b.shl(whole, I64(8))
+    with chunks_of(b, b.and_(count, I64(63))) as (offset, there):
+        place = b.add(done, offset)
+        numbers = [load_masked(b, b.add(row, place), there, 0.0) for row in (x, y)]
+        b.store(call(b, "fma", *numbers, b.load(totals[0])), totals[0])
+    first, second, third, fourth = (b.load(total) for total in totals)
+    total = b.fadd(b.fadd(first, second), b.fadd(third, fourth))
+    b.store(reduce_lanes(b, total, b.fadd), pointer(b, target, FLOAT))
 
 
-@intrinsic
-def copy_row(_: Any, target: Any, source: Any, count: Any) -> Code:
+@emits()
+def copy_row(b: Builder, target: Value, source: Value, count: Value) -> None:
     """Copies numbers of four bytes."""
-
-    def write(b: Builder, target: Any, source: Any, count: Any) -> None:
-        with chunks_of(b, count) as (offset, there):
-            store_masked(b, load_masked(b, b.add(source, offset), there, 0.0), b.add(target, offset), there)
-
-    return returns_nothing(write, *[NUMBER] * 3)
+    with chunks_of(b, count) as (offset, there):
+        store_masked(b, load_masked(b, b.add(source, offset), there, 0.0), b.add(target, offset), there)
 
 
-@intrinsic
-def stream_square(_: Any, target: Any, stride: Any, source: Any, rows: Any) -> Code:
+@emits()
+def stream_square(b: Builder, target: Value, stride: Value, source: Value, rows: Value) -> None:
     """Copies rows of 32 numbers past the caches: lines of memory that are written whole need not be read first."""
-
-    def write(b: Builder, target: Any, stride: Any, source: Any, rows: Any) -> None:
-        past = b.module.add_metadata([I32(1)])
-        with cgutils.for_range(b, rows) as loop:
-            place, origin = b.add(target, b.mul(loop.index, stride)), b.add(source, b.shl(loop.index, I64(7)))
-            for half in (0, 64):
-                value = load_vector(b, origin, half)
-                b.store(value, pointer(b, b.add(place, I64(half)), FLOATS), align=64).set_metadata("nontemporal", past)
-
-    return returns_nothing(write, *[NUMBER] * 4)
+    past = b.module.add_metadata([I32(1)])
+    with cgutils.for_range(b, rows) as loop:
+        place, origin = b.add(target, b.mul(loop.index, stride)), b.add(source, b.shl(loop.index, I64(7)))
+        for half in (0, 64):
+            value = load_vector(b, origin, half)
+            b.store(value, pointer(b, b.add(place, I64(half)), FLOATS), align=64).set_metadata("nontemporal", past)
 
 
-@intrinsic
-def find_peak(_: Any, row: Any, count: Any) -> Code:
+@emits(REAL)
+def find_peak(b: Builder, row: Value, count: Value) -> Value:
     """Finds the largest of a row of numbers."""
-
-    def generate(_: Any, b: Builder, __: Any, values: Any) -> Any:
-        row, count = values
-        peak = variable(b, splat(FLOATS, LEAST))
-        with chunks_of(b, count) as (offset, there):
-            b.store(larger(b, b.load(peak), load_masked(b, b.add(row, offset), there, LEAST)), peak)
-        return reduce_lanes(b, b.load(peak), lambda x, y: larger(b, x, y))
-
-    return REAL(NUMBER, NUMBER), generate
+    peak = variable(b, splat(FLOATS, LEAST))
+    with chunks_of(b, count) as (offset, there):
+        b.store(larger(b, b.load(peak), load_masked(b, b.add(row, offset), there, LEAST)), peak)
+    return reduce_lanes(b, b.load(peak), lambda x, y: larger(b, x, y))
 
 
-@intrinsic(prefer_literal=True)
-def sum_exponentials(_: Any, row: Any, count: Any, peak: Any, kept: Any) -> Code:
+@emits(REAL, peak=REAL)
+def sum_exponentials(b: Builder, row: Value, count: Value, peak: Value, kept: bool) -> Value:
     """Sums exponentials of a row of numbers less their peak; writes them over the row if they are to be kept."""
-    keeps = bool(kept.literal_value)
-
-    def generate(_: Any, b: Builder, __: Any, values: Any) -> Any:
-        row, count, peak, _ = values
-        peaks, total = spread(b, peak, FLOATS), variable(b, splat(FLOATS, 0.0))
-        with chunks_of(b, count) as (offset, there):
-            place = b.add(row, offset)
-            below = b.fsub(load_masked(b, place, there, LEAST), peaks)
-            power = exp2(b, b.fmul(below, splat(FLOATS, np.log2(np.e))))
-            b.store(b.fadd(b.load(total), power), total)
-            if keeps:
-                store_masked(b, power, place, there)
-        return reduce_lanes(b, b.load(total), b.fadd)
-
-    return REAL(NUMBER, NUMBER, REAL, kept), generate
+    peaks, total = spread(b, peak, FLOATS), variable(b, splat(FLOATS, 0.0))
+    with chunks_of(b, count) as (offset, there):
+        place = b.add(row, offset)
+        below = b.fsub(load_masked(b, place, there, LEAST), peaks)
+        power = exp2(b, b.fmul(below, splat(FLOATS, np.log2(np.e))))
+        b.store(b.fadd(b.load(total), power), total)
+        if kept:
+            store_masked(b, power, place, there)
+    return reduce_lanes(b, b.load(total), b.fadd)
 
 
-@intrinsic
-def scale_row(_: Any, row: Any, count: Any, factor: Any) -> Code:
+@emits(factor=REAL)
+def scale_row(b: Builder, row: Value, count: Value, factor: Value) -> None:
     """Multiplies a row of numbers by a factor."""
-
-    def write(b: Builder, row: Any, count: Any, factor: Any) -> None:
-        factors = spread(b, factor, FLOATS)
-        with chunks_of(b, count) as (offset, there):
-            place = b.add(row, offset)
-            store_masked(b, b.fmul(load_masked(b, place, there, 0.0), factors), place, there)
-
-    return returns_nothing(write, NUMBER, NUMBER, REAL)
+    factors = spread(b, factor, FLOATS)
+    with chunks_of(b, count) as (offset, there):
+        place = b.add(row, offset)
+        store_masked(b, b.fmul(load_masked(b, place, there, 0.0), factors), place, there)
 
 
-def _sigmoid(b: Builder, x: Any) -> Any:
+def _sigmoid(b: Builder, x: Value) -> Value:
     """Computes 1 / (1 + e^-x); NaN stays NaN."""
     power, limit = b.fmul(x, splat(FLOATS, -np.log2(np.e))), splat(FLOATS, LARGEST_POWER)
     power = b.select(b.fcmp_unordered("<", power, limit), power, limit)
     return b.fdiv(splat(FLOATS, 1.0), b.fadd(splat(FLOATS, 1.0), exp2(b, power)))
 
 
-@intrinsic
-def swiglu_row(_: Any, gate: Any, up: Any, out: Any, count: Any) -> Code:
+@emits()
+def swiglu_row(b: Builder, gate: Value, up: Value, out: Value, count: Value) -> None:
     """Writes silu(gate) * up."""
-
-    def write(b: Builder, gate: Any, up: Any, out: Any, count: Any) -> None:
-        with chunks_of(b, count) as (offset, there):
-            x, y = (load_masked(b, b.add(row, offset), there, 0.0) for row in (gate, up))
-            silu = b.fmul(x, _sigmoid(b, x))
-            store_masked(b, b.fmul(silu, y), b.add(out, offset), there)
-
-    return returns_nothing(write, NUMBER, NUMBER, NUMBER, NUMBER)
+    with chunks_of(b, count) as (offset, there):
+        x, y = (load_masked(b, b.add(row, offset), there, 0.0) for row in (gate, up))
+        silu = b.fmul(x, _sigmoid(b, x))
+        store_masked(b, b.fmul(silu, y), b.add(out, offset), there)
 
 
-@intrinsic
-def differentiate_swiglu_row(_: Any, gate: Any, up: Any, d_out: Any, count: Any) -> Code:
+@emits()
+def differentiate_swiglu_row(b: Builder, gate: Value, up: Value, d_out: Value, count: Value) -> None:
     """Replaces gate and up by their gradients and the result's gradient by the result."""
-
-    def write(b: Builder, gate: Any, up: Any, d_out: Any, count: Any) -> None:
-        with chunks_of(b, count) as (offset, there):
-            places = [b.add(row, offset) for row in (gate, up, d_out)]
-            x, y, d = (load_masked(b, place, there, 0.0) for place in places)
-            sigmoid = _sigmoid(b, x)
-            silu = b.fmul(x, sigmoid)
-            slope = call(b, "fma", silu, b.fsub(splat(FLOATS, 1.0), sigmoid), sigmoid)
-            results = (b.fmul(b.fmul(d, y), slope), b.fmul(d, silu), b.fmul(silu, y))
-            for place, value in zip(places, results, strict=True):
-                store_masked(b, value, place, there)
-
-    return returns_nothing(write, NUMBER, NUMBER, NUMBER, NUMBER)
+    with chunks_of(b, count) as (offset, there):
+        places = [b.add(row, offset) for row in (gate, up, d_out)]
+        x, y, d = (load_masked(b, place, there, 0.0) for place in places)
+        sigmoid = _sigmoid(b, x)
+        silu = b.fmul(x, sigmoid)
+        slope = call(b, "fma", silu, b.fsub(splat(FLOATS, 1.0), sigmoid), sigmoid)
+        results = (b.fmul(b.fmul(d, y), slope), b.fmul(d, silu), b.fmul(silu, y))
+        for place, value in zip(places, results, strict=True):
+            store_masked(b, value, place, there)
