@@ -302,10 +302,10 @@ def progress() -> None:
         _joined.watchdog.progress()
 
 
-def rest() -> None:
+def stop_waiting() -> None:
     """Tells the watchdog that no step is to be waited for any more."""
     if _joined:
-        _joined.watchdog.rest()
+        _joined.watchdog.stop_waiting()
 
 
 def is_alone() -> bool:

@@ -73,7 +73,7 @@ class Watchdog:
         """Notes that the devices have finished something."""
         self._progress = time.monotonic()
 
-    def rest(self) -> None:
+    def stop_waiting(self) -> None:
         """Notes that nothing is to be finished any more; what comes after training takes what it takes."""
         self._progress = None
 

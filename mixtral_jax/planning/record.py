@@ -64,7 +64,8 @@ def record(name: str) -> tuple[str, float]:
 
 def table() -> str:
     """Sums up the recorded plans in Markdown."""
-    rows = ["| config | topology | GiB a device | compiled / useful FLOPs | bound by | MFU ceiling | none overlaps |"]
+    titles = ["`configs/pods/`", "topology", "GiB a device", "compiled / useful FLOPs", "bound by", "MFU ceiling"]
+    rows = [f"| {' | '.join([*titles, 'none overlaps'])} |"]
     rows.append("|---|---|---|---|---|---|---|")
     for name, topology in TOPOLOGIES.items():
         path = PLANS / f"{name}.txt"
@@ -80,8 +81,8 @@ def table() -> str:
         memory, given = found(r"^ total +([\d.]+) "), found(r"GiB +of +([\d.]+)$")
         wasted, bound = found(r"useful FLOPs +[\d.,]+ +([\d.]+)$"), found(r"Bound by (.*?)[.] If")
         ceiling, alone = found(r"tokens/s, MFU ([\d.]+%),"), found(r"If none overlaps:.*MFU ([\d.]+%)")
-        config, plan = f"[{name}](../configs/pods/{name}.yaml)", f"[{memory} of {given}](plans/{name}.txt)"
-        rows.append(f"| {config} | {topology} | {plan} | {wasted} | {bound} | {ceiling} | {alone} |")
+        plan = f"[{memory} of {given}](plans/{name}.txt)"
+        rows.append(f"| {name} | {topology} | {plan} | {wasted} | {bound} | {ceiling} | {alone} |")
     return "\n".join(rows)
 
 

@@ -127,7 +127,7 @@ def _convolution_flops(instruction: Instruction, computation: Computation) -> fl
 
 
 def _grouped_flops(instruction: Instruction, computation: Computation, rows: float) -> float:
-    """Rows [m, k] times each expert's [k, n], or for its gradient [k, m] times [m, n]: rows of somebody alone count.
+    """Rows [m, k] times each expert's [k, n], or for its gradient [k, m] times [m, n]: assigned rows alone count.
 
     A kernel that adds up several such products has the rows of each among its operands.
     """

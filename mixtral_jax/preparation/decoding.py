@@ -49,9 +49,9 @@ def decode(data: bytes, content_type: str = "", html: bool = False) -> tuple[str
     broken = text.count("\ufffd") - data.count("\ufffd".encode())
     whole = len(text) - len(text.encode("ascii", "ignore")) - broken
     other = not whole and (b"\x1b" in data or b"\0" in data)  # ISO-2022-JP and UTF-16 can look like ASCII
-    mended = "UTF-8 with replacements" if broken else "UTF-8"
+    repaired = "UTF-8 with replacements" if broken else "UTF-8"
     if whole >= SURE * broken and not other:
-        return text, mended
+        return text, repaired
     for label, way in _declared(data, content_type, html):
         stated = codec_of(label)
         if stated and stated != "utf-8":
@@ -59,7 +59,7 @@ def decode(data: bytes, content_type: str = "", html: bool = False) -> tuple[str
             if found.count("\ufffd") * SURE <= len(found) - len(found.encode("ascii", "ignore")):
                 return found, way
     if whole >= broken and not other:
-        return text, mended
+        return text, repaired
     guess = codec_of(detect_encoding(data, html5_compatible=False) or "")
     if not broken and guess != "iso2022_jp":
         return text, "UTF-8"

@@ -228,7 +228,7 @@ class Trainer:
                     clock.resume()
                 if ends:
                     break
-        processes.rest()
+        processes.stop_waiting()
         return state, step
 
     def _is_logged(self, step: int) -> bool:

@@ -113,7 +113,7 @@ def test_before_the_first_step_and_after_the_last_nothing_is_late(group):
     dogs, left = group(2, step_timeout=HEARTBEAT / 2)
     for dog in dogs:
         dog.progress()
-        dog.rest()
+        dog.stop_waiting()
     time.sleep(HEARTBEAT)
     assert left == {}
 

@@ -94,32 +94,32 @@ def _fwd(q: Array, k: Array, v: Array, segment_ids: Array) -> tuple[Array, tuple
             f"kernels.attention=cudnn reaches {LARGEST_OFFSET:,} elements, and the queries of a device are "
             f"{' x '.join(map(str, q.shape))}: raise train.microbatches"
         )
-    ways = rooms(q.shape[1])
-    lengths, first, number = find_documents(segment_ids, ways[-1])
-    way = jnp.sum(number > q.shape[0] * jnp.array(ways))  # the first with room enough
+    sizes = rooms(q.shape[1])
+    lengths, first, number = find_documents(segment_ids, sizes[-1])
+    chosen = jnp.sum(number > q.shape[0] * jnp.array(sizes))  # the first with room enough
 
     def unusual(q: Array, k: Array, v: Array, lengths: Array, first: Array) -> tuple[Array, Array]:
-        return _portable(segment_ids, q, k, v), jnp.zeros(_stats_shape(q, ways[-1]), FULL)
+        return _portable(segment_ids, q, k, v), jnp.zeros(_stats_shape(q, sizes[-1]), FULL)
 
-    calls = [_way(_flash, room) for room in ways]
-    out, stats = jax.lax.switch(way, [*calls, unusual], q, k, v, lengths, first)
-    return out, (q, k, v, segment_ids, lengths, first, way, out, stats)
+    calls = [_with_room(_flash, room) for room in sizes]
+    out, stats = jax.lax.switch(chosen, [*calls, unusual], q, k, v, lengths, first)
+    return out, (q, k, v, segment_ids, lengths, first, chosen, out, stats)
 
 
 def _bwd(residuals: tuple[Array, ...], d_out: Array) -> tuple[Array | None, ...]:
-    q, k, v, segment_ids, lengths, first, way, out, stats = residuals
+    q, k, v, segment_ids, lengths, first, chosen, out, stats = residuals
 
     def unusual(q: Array, k: Array, v: Array, lengths: Array, first: Array, d_out: Array, *_: Array) -> tuple:
         return tuple(map(_as_cudnn, jax.vjp(partial(_portable, segment_ids), q, k, v)[1](d_out)))
 
-    calls = [_way(_flash_gradients, room) for room in rooms(q.shape[1])]
-    return *jax.lax.switch(way, [*calls, unusual], q, k, v, lengths, first, d_out, out, stats), None
+    calls = [_with_room(_flash_gradients, room) for room in rooms(q.shape[1])]
+    return *jax.lax.switch(chosen, [*calls, unusual], q, k, v, lengths, first, d_out, out, stats), None
 
 
 packed_attention.defvjp(_fwd, _bwd)
 
 
-def _way(function: Callable[..., Any], room: int) -> Callable[..., Any]:
+def _with_room(function: Callable[..., Any], room: int) -> Callable[..., Any]:
     """Calls a function with the documents that it has room for; none to tell where rows are documents."""
 
     def call(q: Array, k: Array, v: Array, lengths: Array, first: Array, *others: Array) -> Any:

@@ -103,7 +103,7 @@ padded_ffn.defvjp(_fwd, _bwd)
 
 
 def _swiglu_gradients(gate: Array, up: Array, d_inner: Array) -> tuple[Array, ...]:
-    """Computes silu(gate) * up, and the gradients of gate and up from its own; rows of nobody hold anything."""
+    """Computes silu(gate) * up, and the gradients of gate and up from its own; padding rows hold anything."""
     g, u, d = (x.astype(FULL) for x in (gate, up, d_inner))
     share = jax.nn.sigmoid(g)
     results = g * share * u, d * u * share * (1 + g * (1 - share)), d * g * share
