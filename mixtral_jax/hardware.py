@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array
+from jaxtyping import Array, Num
 
 GIB = 2**30
+Product = Callable[[Num[Array, "m k"], Num[Array, "k n"]], Num[Array, "m n"]]
 SIZES = (256, 512, 1024, 2048, 4096, 8192)  # of products that are timed; the first four are enough for a CPU
 
 
@@ -79,7 +80,7 @@ class PeakFlops:
     source: str  # a phrase for people: "989.5 TFLOP/s a device: bfloat16 peak of NVIDIA H100 by its data sheet"
 
 
-def peak_flops(compute: DTypeLike, multiply: Callable[[Array, Array], Array] = jnp.matmul) -> PeakFlops:
+def peak_flops(compute: DTypeLike, multiply: Product = jnp.matmul) -> PeakFlops:
     """Finds the peak of one of this process's devices: by the table, or else by timing a matrix product.
 
     The devices of a simulated CPU mesh share the processor, so each gets its part of what was measured.
@@ -104,7 +105,7 @@ def peak_flops(compute: DTypeLike, multiply: Callable[[Array, Array], Array] = j
     return PeakFlops(measured / count, f"{words} on this processor{shared}")
 
 
-def measured_matmul_peak(compute: DTypeLike, multiply: Callable[[Array, Array], Array] = jnp.matmul) -> float:
+def measured_matmul_peak(compute: DTypeLike, multiply: Product = jnp.matmul) -> float:
     """Times square matrix products of growing size and returns the fastest rate in FLOP/s.
 
     The sizes do not depend on what is measured, so that a second start compiles none of them.

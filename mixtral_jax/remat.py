@@ -1,19 +1,21 @@
 """What a layer saves for its backward pass; the rest is computed again there."""
 
-from typing import Any
+from typing import TypeVar
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Float
 
+T = TypeVar("T")
 SAVED, DENSE_PRODUCT = "saved", "dense_product"
 
 
-def save_for_backward(tree: Any) -> Any:
+def save_for_backward(tree: T) -> T:
     """Names arrays that take long to compute again, for the policy `named`."""
     return jax.tree.map(lambda x: checkpoint_name(x, SAVED), tree)
 
 
-def name_dense_product(x: jax.Array) -> jax.Array:
+def name_dense_product(x: Float[jax.Array, "..."]) -> Float[jax.Array, "..."]:
     """Names a product that is no operation of XLA's, for the policy `dots`."""
     return checkpoint_name(x, DENSE_PRODUCT)
 

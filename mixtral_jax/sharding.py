@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Shaped
 
 from mixtral_jax.config import MeshConfig, UserError
 
@@ -166,7 +167,7 @@ def named_sharding(mesh: Mesh, axes: Axes) -> NamedSharding:
     return NamedSharding(mesh, spec(axes))
 
 
-def constrain(x: jax.Array, mesh: Mesh, axes: Axes) -> jax.Array:
+def constrain(x: Shaped[jax.Array, "..."], mesh: Mesh, axes: Axes) -> Shaped[jax.Array, "..."]:
     """Pins an activation to the table's sharding inside a jitted function."""
     return jax.lax.with_sharding_constraint(x, named_sharding(mesh, axes))
 
@@ -182,7 +183,7 @@ def by_device(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def gather(x: jax.Array, mesh: Mesh, logical: str, axis: int) -> jax.Array:
+def gather(x: Shaped[jax.Array, "..."], mesh: Mesh, logical: str, axis: int) -> Shaped[jax.Array, "..."]:
     """Inside `shard_map`: joins the parts of a parameter along its split axis.
 
     Written out, the gradient goes back as a reduce-scatter. Left to the compiler (a parameter that enters `shard_map`
@@ -198,7 +199,7 @@ def gather(x: jax.Array, mesh: Mesh, logical: str, axis: int) -> jax.Array:
     return jax.lax.all_gather(x, names, axis=axis, tiled=True) if names else x
 
 
-def add_up(x: jax.Array, mesh: Mesh, *names: str) -> jax.Array:
+def add_up(x: Shaped[jax.Array, "..."], mesh: Mesh, *names: str) -> Shaped[jax.Array, "..."]:
     """Inside `shard_map`: sums over mesh axes; XLA for CPU would copy for a sum over one device too."""
     names = tuple(name for name in names if mesh.shape[name] > 1)
     return jax.lax.psum(x, names) if names else x

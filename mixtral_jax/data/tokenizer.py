@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import sentencepiece
-from jaxtyping import Bool, Int32, Int64
+from jaxtyping import Bool, Int32, Int64, Integer
 from sentencepiece import sentencepiece_model_pb2
 
 from mixtral_jax.config import DataConfig, UserError
@@ -163,7 +163,7 @@ class Tokenizer:
             for chunk, ids in zip(group, self._processor.encode(group, num_threads=threads), strict=True):
                 yield np.array([self.added_tokens[chunk]] if chunk in self.added_tokens else ids, np.int32)
 
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    def decode(self, ids: Sequence[int] | Integer[np.ndarray, " tokens"]) -> str:
         """Turns tokens into text; control tokens vanish, and those that only the model has."""
         return self._processor.decode([int(token) for token in ids if token < self.vocab_size])
 

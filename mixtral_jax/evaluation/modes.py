@@ -15,7 +15,7 @@ from mixtral_jax.evaluation import pictures
 from mixtral_jax.evaluation.context import context_lengths, measure_contexts, num_windows
 from mixtral_jax.evaluation.loading import LoadedModel
 from mixtral_jax.evaluation.outputs import write_json
-from mixtral_jax.evaluation.passkey import DEPTHS, TRIALS, measure_passkey, passkey_lengths
+from mixtral_jax.evaluation.passkey import PasskeyPlan, measure_passkey, passkey_lengths
 from mixtral_jax.evaluation.results import measure_with_progress, results_json, results_table
 from mixtral_jax.evaluation.routing import measure_routing, route_sample, routing_batches
 from mixtral_jax.evaluation.routing_page import write_page
@@ -93,14 +93,14 @@ def passkey(loaded: LoadedModel) -> Report:
     config = loaded.config
     longest, _ = window_sizes(config.eval, config.data.seq_len)
     score = make_scorer(loaded.architecture)(loaded.arrays)
-    lengths = passkey_lengths(loaded.tokenizer, longest)
-    with ProgressLine("passkey", len(lengths) * len(DEPTHS) * TRIALS, plain_line_seconds=30.0) as progress:
+    plan = PasskeyPlan(passkey_lengths(loaded.tokenizer, longest), config.seed)
+    texts = len(plan.lengths) * len(plan.depths) * plan.trials
+    with ProgressLine("passkey", texts, plain_line_seconds=30.0) as progress:
         grid = measure_passkey(
             score,
             loaded.tokenizer,
-            lengths,
+            plan,
             config.eval.batch_size * config.data.seq_len,
-            seed=config.seed,
             multiple=sequence_multiple(loaded.architecture.runtime.mesh.shape["context"]),
             share_rows=config.model.dispatch != "capacity",
             on_batch=lambda done: progress.update(done, ""),

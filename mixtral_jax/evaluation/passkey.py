@@ -21,16 +21,23 @@ QUESTION = "What is the pass key? The pass key is"
 DIGITS = 5
 DEPTHS = tuple(np.linspace(0, 1, 9).tolist())
 MOST_LENGTHS = 6
-TRIALS = 5  # keys for each length and depth
+
+
+@dataclass(frozen=True)
+class PasskeyPlan:
+    """Which keys are hidden where."""
+
+    lengths: Sequence[int]  # of the texts, tokens, ascending; see `passkey_lengths`
+    seed: int  # of the keys
+    depths: Sequence[float] = DEPTHS  # share of the filler that stands before the key
+    trials: int = 5  # keys for each length and depth
 
 
 @dataclass(frozen=True)
 class PasskeyGrid:
     """How well keys were found, by length (rows) and depth (columns)."""
 
-    lengths: Sequence[int]  # tokens
-    depths: Sequence[float]  # share of the filler that stands before the key
-    trials: int
+    plan: PasskeyPlan
     accuracy: Float64[np.ndarray, "lengths depths"]  # share of keys that greedy decoding writes whole
     nats_per_token: Float64[np.ndarray, "lengths depths"]  # of the key
 
@@ -80,14 +87,11 @@ def passkey_lengths(tokenizer: Tokenizer, context: int) -> list[int]:
 def measure_passkey(
     score: Score,
     tokenizer: Tokenizer,
-    lengths: Sequence[int],
+    plan: PasskeyPlan,
     batch_tokens: int,
     *,
-    seed: int,
     multiple: int = 1,
     share_rows: bool = True,
-    depths: Sequence[float] = DEPTHS,
-    trials: int = TRIALS,
     on_batch: Callable[[int], None] | None = None,
 ) -> PasskeyGrid:
     """Asks for keys at every length and depth.
@@ -98,13 +102,10 @@ def measure_passkey(
     Args:
         score: see `Score`.
         tokenizer: the model's.
-        lengths: of the texts, tokens, ascending; see `passkey_lengths`.
+        plan: the keys and their places.
         batch_tokens: of a batch; at least one row.
-        seed: of the keys.
         multiple: devices that share a row.
         share_rows: see `score_requests`.
-        depths: where to hide the key.
-        trials: keys for each length and depth.
         on_batch: called after each batch with the number of texts answered.
 
     Raises:
@@ -113,18 +114,18 @@ def measure_passkey(
     codes = {tuple(tokenizer.encode(digit)) for digit in "0123456789"}
     if len(codes) < 10:
         raise UserError("the tokenizer cannot tell the ten digits apart: a passkey needs one that can")
-    rng = np.random.default_rng(seed)
-    keys = rng.integers(10 ** (DIGITS - 1), 10**DIGITS, (len(lengths), len(depths), trials))
+    rng = np.random.default_rng(plan.seed)
+    keys = rng.integers(10 ** (DIGITS - 1), 10**DIGITS, (len(plan.lengths), len(plan.depths), plan.trials))
     requests = [
         passkey_request(tokenizer, length, depth, str(key))
-        for length, by_depth in zip(lengths, keys, strict=True)
-        for depth, by_trial in zip(depths, by_depth, strict=True)
+        for length, by_depth in zip(plan.lengths, keys, strict=True)
+        for depth, by_trial in zip(plan.depths, by_depth, strict=True)
         for key in by_trial
     ]
     answers = score_requests(
         score,
         requests,
-        row_lengths(lengths[-1], multiple),
+        row_lengths(plan.lengths[-1], multiple),
         batch_tokens,
         share_rows=share_rows,
         what="the passkey texts",
@@ -134,4 +135,4 @@ def measure_passkey(
     tokens = np.array([len(request.tokens) - request.scored_from for request in requests], np.float64).reshape(shape)
     nats = np.array([answer.nats for answer in answers]).reshape(shape)
     greedy = np.array([answer.greedy for answer in answers], np.float64).reshape(shape)
-    return PasskeyGrid(lengths, list(depths), trials, greedy.mean(axis=-1), nats.sum(axis=-1) / tokens.sum(axis=-1))
+    return PasskeyGrid(plan, greedy.mean(axis=-1), nats.sum(axis=-1) / tokens.sum(axis=-1))

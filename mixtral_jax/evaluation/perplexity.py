@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Bool, Float, Float64
 
 from mixtral_jax.config import EvalConfig, UserError
 from mixtral_jax.evaluation.intervals import Interval, bootstrap_sums, interval
@@ -126,7 +126,9 @@ def measure(
     return Evaluation(results, eval.mode, context, stride)
 
 
-def finite_nats(nats: np.ndarray, mask: np.ndarray, what: str, where: str) -> Float64[np.ndarray, " targets"]:
+def finite_nats(
+    nats: Float[np.ndarray, "rows context"], mask: Bool[np.ndarray, "rows context"], what: str, where: str
+) -> Float64[np.ndarray, " targets"]:
     """Takes the scores of a batch's targets; a score that is not finite is an error, never averaged away.
 
     Args:

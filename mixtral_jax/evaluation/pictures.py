@@ -81,7 +81,7 @@ def draw_context(curves: Mapping[str, ContextCurve], path: Path) -> None:
 
 def draw_passkey(grid: PasskeyGrid, path: Path) -> None:
     """Draws two heat maps over length and depth: the share of keys found, and the loss of the key."""
-    figure, panels = new_figure(12.0, 1.6 + 0.5 * len(grid.lengths), 1, 2)
+    figure, panels = new_figure(12.0, 1.6 + 0.5 * len(grid.plan.lengths), 1, 2)
     for axes, values, title, scale, form in (
         (panels[0, 0], grid.accuracy, "share of keys that greedy decoding writes", ("RdYlGn", 1.0), "{:.0%}"),
         # Not to the darkest colour, on which the numbers could not be read.
@@ -92,8 +92,8 @@ def draw_passkey(grid: PasskeyGrid, path: Path) -> None:
         for row, line in enumerate(values):
             for column, value in enumerate(line):
                 axes.text(column, row, form.format(value), ha="center", va="center", fontsize=7)
-        axes.set_xticks(range(len(grid.depths)), [f"{depth:.0%}" for depth in grid.depths])
-        axes.set_yticks(range(len(grid.lengths)), [f"{length:,}" for length in grid.lengths])
+        axes.set_xticks(range(len(grid.plan.depths)), [f"{depth:.0%}" for depth in grid.plan.depths])
+        axes.set_yticks(range(len(grid.plan.lengths)), [f"{length:,}" for length in grid.plan.lengths])
         axes.set(xlabel="depth of the key", ylabel="length, tokens", title=title)
         figure.colorbar(image, ax=axes)
     save(figure, path)

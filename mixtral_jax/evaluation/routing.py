@@ -155,7 +155,7 @@ def route_sample(route: Route, documents: Documents, decode: Decode, length: int
     return RoutedText(documents.name, decode_pieces(decode, tokens), route(batch)[0, : len(tokens)])
 
 
-def decode_pieces(decode: Decode, tokens: np.ndarray) -> list[str]:
+def decode_pieces(decode: Decode, tokens: Integer[np.ndarray, " tokens"]) -> list[str]:
     """Gives each token its part of the decoded text; the last token of a character of several gets all of it."""
     pieces, written = [], 0
     for end in range(1, len(tokens) + 1):

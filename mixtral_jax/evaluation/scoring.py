@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Bool, Float
 
 from mixtral_jax.data.batch import Batch, HostBatch, put_batch
 from mixtral_jax.kernels.cross_entropy import token_losses
@@ -22,8 +23,8 @@ from mixtral_jax.zigzag import column_order
 class TokenScores(NamedTuple):
     """What a model says of the targets of a batch, each [rows, context]."""
 
-    nats: np.ndarray  # -log p(target), float32
-    greedy: np.ndarray  # bool: no token is likelier than the target
+    nats: Float[np.ndarray, "rows context"]  # -log p(target), float32
+    greedy: Bool[np.ndarray, "rows context"]  # bool: no token is likelier than the target
 
 
 # Scores a batch of [rows, context] arrays (see `evaluation_batches`); where `loss_mask` is false, numbers mean nothing.

@@ -50,12 +50,14 @@ def context_json(curves: Mapping[str, ContextCurve]) -> dict[str, Any]:
 
 def passkey_table(grid: PasskeyGrid) -> Table:
     """Makes a table of the accuracy: a row for each length, a column for each depth."""
-    table = Table(caption=f"share of {grid.trials} keys that greedy decoding writes, by length and depth of the key")
+    table = Table(
+        caption=f"share of {grid.plan.trials} keys that greedy decoding writes, by length and depth of the key"
+    )
     table.add_column("tokens", justify="right")
-    for depth in grid.depths:
+    for depth in grid.plan.depths:
         table.add_column(f"{depth:.0%}", justify="right")
     table.add_column("nats/token", justify="right", style="dim")
-    for length, accuracy, nats in zip(grid.lengths, grid.accuracy, grid.nats_per_token, strict=True):
+    for length, accuracy, nats in zip(grid.plan.lengths, grid.accuracy, grid.nats_per_token, strict=True):
         table.add_row(f"{length:,}", *[f"{value:.0%}" for value in accuracy], f"{nats.mean():.3f}")
     return table
 
@@ -64,9 +66,9 @@ def passkey_json(grid: PasskeyGrid) -> dict[str, Any]:
     """Makes `lengths`, `depths`, `trials`, and by length and depth `accuracy` and `nats_per_token`."""
     return {
         "evaluation": "passkey",
-        "lengths": list(grid.lengths),
-        "depths": list(grid.depths),
-        "trials": grid.trials,
+        "lengths": list(grid.plan.lengths),
+        "depths": list(grid.plan.depths),
+        "trials": grid.plan.trials,
         "accuracy": grid.accuracy.tolist(),
         "nats_per_token": grid.nats_per_token.tolist(),
         "total": {"accuracy": float(grid.accuracy.mean()), "nats_per_token": float(grid.nats_per_token.mean())},

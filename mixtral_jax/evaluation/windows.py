@@ -10,7 +10,7 @@ from itertools import islice
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Bool, Int32, Integer
 
 from mixtral_jax.config import EvalConfig
 from mixtral_jax.data.batch import Batch, padding
@@ -36,11 +36,11 @@ class Documents(Protocol):
         """Tokens of all documents, start and end signs included."""
         ...
 
-    def tokens(self, index: int) -> np.ndarray:
+    def tokens(self, index: int) -> Integer[np.ndarray, " tokens"]:
         """Returns the token ids of a document: the start sign, its text and, unless its tail was cut, the end sign."""
         ...
 
-    def counts(self, index: int) -> np.ndarray:
+    def counts(self, index: int) -> Bool[np.ndarray, " tokens"]:
         """Says which tokens of a document are predicted: all but the start sign, or of a chat the answers alone."""
         ...
 
@@ -68,8 +68,8 @@ class Window:
     """A stretch of one document that the model sees at once."""
 
     index: int  # of the document
-    document: np.ndarray  # its tokens, all of them
-    counts: np.ndarray  # which of them are predicted
+    document: Integer[np.ndarray, " tokens"]  # its tokens, all of them
+    counts: Bool[np.ndarray, " tokens"]  # which of them are predicted
     begin: int  # first input
     end: int  # one past the last input
     counted_from: int  # first input whose successor is predicted here and in no other window

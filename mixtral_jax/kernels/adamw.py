@@ -13,10 +13,10 @@ from mixtral_jax.precision import FULL
 class AdamW(NamedTuple):
     """What the update of an array takes beside it."""
 
-    learning_rate: float | Array
-    clip: float | Array  # factor of the gradient
-    mean_correction: float | Array  # 1 / (1 - beta1^t)
-    square_correction: float | Array  # 1 / (1 - beta2^t)
+    learning_rate: float | Float[Array, ""]
+    clip: float | Float[Array, ""]  # factor of the gradient
+    mean_correction: float | Float[Array, ""]  # 1 / (1 - beta1^t)
+    square_correction: float | Float[Array, ""]  # 1 / (1 - beta2^t)
     beta1: float
     beta2: float
     one_minus_beta1: float  # rounded once

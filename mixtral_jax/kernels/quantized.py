@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from mixtral_jax.precision import EIGHT_BIT_CARRIER, FULL
 
@@ -33,7 +33,7 @@ class EightBitProduct:
     block_size: int  # rows of a block of `grouped_blocks`
     interpret: bool
 
-    def quantize(self, x: Array, axes: tuple[int, ...]) -> Any:
+    def quantize(self, x: Float[Array, "..."], axes: tuple[int, ...]) -> Any:
         """Rounds to 8 bits; every index along `axes` has a scale of its own."""
         import qwix  # takes a second, which only who needs it shall wait for
 
@@ -41,7 +41,9 @@ class EightBitProduct:
         method = f"absmax,{127.5 / 127}" if self._whole() else "absmax"
         return qwix.quantize(x.astype(FULL), self.dtype, channelwise_axes=axes, calibration_method=method)
 
-    def rows(self, x: Array, weights: Array, sizes: Array) -> Array:
+    def rows(
+        self, x: Num[Array, "rows k"], weights: Num[Array, "experts k n"], sizes: Int[Array, " experts"]
+    ) -> Float[Array, "rows n"]:
         """[rows, k] and [experts, k, n] to [rows, n], each row with its expert."""
         if self.backend == "equal":
             by_expert = self._dot(x.reshape(weights.shape[0], -1, x.shape[1]), weights, ((2,), (1,)), True)
@@ -70,7 +72,9 @@ class EightBitProduct:
         zeros = jnp.zeros((spilling.shape[0], weights.shape[2]), FULL)
         return jax.lax.scan(expert, zeros, (_starts(sizes), sizes, weights))[0][: x.shape[0]]
 
-    def weights(self, x: Array, y: Array, sizes: Array) -> Array:
+    def weights(
+        self, x: Num[Array, "rows k"], y: Num[Array, "rows n"], sizes: Int[Array, " experts"]
+    ) -> Float[Array, "experts k n"]:
         """[rows, k] and [rows, n] to [experts, k, n], summed over each expert's rows."""
         experts = sizes.shape[0]
         if self.backend == "equal":

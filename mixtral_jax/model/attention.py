@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.kernels.attention import attention
 from mixtral_jax.kernels.matmul import contract
-from mixtral_jax.model.layers import parameter, rotate
+from mixtral_jax.model.layers import Rotary, parameter, rotate
 from mixtral_jax.remat import save_for_backward
 from mixtral_jax.runtime import Runtime
 from mixtral_jax.sharding import constrain
@@ -34,7 +34,7 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "batch seq d_model"],
         segment_ids: Int[Array, "batch seq"],
-        rotary: tuple[Float[Array, "batch seq half"], Float[Array, "batch seq half"]],
+        rotary: Rotary,
     ) -> Float[Array, "batch seq d_model"]:
         """Attends; `segment_ids` 0 is padding."""
         mesh, compute, matmul = self.runtime.mesh, self.runtime.precision.compute, self.runtime.matmul

@@ -15,6 +15,8 @@ from mixtral_jax.precision import FULL, Precision
 from mixtral_jax.runtime import Runtime
 from mixtral_jax.sharding import VOCAB_AXIS, Axes, add_up, by_device, gather, spec
 
+Rotary = tuple[Float[Array, "batch seq half"], Float[Array, "batch seq half"]]  # cosine and sine of each angle
+
 
 def parameter(
     rngs: nnx.Rngs,
@@ -70,9 +72,7 @@ def embed(
     )(table.astype(FULL), tokens)  # its gradient is a sum over every use of a word: bfloat16 would stall at 256 of them
 
 
-def rotary_tables(
-    positions: Int[Array, "batch seq"], config: ModelConfig
-) -> tuple[Float[Array, "batch seq half"], Float[Array, "batch seq half"]]:
+def rotary_tables(positions: Int[Array, "batch seq"], config: ModelConfig) -> Rotary:
     """Computes cosine and sine of position * frequency, times YaRN's factor where rope_scaling says so."""
     angles = positions[..., None].astype(FULL) * rotary_frequencies(config)
     factor = attention_factor(config.rope_scaling)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.kernels.expert_ffn import ExpertStack
 from mixtral_jax.model.attention import Attention
-from mixtral_jax.model.layers import RMSNorm, embed, parameter, rotary_tables
+from mixtral_jax.model.layers import RMSNorm, Rotary, embed, parameter, rotary_tables
 from mixtral_jax.model.moe import MoE, RouterOutput, SelectionBias
 from mixtral_jax.precision import FULL
 from mixtral_jax.remat import REMAT_POLICIES, save_for_backward
@@ -32,12 +32,12 @@ class DecoderLayer(nnx.Module):
 
     def __call__(
         self,
-        x: Array,
-        segment_ids: Array,
-        attention_ids: Array,
-        rotary: tuple[Array, Array],
+        x: Float[Array, "batch seq d_model"],
+        segment_ids: Int[Array, "batch seq"],
+        attention_ids: Int[Array, "batch seq"],
+        rotary: Rotary,
         stack: ExpertStack | None = None,
-    ) -> tuple[Array, RouterOutput]:
+    ) -> tuple[Float[Array, "batch seq d_model"], RouterOutput]:
         """Runs the layer; `attention_ids` say who may see whom, `segment_ids` 0 marks padding; `stack`: see `MoE`."""
         attended = self.attention(self.attention_norm(x), attention_ids, rotary)
         x = save_for_backward(x + constrain(attended, self.mesh, RESIDUAL))

@@ -5,10 +5,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import SupportsFloat
 
-import numpy as np
-
 from mixtral_jax.console import ProgressLine
-from mixtral_jax.runs.metrics_file import MetricsFile
+from mixtral_jax.runs.metrics_file import MetricsFile, Vectors
 from mixtral_jax.runs.tensorboard import TensorBoard
 
 
@@ -48,7 +46,10 @@ class MetricsLogger:
         self._progress = ProgressLine("train", total_steps, done=resume_step, live_line_seconds=30.0)
 
     def log(
-        self, step: int, scalars: Mapping[str, SupportsFloat], vectors: Mapping[str, np.ndarray] | None = None
+        self,
+        step: int,
+        scalars: Mapping[str, SupportsFloat],
+        vectors: Vectors | None = None,
     ) -> None:
         """Logs one step.
 

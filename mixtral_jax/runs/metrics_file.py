@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Shaped
 
 from mixtral_jax.config import UserError
+
+Vectors = Mapping[str, Shaped[np.ndarray, "..."]]  # values of a step that are no scalars, by name
 
 
 class MetricsFile:
@@ -41,7 +44,7 @@ class MetricsFile:
         except OSError as error:
             raise self._unwritable(error) from None
 
-    def write(self, step: int, scalars: Mapping[str, int | float], arrays: Mapping[str, np.ndarray]) -> None:
+    def write(self, step: int, scalars: Mapping[str, int | float], arrays: Vectors) -> None:
         """Appends one line: the step, the scalars, and the arrays as nested lists of numbers with six digits.
 
         Raises:

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
+from jax.typing import DTypeLike
+from jaxtyping import Shaped
 
 BLOCK = 128 << 20  # bytes that move at once, if an array has leading axes to cut
 CHUNK = 64 << 20  # bytes that are compressed at once
@@ -82,7 +84,7 @@ def _write(store: ts.TensorStore, leaf: jax.Array, advance: Callable[[int], None
 
 def read_arrays(
     directory: Path, abstract: dict[str, jax.ShapeDtypeStruct], advance: Callable[[int], None]
-) -> dict[str, jax.Array]:
+) -> dict[str, Shaped[jax.Array, "..."]]:
     """Reads arrays of one item of a checkpoint onto any devices; every process reads what its devices need.
 
     Args:
@@ -123,7 +125,7 @@ def _read(store: ts.TensorStore, leaf: jax.ShapeDtypeStruct, advance: Callable[[
     return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
 
 
-def read_blocks(directory: Path, name: str) -> Iterator[np.ndarray]:
+def read_blocks(directory: Path, name: str) -> Iterator[Shaped[np.ndarray, "..."]]:
     """Reads one array of an item of a checkpoint, a block at a time.
 
     Args:
@@ -139,13 +141,13 @@ def read_blocks(directory: Path, name: str) -> Iterator[np.ndarray]:
         yield store[_place(whole, *block)].read().result()
 
 
-def _cut_axes(shape: tuple[int, ...], dtype: Any) -> int:
+def _cut_axes(shape: tuple[int, ...], dtype: DTypeLike) -> int:
     """Counts the leading axes along which an array is cut to single entries, so that the rest is at most a block."""
     itemsize, most = np.dtype(dtype).itemsize, max(0, len(shape) - 2)  # a matrix is never cut
     return next((axis for axis in range(most) if math.prod(shape[axis:]) * itemsize <= BLOCK), most)
 
 
-def _blocks(shape: tuple[int, ...], dtype: Any) -> Iterator[tuple[Start, tuple[int, ...]]]:
+def _blocks(shape: tuple[int, ...], dtype: DTypeLike) -> Iterator[tuple[Start, tuple[int, ...]]]:
     """Lists where the blocks of an array begin, and their shape."""
     axes = _cut_axes(shape, dtype)
     for lead in np.ndindex(*shape[:axes]):

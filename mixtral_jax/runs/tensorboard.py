@@ -8,6 +8,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from tensorboardX import SummaryWriter
 
+from mixtral_jax.runs.metrics_file import Vectors
+
 # Group of charts -> name of the metric -> what it is. A name that has a slash, such as `epoch/english`, brings its own
 # group; any other goes to `other`.
 CHARTS: dict[str, dict[str, str]] = {
@@ -69,7 +71,7 @@ class TensorBoard:
         )
         self._writer.add_text("about", _legend(descriptions), first_step)
 
-    def write(self, step: int, scalars: Mapping[str, int | float], vectors: Mapping[str, np.ndarray]) -> None:
+    def write(self, step: int, scalars: Mapping[str, int | float], vectors: Vectors) -> None:
         """Writes one step.
 
         Args:

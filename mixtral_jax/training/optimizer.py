@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from mixtral_jax.config import OptimizerConfig, UserError
 from mixtral_jax.kernels import adamw
@@ -14,7 +15,7 @@ from mixtral_jax.kernels.adamw import AdamW, Moments
 from mixtral_jax.precision import Precision
 from mixtral_jax.sharding import Axes
 
-Schedule = Callable[[Any], Any]
+Schedule = Callable[[int | Int[Array, ""]], float | Float[Array, ""]]
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> Schedule:
@@ -52,7 +53,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> Schedule:
     return optax.join_schedules([start, rest], [peak_step])
 
 
-def decay_mask(axes: Any) -> Any:
+def decay_mask(axes: PyTree) -> PyTree:
     """Says which parameters decay: matrices, never norm scales; `axes` is the tree of logical axes."""
 
     def is_matrix(entry: Axes) -> bool:
@@ -61,12 +62,12 @@ def decay_mask(axes: Any) -> Any:
     return jax.tree.map(is_matrix, axes, is_leaf=lambda x: isinstance(x, tuple))
 
 
-def widen(tree: Any, precision: Precision) -> Any:
+def widen(tree: PyTree, precision: Precision) -> PyTree:
     """Casts gradients or parameters to the type in which norms, moments and updates are computed."""
     return jax.tree.map(lambda x: x.astype(precision.full), tree)
 
 
-def make_optimizer(config: OptimizerConfig, precision: Precision, axes: Any) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, precision: Precision, axes: PyTree) -> optax.GradientTransformation:
     """Builds what makes the state of `update`: Adam's moments, in the places where optax's chains have them."""
     moments = optax.scale_by_adam(config.beta1, config.beta2, config.eps, mu_dtype=precision.optimizer)
     # optax gives the second moment the type of the parameters; ours is `full` whatever they are.
@@ -78,20 +79,20 @@ def make_optimizer(config: OptimizerConfig, precision: Precision, axes: Any) -> 
 class Gradients(NamedTuple):
     """What a step has to apply."""
 
-    grads: Any  # a tree like the parameters', in `precision.full`, see `widen`
+    grads: PyTree  # a tree like the parameters', in `precision.full`, see `widen`
     norm: Float[Array, ""]  # over all of them
     finite: Bool[Array, ""]  # False leaves everything as it is
 
 
 def update(
     config: OptimizerConfig,
-    axes: Any,
-    learning_rate: Array,
+    axes: PyTree,
+    learning_rate: Float[Array, ""],
     gradients: Gradients,
-    params: Any,
-    state: Any,
+    params: PyTree,
+    state: PyTree,
     backend: str,
-) -> tuple[Any, Any]:
+) -> tuple[PyTree, PyTree]:
     """Computes parameters and state after a step of AdamW with clipping and decoupled decay.
 
     Args:
@@ -126,7 +127,7 @@ def update(
     return new.params, (*state[:place], adam._replace(count=count, mu=new.mean, nu=new.square), *state[place + 1 :])
 
 
-def optimizer_shardings(optimizer: optax.GradientTransformation, params: Any, replicated: Any) -> Any:
+def optimizer_shardings(optimizer: optax.GradientTransformation, params: PyTree, replicated: NamedSharding) -> PyTree:
     """Gives every moment its parameter's sharding.
 
     Args:

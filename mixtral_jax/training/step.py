@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array
+from jaxtyping import Array, Float, PyTree
 
 from mixtral_jax.config import Config
 from mixtral_jax.data.batch import Batch, HostBatch, abstract_batch, put_batch
@@ -166,12 +166,12 @@ class Trainable:
         }
         return state, metrics
 
-    def _gradients(self, arrays: Arrays, batch: Batch) -> tuple[Any, Losses, RouterSums, Counts]:
+    def _gradients(self, arrays: Arrays, batch: Batch) -> tuple[PyTree, Losses, RouterSums, Counts]:
         """Sums losses and gradients over the microbatches."""
         config, (params, bias) = self.config, (arrays["params"], arrays["selection_bias"])
         counts = count(batch, self.architecture.runtime.mesh)
 
-        def loss(params: Any, part: Batch, load: Array | None) -> tuple[Array, tuple[Losses, RouterSums]]:
+        def loss(params: PyTree, part: Batch, load: Array | None) -> tuple[Array, tuple[Losses, RouterSums]]:
             model = self.architecture.bind({"params": params, "selection_bias": bias})
             losses, sums = compute_losses(model, part, counts, load, config.losses, config.objective)
             return losses.total, (losses, sums)
@@ -186,7 +186,7 @@ class Trainable:
         if config.losses.balance_over == "batch" and config.losses.load_balance > 0:
             load = self._whole_load(arrays, parts)
 
-        def body(totals: Any, part: Batch) -> tuple[Any, None]:
+        def body(totals: PyTree, part: Batch) -> tuple[PyTree, None]:
             # Behind the barrier the sums over devices stay in the loop: XLA would keep what is not summed yet, whole
             # gradients on every device, and its pass for TPU fails on some of them.
             new = jax.lax.optimization_barrier(gradient(params, part, load))
@@ -220,7 +220,7 @@ class Trainable:
         sharding = named_sharding(self.architecture.runtime.mesh, (None, "batch", "sequence"))
         return jax.lax.with_sharding_constraint(x, sharding)
 
-    def _move_bias(self, bias: Any, load: Array) -> Any:
+    def _move_bias(self, bias: PyTree, load: Array) -> PyTree:
         """Raises the bias of experts below the mean load, lowers the others'. Source: arXiv 2408.15664, algorithm 1."""
         rate = self.config.losses.selection_bias_rate
         if not rate:
@@ -228,11 +228,11 @@ class Trainable:
         return jax.tree.map(lambda b: b + rate * jnp.sign(1 / load.shape[-1] - load), bias)
 
 
-def _choose(condition: Array, tree: Any, otherwise: Any) -> Any:
+def _choose(condition: Array, tree: PyTree, otherwise: PyTree) -> PyTree:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), tree, otherwise)
 
 
-def router_metrics(sums: RouterSums, counts: Counts, load: Array) -> Metrics:
+def router_metrics(sums: RouterSums, counts: Counts, load: Float[Array, "layers experts"]) -> Metrics:
     """Summarises the routers: entropy in nats, worst overload, dead experts and the share of dropped assignments."""
     num_experts = load.shape[-1]
     assigned = jnp.maximum(jnp.sum(sums.assignments), 1)

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Num
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Num, Shaped
 
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.weights.names import OURS, Row, atoms, axis_sizes
@@ -52,7 +53,7 @@ def block_layout(row: Row, config: ModelConfig, sharding: NamedSharding) -> Bloc
     mesh_axes = dict(zip(names, (*sharding.spec, *[None] * len(names)), strict=False))
     in_layers, per_expert = names[0] == "layers", names[1:2] == ["experts"]
     sizes["experts_per_block"] = config.num_experts
-    if per_expert and _ways(sharding, mesh_axes["experts"]) == 1:
+    if per_expert and _parts(sharding, mesh_axes["experts"]) == 1:
         sizes["experts_per_block"] = 1
     rename = {"experts": "experts_per_block"} if per_expert else {}
 
@@ -73,13 +74,15 @@ def block_layout(row: Row, config: ModelConfig, sharding: NamedSharding) -> Bloc
     )
 
 
-def _ways(sharding: NamedSharding, entry: Any) -> int:
+def _parts(sharding: NamedSharding, entry: Any) -> int:
     """Counts over how many devices one entry of a partition splits its axis."""
     axes = () if entry is None else (entry,) if isinstance(entry, str) else entry
     return math.prod(sharding.mesh.shape[axis] for axis in axes)
 
 
-def host_view(tensor: np.ndarray, row: Row, config: ModelConfig, layout: BlockLayout, expert: int) -> np.ndarray:
+def host_view(
+    tensor: Shaped[np.ndarray, "..."], row: Row, config: ModelConfig, layout: BlockLayout, expert: int
+) -> Shaped[np.ndarray, "..."]:
     """Views an external tensor's part for one expert in the order of a block's axes (after its axis of experts)."""
     sizes, names = axis_sizes(config), atoms(row.axes)
     picked: dict[str, Any] = {"part": row.part, **({"experts": expert} if layout.num_experts else {})}
@@ -99,7 +102,7 @@ def put_block(
 
 @partial(jax.jit, static_argnames=("layout", "dtype"))
 def take_block(
-    parameter: Num[Array, "..."], layer: Any, expert: Any, *, layout: BlockLayout, dtype: Any
+    parameter: Num[Array, "..."], layer: Any, expert: Any, *, layout: BlockLayout, dtype: DTypeLike
 ) -> tuple[Num[Array, "..."], Bool[Array, ""]]:
     """Reads a block from its place, in the file's order and type; says whether it is finite there."""
     sizes = dict(zip(layout.theirs, layout.theirs_shape, strict=True))

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+from jaxtyping import UInt
 
 from mixtral_jax.config import UserError
 from mixtral_jax.weights.stored import FILE_TYPES, FileType, StoredTensor, file_type
@@ -105,7 +106,7 @@ class SafetensorsWriter:
         self._stream.write(struct.pack("<Q", len(text)) + text)
         self._waiting = list(shapes.items())
 
-    def write(self, key: str, values: np.ndarray) -> None:
+    def write(self, key: str, values: UInt[np.ndarray, "..."]) -> None:
         """Appends the next tensor, given as unsigned integers."""
         expected = self._waiting.pop(0)
         assert expected == (key, values.shape), (expected, key, values.shape)

@@ -7,6 +7,7 @@ from typing import Literal
 
 import ml_dtypes
 import numpy as np
+from jaxtyping import UInt
 
 from mixtral_jax.config import UserError
 
@@ -33,7 +34,7 @@ class StoredTensor:
         """Size in the file, in bytes."""
         return math.prod(self.shape) * FILE_TYPES[self.dtype].itemsize
 
-    def open(self) -> np.ndarray:
+    def open(self) -> UInt[np.ndarray, "..."]:
         """Maps the tensor's bytes as unsigned integers of the same width, which numpy copies faster than bfloat16."""
         width = np.dtype(f"u{FILE_TYPES[self.dtype].itemsize}")
         return np.memmap(self.file, dtype=width, mode="r", offset=self.offset, shape=self.shape)

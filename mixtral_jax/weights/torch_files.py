@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import UInt
 
 from mixtral_jax.config import UserError
 from mixtral_jax.weights.stored import FILE_TYPES, FileType, StoredTensor, file_type
@@ -163,7 +164,7 @@ class TorchWriter:
         self._member("data.pkl", _pickle(shapes, dtype))
         self._member("byteorder", b"little")
 
-    def write(self, key: str, values: np.ndarray) -> None:
+    def write(self, key: str, values: UInt[np.ndarray, "..."]) -> None:
         """Appends the next tensor, given as unsigned integers."""
         number, expected = self._waiting.pop(0)
         assert expected == (key, values.shape), (expected, key, values.shape)

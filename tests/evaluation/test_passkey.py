@@ -3,7 +3,7 @@ import pytest
 
 from mixtral_jax.config import UserError
 from mixtral_jax.data.tokenizer import Tokenizer, load_tokenizer
-from mixtral_jax.evaluation.passkey import measure_passkey, passkey_lengths, passkey_request
+from mixtral_jax.evaluation.passkey import PasskeyPlan, measure_passkey, passkey_lengths, passkey_request
 from mixtral_jax.evaluation.scoring import TokenScores
 from tests.tiny import tiny_config
 from tests.weights.test_bad_sources import make_tokenizer
@@ -57,14 +57,13 @@ def test_lengths_end_where_no_key_fits(released):
 
 def test_the_grid_says_where_keys_are_found(released):
     done = []
-    grid = measure_passkey(score_that_reads(released), released, [128, 256], 512, seed=0, depths=(0.0, 0.5, 1.0),
-                           trials=2, on_batch=done.append)  # fmt: skip
+    grid = measure_passkey(score_that_reads(released), released, PasskeyPlan([128, 256], 0, (0.0, 0.5, 1.0), 2), 512,
+                           on_batch=done.append)  # fmt: skip
     assert grid.accuracy.shape == (2, 3)
     assert (grid.accuracy == 1).all()
     assert (grid.nats_per_token == 0).all()
     assert done[-1] == 12
-    blind = measure_passkey(score_that_reads(released, 120), released, [128, 256], 512, seed=0,
-                            depths=(0.0, 1.0), trials=2)  # fmt: skip
+    blind = measure_passkey(score_that_reads(released, 120), released, PasskeyPlan([128, 256], 0, (0.0, 1.0), 2), 512)
     assert blind.accuracy.tolist() == [[0, 0], [0, 1]]
     assert blind.nats_per_token.tolist() == [[9, 9], [9, 0]]
 
@@ -72,4 +71,4 @@ def test_the_grid_says_where_keys_are_found(released):
 def test_a_tokenizer_without_digits_is_refused():
     letters = Tokenizer(make_tokenizer(40))
     with pytest.raises(UserError, match="cannot tell the ten digits apart"):
-        measure_passkey(score_that_reads(letters), letters, [128], 512, seed=0)
+        measure_passkey(score_that_reads(letters), letters, PasskeyPlan([128], 0), 512)

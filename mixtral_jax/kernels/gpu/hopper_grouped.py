@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from mixtral_jax.kernels.gpu.hopper_ring import Ring, Tile, Tiling, cut, place
@@ -35,7 +36,7 @@ def gmm(
         sizes: rows of each group, multiples of the tiling's height.
         first_matrix: that of the first group; those of the others follow.
         transposed: whether the matrices are [matrices, outer, inner].
-        fill: whether rows of nobody are zeros; otherwise they are what the memory held.
+        fill: whether padding rows are zeros; otherwise they are what the memory held.
         tiling: how to cut the product.
         processors: how many to run on; None: all of the device.
         interpret: how to run the kernel step by step, on a CPU.
@@ -115,7 +116,7 @@ def tgmm(
     left: Float[Array, "rows inner"],
     right: Float[Array, "rows outer"],
     sizes: Int[Array, " groups"],
-    dtype: Any,
+    dtype: DTypeLike,
     *,
     tiling: Tiling = TILING,
     processors: int | None = None,

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from mixtral_jax.precision import FULL
@@ -58,7 +59,7 @@ class Ring:
     products: int  # with one left factor and as many right ones, that divide the width
     turned: tuple[bool, bool]  # whether the left, the right factor lies transposed in memory
     tiling: Tiling
-    dtype: Any  # of the factors
+    dtype: DTypeLike  # of the factors
 
     def kernel(self, name: str, result: Any, processors: int | None, interpret: Any) -> Any:
         """Builds the kernel, whose results all have one type."""
@@ -218,5 +219,5 @@ def cut(index: Array, size: int) -> Any:
     return pl.ds(pl.multiple_of(index * size, size), size)
 
 
-def _layout(dtype: Any) -> tuple[Any, ...]:
+def _layout(dtype: DTypeLike) -> tuple[Any, ...]:
     return plgpu.TilingTransform((8, SWIZZLE // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(SWIZZLE)

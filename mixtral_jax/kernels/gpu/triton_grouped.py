@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from mixtral_jax.precision import FULL
@@ -125,7 +126,7 @@ def tgmm(
     left: Float[Array, "rows inner"],
     right: Float[Array, "rows outer"],
     sizes: Int[Array, " groups"],
-    dtype: Any,
+    dtype: DTypeLike,
     *,
     interpret: bool = False,
 ) -> Float[Array, "groups inner outer"]:
@@ -170,7 +171,7 @@ def swiglu(
     sizes: Int[Array, " groups"],
     interpret: bool,
 ) -> tuple[Float[Array, "rows d_ff"], ...]:
-    """Computes silu(gate) * up and, given its gradient, those of gate and up; only in rows of somebody.
+    """Computes silu(gate) * up and, given its gradient, those of gate and up; only in assigned rows.
 
     Args:
         gate, up: rows sorted by group.
@@ -201,9 +202,9 @@ def swiglu(
     return _call(kernel, "swiglu", grid, result, interpret, in_place)(used, *arrays)
 
 
-def _block(dtype: Any) -> tuple[int, int, int]:
+def _block(dtype: DTypeLike) -> tuple[int, int, int]:
     """Rows, columns and depth of a block; wider types get half of the depth."""
-    return *BLOCK[:2], BLOCK[2] * 2 // max(2, dtype.itemsize)
+    return *BLOCK[:2], BLOCK[2] * 2 // max(2, jnp.dtype(dtype).itemsize)
 
 
 def _row_blocks(sizes: Array, num_rows: int, block: int) -> tuple[Array, Array, Array]:
