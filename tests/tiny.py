@@ -41,6 +41,20 @@ def host_threads(count: int) -> Iterator[None]:
     state[THREADS] = before
 
 
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """Names what is compiled meanwhile, once a program."""
+    found: list[str] = []
+
+    def listen(event: str, seconds: float, **_: Any) -> None:
+        if "backend_compile" in event:
+            found.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
 ENGINES = [by_engine("amx"), by_engine("mkl")]
 
 TINY = """

@@ -36,47 +36,57 @@ class Continuation:
     text: str = ""  # what is certain of it
     finish_reason: Literal["stop", "length"] | None = None
 
+    def __post_init__(self) -> None:
+        """Begins behind the prompt: a tokenizer's first piece loses its space when it is decoded alone."""
+        self._whole = ""  # all characters that have come as a whole, beyond `text` what may begin a stop string
+        self._before = list(self.prompt.tokens) if self.prompt.continues else []  # next tokens are decoded with
+        self._open: list[int] = []  # tokens that have not become characters
+
     def extend(self, drawn: Drawn) -> str:
         """Takes tokens until the text ends, and returns what is new and certain of it."""
+        before = len(self.text)
         for token, log_prob in zip(drawn.tokens, drawn.log_probs, strict=True):
             if self.finish_reason:
                 break
             if token == self.tokenizer.eos_id:
-                self.finish_reason = "stop"
+                self._end("stop")
                 break
             self.tokens.append(token)
             self.log_probs.append(log_prob)
-            if self.prompt.stops and self._stop_in(self._whole()) is not None:
-                self.finish_reason = "stop"
-            elif len(self.tokens) == self.prompt.new_tokens:
-                self.finish_reason = "length"
-        before, self.text = self.text, self._certain()
-        return self.text[len(before) :]
+            self._decode(token)
+            if not self.finish_reason and len(self.tokens) == self.prompt.new_tokens:
+                self._end("length")
+        if not self.finish_reason:
+            self.text = self._whole[: len(self._whole) - self._held()]
+        return self.text[before:]
 
-    def _whole(self) -> str:
-        """Decoded behind the prompt: a tokenizer's first piece loses its space when it is decoded alone."""
-        drawn = [token for token in self.tokens if token != self.tokenizer.unk_id]
-        if not self.prompt.continues:
-            return self.tokenizer.decode(drawn)
-        head = self.tokenizer.decode(self.prompt.tokens)
-        return self.tokenizer.decode([*self.prompt.tokens, *drawn])[len(head) :]
+    def _decode(self, token: int) -> None:
+        """Adds the characters that a token completes, or ends the text before a stop string."""
+        if token != self.tokenizer.unk_id:
+            self._open.append(token)
+        new = self._opened()
+        if not new or new.endswith(BROKEN):
+            return
+        begin = len(self._whole)
+        self._whole += new
+        self._before, self._open = self._open, []
+        places = [self._whole.find(stop, max(0, begin - len(stop) + 1)) for stop in self.prompt.stops]
+        if found := [place for place in places if place >= 0]:
+            self.text, self.finish_reason = self._whole[: min(found)], "stop"
 
-    def _stop_in(self, text: str) -> int | None:
-        return min((place for stop in self.prompt.stops if (place := text.find(stop)) >= 0), default=None)
+    def _opened(self) -> str:
+        head = self.tokenizer.decode(self._before)
+        return self.tokenizer.decode([*self._before, *self._open])[len(head) :]
 
-    def _certain(self) -> str:
-        text = self._whole()
-        place = self._stop_in(text)
-        if place is not None:
-            return text[:place]
-        if self.finish_reason:
-            return text
-        text = text.rstrip(BROKEN)
-        held = max(
-            (size for stop in self.prompt.stops for size in range(1, len(stop)) if text.endswith(stop[:size])),
+    def _end(self, reason: Literal["stop", "length"]) -> None:
+        self.text, self.finish_reason = self._whole + self._opened(), reason
+
+    def _held(self) -> int:
+        """Counts the last characters that a stop string may begin with."""
+        return max(
+            (size for stop in self.prompt.stops for size in range(1, len(stop)) if self._whole.endswith(stop[:size])),
             default=0,
         )
-        return text[: len(text) - held]
 
 
 def continue_texts(

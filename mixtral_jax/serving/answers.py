@@ -103,7 +103,7 @@ class ChatChoice(Choice):
         return self.forced or (self.call_token is not None and [t.token for t in self.tokens[:1]] == [self.call_token])
 
     def _piece(self, told: Json) -> Json:
-        return {"delta": told}
+        return {"delta": told or {"content": ""}}
 
     def _answer(self) -> Json:
         said = {"content": "", "tool_calls": self.calls} if self.calls else {"content": self.text}

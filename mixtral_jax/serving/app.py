@@ -6,11 +6,12 @@ import hmac
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -21,12 +22,17 @@ from mixtral_jax.serving.measures import Measures
 from mixtral_jax.serving.prompts import Reader
 from mixtral_jax.serving.requests import ChatRequest, CompletionRequest
 
+PAGE = Path(__file__).with_name("page.html")
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; connect-src 'self'"
+
 
 @dataclass(frozen=True)
 class Service:
     """What is served, and to whom."""
 
     name: str  # of the model
+    layers: int
+    experts: int
     reader: Reader
     engine: Engine
     api_key: str = field(default="", repr=False)  # empty: for everybody who reaches the server
@@ -43,8 +49,17 @@ def make_app(service: Service) -> FastAPI:
         yield
         await asyncio.to_thread(engine.stop)
 
-    app = FastAPI(title="mixtral_jax", lifespan=lifespan, docs_url=None, redoc_url=None, max_body_size=service.body)
+    app = FastAPI(title="mixtral_jax", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(Gate, service=service, measures=measures)
+
+    model = {"id": service.name, "object": "model", "created": int(time.time()), "owned_by": "mixtral_jax",
+             "type": "base", "capabilities": {"completion_chat": True},  # as Mistral's client wants it
+             "context": reader.context, "layers": service.layers, "experts": service.experts}  # fmt: skip
+    page = PAGE.read_text(encoding="utf-8")
+
+    @app.get("/")
+    async def chat_page() -> Response:
+        return HTMLResponse(page, headers={"Content-Security-Policy": POLICY})
 
     async def answer(request: Request, wish: ChatRequest | CompletionRequest) -> Response:
         if wish.model not in (None, service.name):
@@ -94,15 +109,14 @@ def make_app(service: Service) -> FastAPI:
     async def apologize(_: Request, __: Exception) -> Response:
         return respond(ApiError(500, "the server failed to answer; its log says more"))
 
-    model = {"id": service.name, "object": "model", "created": int(time.time()), "owned_by": "mixtral_jax"}
     return app
 
 
 class Gate:
-    """Asks for the key and counts answers, around everything else."""
+    """Asks for the key, measures bodies and counts answers, around everything else."""
 
     def __init__(self, app: ASGIApp, service: Service, measures: Measures):
-        self._app, self._measures = app, measures
+        self._app, self._measures, self._body = app, measures, service.body
         self._expected = f"Bearer {service.api_key}".encode() if service.api_key else b""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -110,17 +124,23 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status = 0
+        size = 0
+
+        async def bounded() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self._body:
+                raise ApiError(413, f"the body has more than {self._body:,} bytes", code="body_too_large")
+            return message
 
         async def counted(message: Message) -> None:
-            nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
-                self._measures.answered(scope["path"], status)
+                self._measures.answered(scope["path"], message["status"])
             await send(message)
 
         if self._admits(scope):
-            await self._app(scope, receive, counted)
+            await self._app(scope, bounded, counted)
         else:
             error = ApiError(401, "the API key is missing or wrong: send it as Authorization: Bearer KEY",
                              code="invalid_api_key")  # fmt: skip

@@ -137,14 +137,7 @@ class Engine:
     def _run(self) -> None:
         try:
             while self._admit():
-                for row, tokens in self.batch.step().items():
-                    job = self._running[row]
-                    progress = job.take(tokens)
-                    self.drawn_tokens += len(progress.tokens)
-                    if progress.finish_reason:
-                        self._leave(row)
-                        self.ended(job)
-                    job.deliver(progress)
+                self._advance()
         except BaseException as error:  # whoever waits must hear of it, whatever it is
             traceback.print_exc(file=sys.stderr)
             self.failed = error
@@ -156,6 +149,16 @@ class Engine:
             self._waiting.clear()
         for job in left:
             job.deliver(Progress("", [], "error"))
+
+    def _advance(self) -> None:
+        for row, tokens in self.batch.step().items():
+            job = self._running[row]
+            progress = job.take(tokens)
+            self.drawn_tokens += len(progress.tokens)
+            if progress.finish_reason:
+                self._leave(row)
+                self.ended(job)
+            job.deliver(progress)
 
     def _admit(self) -> bool:
         """Frees the rows of those who left and fills them; waits for work, and returns whether to go on."""

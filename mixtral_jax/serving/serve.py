@@ -54,7 +54,8 @@ def serve(checkpoint: str, serving: Serving, overrides: list[str]) -> None:
         engine = Engine(batch, loaded.tokenizer, queue=serving.queue)
         reader = Reader(loaded.tokenizer, loaded.config.model.vocab_size, context, batch.rows)
         name = serving.name or Path(checkpoint).resolve().name
-        service = Service(name, reader, engine, serving.api_key, serving.body)
+        model = loaded.config.model
+        service = Service(name, model.num_layers, model.num_experts, reader, engine, serving.api_key, serving.body)
         host, port = listener.getsockname()[:2]
         print(f"{name} at http://{f'[{host}]' if ':' in host else host}:{port}: {batch.rows} texts at once, "
               f"context {context:,}", flush=True)  # fmt: skip

@@ -1,8 +1,5 @@
 """Texts that come and go against the same texts generated alone."""
 
-import contextlib
-
-import jax
 import numpy as np
 import pytest
 
@@ -10,7 +7,7 @@ from mixtral_jax.inference import batching
 from mixtral_jax.inference.batching import RunningBatch
 from mixtral_jax.inference.decoding import CHUNK, make_generator
 from mixtral_jax.inference.sampling import Sampling
-from tests.tiny import mesh_of, tiny_architecture, tiny_config
+from tests.tiny import compilations, mesh_of, tiny_architecture, tiny_config
 
 CONFIG = tiny_config(model={"init_std": 0.3})
 PROMPTS = [[1, 5, 9], [1], [1, *range(3, 60), *range(3, 40)], [1, 7, 7, 7, 8, 8], [1, 2, *range(9, 50)] * 3]
@@ -18,20 +15,6 @@ WISHES = [Sampling(), Sampling(1.0, seed=3), Sampling(0.8, top_p=0.9, seed=4), S
           Sampling(1.2, top_k=5, seed=5)]  # fmt: skip
 NEW = [9, 21, 14, 30, 5]
 CONTEXT = 180
-
-
-@contextlib.contextmanager
-def compilations():
-    """Names what is compiled meanwhile."""
-    found = []
-
-    def listen(event, seconds, **_):
-        if "backend_compile" in event:
-            found.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield found
-    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @pytest.fixture(scope="module")

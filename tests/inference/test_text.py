@@ -65,3 +65,15 @@ def test_the_longest_answer_is_as_long_as_asked(tokenizer):
 def test_a_prompt_without_room_is_refused(tokenizer):
     with pytest.raises(UserError, match="do not fit the context of 64"):
         complete_texts(written([5], 1), tokenizer, [Prompt([1] * 60, new_tokens=5)], rows=1, context=64)
+
+
+def test_a_long_text_is_decoded_token_by_token(tokenizer, monkeypatch):
+    """What a token costs does not grow with the text."""
+    tokens, sizes = tokenizer.encode(TEXT * 20), []
+    whole = tokenizer.decode(tokens)
+    decode = type(tokenizer).decode
+    monkeypatch.setattr(type(tokenizer), "decode", lambda self, ids: (sizes.append(len(ids)), decode(self, ids))[1])
+    prompt = Prompt([tokenizer.bos_id, *tokenizer.encode("Hello there")], new_tokens=len(tokens), stops=("nowhere",))
+    steps = [step[0] for step in continue_texts(written(tokens, 3), tokenizer, [prompt], rows=1, context=2000)]
+    assert "".join(new for _, new in steps) == " " + whole
+    assert max(sizes) < 20

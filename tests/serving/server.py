@@ -55,10 +55,12 @@ def batch(rows: int = 4) -> RunningBatch:
     return RunningBatch(architecture, architecture.init(1), rows=rows, context=CONTEXT)
 
 
-def service(*, queue: int = 64, api_key: str = "", body: int = 1 << 20, choices: int = 4) -> Service:
+def service(
+    *, queue: int = 64, api_key: str = "", body: int = 1 << 20, choices: int = 4, context: int = CONTEXT
+) -> Service:
     engine = Engine(batch(), tokenizer(), queue=queue)
-    reader = Reader(tokenizer(), CONFIG.model.vocab_size, CONTEXT, choices)
-    return Service("tiny", reader, engine, api_key, body)
+    reader = Reader(tokenizer(), CONFIG.model.vocab_size, context, choices)
+    return Service("tiny", CONFIG.model.num_layers, CONFIG.model.num_experts, reader, engine, api_key, body)
 
 
 @contextlib.contextmanager
