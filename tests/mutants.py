@@ -25,6 +25,18 @@ STEP = " ".join(
     )
 )  # fmt: skip
 TABLE: dict[tuple[str, str], list[tuple[str, str]]] = {
+    ("training/preferences.py", "training/test_preferences.py"): [
+        ("smooth * log_sigmoid(-logits)", "smooth * log_sigmoid(logits)"),
+        ("1 / (2 * config.beta)", "1 / config.beta"),
+        ("reference_point(better) - worse.ratio", "reference_point(worse) - worse.ratio"),
+        ("return sums[:, 1::2], sums[:, 2::2]", "return sums[:, 2::2], sums[:, 1::2]"),
+        ("jnp.where(batch.loss_mask, values, 0)", "values"),
+    ],
+    ("data/record_rows.py", "data/test_answers.py"): [
+        ("= self._marks[place + 1 : end]", "= self._marks[place : end - 1]"),
+        ("2 * unit + 1 + worse if", "2 * unit + 2 - worse if"),
+        ("left = rooms[place]", "left = rooms[-1]"),
+    ],
     ("training/losses.py", f"training/test_losses.py {STEP}"): [
         ("jnp.sum(batch.loss_mask, dtype=FULL)", "jnp.sum(batch.segment_ids > 0, dtype=FULL)"),
         ("valid = (batch.segment_ids > 0)", "valid = (batch.segment_ids >= 0)"),
@@ -38,7 +50,7 @@ TABLE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("jnp.mean(sums.logsumexp_squared) / jnp.maximum(counts.tokens, 1)",
          "jnp.mean(sums.logsumexp_squared) / jnp.maximum(counts.targets, 1)"),
         ("config.router_z * router_z", "config.load_balance * router_z"),
-        ("cross_entropy + config.load_balance * load_balance", "cross_entropy + load_balance"),
+        ("loss + config.load_balance * load_balance", "loss + load_balance"),
     ],
     ("training/step.py", f"training/test_losses.py {STEP}"): [
         ("& jnp.isfinite(grad_norm)", "& True"),
@@ -130,8 +142,8 @@ TABLE: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("evaluation/windows.py", "evaluation/test_windows.py evaluation/test_perplexity.py"): [
         ("math.ceil(context / 2)", "context"),
         ("if predicted >= max_tokens:", "if predicted > max_tokens:"),
-        ("yield Window(index, document, begin, end, counted_from=predicted)",
-         "yield Window(index, document, begin, end, counted_from=begin)"),
+        ("yield Window(index, document, counts, begin, end, counted_from=predicted)",
+         "yield Window(index, document, counts, begin, end, counted_from=begin)"),
         ("begin, predicted = begin + stride, end", "begin, predicted = begin + context, end"),
         ("begin, end = end, min(end + context, len(document))", "begin, end = end, min(end + room, len(document))"),
         ("= np.arange(size)", "= np.arange(start, start + size)"),
@@ -140,10 +152,10 @@ TABLE: dict[tuple[str, str], list[tuple[str, str]]] = {
     ],
     ("evaluation/perplexity.py", "evaluation/test_perplexity.py"): [
         ("bad = ~(chosen <= MOST_NATS)", "bad = chosen > MOST_NATS"),
-        ("len(heldout.tokens(index)) - 1 for index", "len(heldout.tokens(index)) for index"),
+        ("np.count_nonzero(heldout.counts(index)) for index", "len(heldout.tokens(index)) for index"),
         ("np.log(counts + 1.0)", "np.log(counts + 2.0)"),
         ("math.log(counts.sum() + vocab_size)", "math.log(counts.sum() + 1)"),
-        ("pending.append(documents.tokens(index)[1:])", "pending.append(documents.tokens(index))"),
+        ("pending.append(documents.tokens(index)[documents.counts(index)])", "pending.append(documents.tokens(index))"),
     ],
     ("evaluation/intervals.py", "evaluation/test_intervals.py"): [
         ("[(1 - coverage) / 2, (1 + coverage) / 2]", "[1 - coverage, coverage]"),

@@ -1,0 +1,150 @@
+"""From chats to answers and preferences, as a person runs it: whole runs in this process, on the simulated devices."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+
+from mixtral_jax.config import DataConfig, SourceConfig, UserError
+from mixtral_jax.config_loading import load_config
+from mixtral_jax.data.batch import Batch
+from mixtral_jax.data.tokenizer import load_tokenizer
+from mixtral_jax.evaluation.scoring import make_scorer
+from mixtral_jax.training.trainer import Trainer
+from tests.small_run import WORDS
+
+MODEL = """
+model: {d_model: 16, d_ff: 16, num_layers: 1, num_heads: 2, num_kv_heads: 1, head_dim: 8, vocab_size: 320,
+  num_experts: 2, num_experts_per_tok: 1, rope_theta: 1e4, norm_eps: 1e-5}
+"""
+COMMON = """
+data: {seq_len: 64, holdout: 0.2, tokenizer: TOKENIZER, cache_dir: CACHE, sources: [{name: s, path: SOURCE}]}
+train: {steps: 8, batch_size: 8, log_every: 1, eval_every: 2}
+optimizer: {learning_rate: 2e-2, warmup_steps: 1}
+checkpoint: {every: 100}
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A directory with a tokenizer, chats and pairs."""
+    directory = tmp_path_factory.mktemp("assistant")
+    draw = random.Random(0)
+    (directory / "words.txt").write_text("\n".join(" ".join(draw.choices(WORDS, k=40)) for _ in range(100)))
+    data = DataConfig(
+        sources=[SourceConfig(name="w", path=str(directory / "words.txt"))], tokenizer="train",
+        cache_dir=str(directory / "cache"),
+    )  # fmt: skip
+    load_tokenizer(data, 320).save(directory / "tokenizer.model")
+    chats, pairs = [], []
+    for _ in range(60):
+        word, other, *asked = draw.choices(WORDS, k=5)
+        question = " ".join(asked)
+        chats.append({"prompt": question, "completion": f"{word} {word} the stone"})
+        pairs.append({"prompt": question, "chosen": "the stone", "rejected": f"{other} {word}"})
+    for name, records in (("chats", chats), ("pairs", pairs)):
+        (directory / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return directory
+
+
+def train(place, name, source, *overrides, model=MODEL, text=""):
+    """Runs a configuration; what was said and logged."""
+    common = COMMON.replace("CACHE", str(place / "cache")).replace("SOURCE", str(place / source))
+    common = common.replace("TOKENIZER", str(place / "tokenizer.model") if model else "checkpoint")
+    file = place / f"{name}.yaml"
+    file.write_text(model + common + text)
+    said: list[str] = []
+    config = load_config(file, [f"run_dir={place / name}", *overrides])
+    outcome = Trainer(config, say=said.append).run()
+    lines = [json.loads(line) for line in (place / name / "metrics.jsonl").read_text().splitlines()]
+    return outcome, said, lines
+
+
+@pytest.fixture(scope="module")
+def tuned(place):
+    return train(place, "sft", "chats.jsonl", text="objective: {name: sft}\n")
+
+
+def test_answers_to_questions_never_seen_become_likelier(tuned):
+    _, said, lines = tuned
+    assert any("records of the format prompt_completion" in line for line in said)
+    held_out = [line["heldout/total"] for line in lines if "heldout/total" in line]
+    assert len(held_out) == 4
+    assert held_out[-1] < held_out[0] - 0.5
+    steps = [line for line in lines if "loss" in line]
+    assert steps[-1]["entropy"] < steps[0]["entropy"]
+    assert steps[-1]["mean_token_accuracy"] > steps[0]["mean_token_accuracy"]
+    assert steps[-1]["num_tokens"] == steps[-1]["tokens_seen/s"] > steps[0]["num_tokens"]
+    assert all(line["load_balance_loss"] > 0 for line in steps)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(tuned, place):
+    figures = lambda lines: [(e["step"], e["loss"], e["grad_norm"]) for e in lines if "loss" in e]  # noqa: E731
+    text = "objective: {name: sft}\n"
+    train(place, "again", "chats.jsonl", "train.stop_at_step=3", text=text)
+    outcome, said, lines = train(place, "again", "chats.jsonl", text=text)
+    assert any("resumed from step 3" in line for line in said)
+    assert outcome.finished
+    assert figures(lines) == figures(tuned[2])
+
+
+PREFERENCE = "objective: {name: preference, losses: [{name: sigmoid, beta: 0.5}]}\n"
+
+
+def test_the_better_answers_win_and_the_reference_is_asked_once(tuned, place):
+    reference = f"init_from={place / 'sft'}"
+    outcome, said, lines = train(place, "dpo", "pairs.jsonl", reference, model="", text=PREFERENCE)
+    assert outcome.architecture.config.d_model == 16  # of init_from, with its tokenizer
+    assert sum("computing what the reference" in line for line in said) == 1
+    steps = [line for line in lines if "loss" in line]
+    routers = 0.02 * steps[0]["load_balance_loss"] + 1e-3 * steps[0]["router_z_loss"]
+    assert steps[0]["loss"] - routers == pytest.approx(np.log(2), abs=1e-5)  # the model is the reference
+    assert steps[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
+    held_out = [line for line in lines if "heldout/loss" in line]
+    assert held_out[-1]["heldout/rewards/accuracies"] > 0.8
+    assert held_out[-1]["heldout/loss"] < 0.5
+    assert held_out[-1]["heldout/logps/chosen"] > held_out[-1]["heldout/logps/rejected"]
+
+    # The same again finds the numbers; where they are damaged, or another model is the reference, it computes anew.
+    files = list((place / "cache").glob("reference-*/log_probs"))
+    assert len(files) == 1
+    before = files[0].read_bytes()
+    _, said, _ = train(place, "dpo", "pairs.jsonl", reference, model="", text=PREFERENCE)
+    assert not any("computing what" in line for line in said)
+    files[0].write_bytes(before[:-4] + b"abcd")
+    _, said, _ = train(place, "dpo", "pairs.jsonl", reference, model="", text=PREFERENCE)
+    assert any("computing what" in line for line in said)
+    assert files[0].read_bytes() == before
+
+
+def test_what_cannot_be_compared_is_refused(tuned, place, tmp_path):
+    with pytest.raises(UserError, match=r"compare answers with what a reference says .*: set init_from or objective"):
+        train(place, "alone", "pairs.jsonl", text=PREFERENCE)
+    with pytest.raises(UserError, match=r"data\.tokenizer=checkpoint is that of init_from: set it"):
+        train(place, "none", "pairs.jsonl", "data.tokenizer=checkpoint", text=PREFERENCE)
+    data = DataConfig(
+        sources=[SourceConfig(name="w", path=str(place / "chats.jsonl"), text_field="prompt")], tokenizer="train",
+        cache_dir=str(place / "cache"),
+    )  # fmt: skip
+    load_tokenizer(data, 300).save(tmp_path / "other.model")
+    other = f"data.tokenizer={tmp_path / 'other.model'}"
+    with pytest.raises(UserError, match=r"the reference .* has another tokenizer than the run"):
+        train(place, "other", "pairs.jsonl", other, f"objective.reference={place / 'sft'}", text=PREFERENCE)
+    with pytest.raises(UserError, match=r"init_from was trained with another tokenizer: set data\.tokenizer="):
+        train(place, "tuned", "chats.jsonl", other, f"init_from={place / 'sft'}", text="objective: {name: sft}\n")
+    with pytest.raises(UserError, match=r"there is no checkpoint in init_from=.*nowhere"):
+        train(place, "lost", "chats.jsonl", f"init_from={place / 'nowhere'}", model="", text="objective: {name: sft}\n")
+
+
+def test_a_record_s_loss_does_not_depend_on_the_others_of_its_row(tuned):
+    outcome, _, _ = tuned
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(320, size=(8, 65)).astype(np.int32)
+    tokens[1, 12:21] = tokens[0, 12:21]  # the second of three records is the same in two rows
+    ids = np.repeat([1, 2, 3], [12, 9, 43])[None].repeat(8, 0).astype(np.int32)
+    positions = np.concatenate([np.arange(12), np.arange(9), np.arange(43)])[None].repeat(8, 0).astype(np.int32)
+    score = make_scorer(outcome.architecture)(outcome.state.arrays)
+    nats = score(Batch(tokens[:, :-1], tokens[:, 1:], ids, positions, ids > 0)).nats
+    np.testing.assert_array_equal(nats[0, 12:20], nats[1, 12:20])  # what follows the last is another record's
+    assert not np.isclose(nats[0, :11], nats[1, :11]).any()
