@@ -137,9 +137,12 @@ class Trainer:
         processes.check_same(fingerprint, "this process sees other data than process 0: keep the "
                                "sources on storage that all share, or the same copy on every host")  # fmt: skip
         if own is not None and self.checkpoints.read_meta(own)["data_fingerprint"] != fingerprint:
+            causes = (
+                "files or tokenizer" if self.config.objective.name == "pretrain" else "files, tokenizer or reference"
+            )
             raise UserError(
-                f"{run_dir} was trained on other data than data.sources gives now (files, tokenizer or reference "
-                "changed): restore them or choose another run_dir"
+                f"{run_dir} was trained on other data than data.sources gives now ({causes} changed): "
+                "restore them or choose another run_dir"
             )
         self.data = TrainingData(self.config, self.text.training)
         for note in self.data.notes():

@@ -128,7 +128,7 @@ def test_damage_is_seen_said_and_mended(source, directory, mixtral, damage, capl
 def test_prepared_tokens_are_looked_at_once_and_again_where_they_are_copied_to(
     source, directory, mixtral, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(token_cache, "_key", lambda source, tokenizer: token_cache.prepared_key(tokenizer))
+    monkeypatch.setattr(token_cache, "_key", lambda source, tokenizer, format: token_cache.prepared_key(tokenizer))
     built, copy = open_or_build(source, mixtral, directory).directory, tmp_path / "copy"
     shutil.copytree(built, copy)
     open_or_build(SourceConfig(name="mine", prepared=str(copy)), mixtral, directory)

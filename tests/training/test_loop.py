@@ -116,7 +116,7 @@ def test_every_figure_of_the_log_is_worked_out_by_hand(trainer):
         "dropped_share": 0,
         "tokens_seen/words": (batch.segment_ids > 0).sum(),
         "share/words": 1,
-        "epoch/words": 8 / trainer.data._rows[0],
+        "epoch/words": 8 / trainer.data._rows[0].count,
     }
     assert norm == pytest.approx(min(line.pop("grad_norm"), config.optimizer.clip_norm), rel=1e-5)
     memory = {name: line.pop(name) for name in list(line) if name.startswith("memory")}
