@@ -38,12 +38,15 @@ def import_(arguments: list[str]) -> None:
 
 
 def export(arguments: list[str]) -> None:
-    """A checkpoint to a released format: export RUN_OR_CHECKPOINT DIR --format FORMAT."""
+    """A checkpoint to a released format: export RUN_OR_CHECKPOINT DIR_OR_FILE --format FORMAT."""
     parser = argparse.ArgumentParser(prog="mixtral_jax export", description=export.__doc__)
     parser.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT", type=user_path)
-    parser.add_argument("directory", metavar="DIR", type=user_path, help="new directory for the files")
-    parser.add_argument("--format", required=True, choices=("hf", "hf-fused", "mistral", "mistral-fused"))
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: exact")
+    parser.add_argument("directory", metavar="DIR_OR_FILE", type=user_path, help="new directory, for gguf a new file")
+    parser.add_argument("--format", required=True, choices=("hf", "hf-fused", "mistral", "mistral-fused", "gguf"))
+    short = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "q8_0"), help="or F32, BF16, F16, Q8_0, "
+                        "the last of gguf alone; default: exact",
+                        type=lambda name: short.get(name.lower(), name.lower()))  # fmt: skip
     parser.add_argument("--context", metavar="TOKENS", type=int, help="longest sequences that the model is meant for")
     options = parser.parse_args(arguments)
     check_new(options.directory)

@@ -1,9 +1,11 @@
 """Between released checkpoints and this package's own: what the verbs `import` and `export` do."""
 
 import dataclasses
+import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal, cast
 
 import jax
 import yaml
@@ -15,7 +17,7 @@ from mixtral_jax.model.mixtral import Architecture, Arrays
 from mixtral_jax.runs.checkpoint import Checkpoints, find_checkpoint
 from mixtral_jax.runtime import make_runtime
 from mixtral_jax.sharding import ANY_MESH
-from mixtral_jax.weights.destination import check_new, new_directory
+from mixtral_jax.weights.destination import check_new, check_new_file, new_directory
 from mixtral_jax.weights.exporting import export_weights
 from mixtral_jax.weights.importing import import_weights
 from mixtral_jax.weights.names import FormatName
@@ -119,7 +121,7 @@ def export_checkpoint(
     directory: Path,
     format_name: FormatName,
     *,
-    dtype: FileType | None = None,
+    dtype: FileType | Literal["q8_0"] | None = None,
     context: int | None = None,
     say: Callable[[str], None] = print,
 ) -> None:
@@ -127,16 +129,17 @@ def export_checkpoint(
 
     Args:
         source: a run directory or one of its checkpoints.
-        directory: created; must not exist or be empty.
+        directory: created; must not exist or be empty. Of the format gguf a file, which must not exist.
         format_name: of the release.
-        dtype: of the tensors; None: that of the release if the checkpoint is an import, else the parameters' own.
+        dtype: of the tensors, q8_0 in gguf alone; None: that of the release if the checkpoint is an import, else the
+            parameters' own.
         context: for how long sequences the model is meant, in tokens; None: as the release says, or data.seq_len.
         say: told what was found and written.
 
     Raises:
         UserError: no checkpoint there, or one that the format cannot hold.
     """
-    check_new(directory)
+    _check_target(directory, format_name, dtype)
     checkpoints, step = find_checkpoint(source, warn=say)
     meta = checkpoints.read_meta(step)
     config = parse_config(meta["config"], [ANY_MESH], where=f"the configuration in {source}", saved=True)
@@ -147,15 +150,30 @@ def export_checkpoint(
     with byte_progress("read the checkpoint", _size(abstract)) as advance:
         arrays = checkpoints.restore(step, abstract, advance)
     facts = meta.get("released", {})
-    files = export_weights(
-        arrays,
-        config.model,
-        directory,
-        format_name,
-        context=context or facts.get("context") or config.data.seq_len,
-        load_balance=config.losses.load_balance,
-        dtype=dtype or facts.get("dtype"),
-        tokenizer=checkpoints.read_file(step, "tokenizer.model"),
-        eos=facts.get("eos_token_id"),
-    )
+    context = context or facts.get("context") or config.data.seq_len
+    dtype = dtype or facts.get("dtype")
+    tokenizer = checkpoints.read_file(step, "tokenizer.model")
+    if format_name == "gguf":
+        from mixtral_jax.weights.gguf_files import export_gguf
+
+        files = [export_gguf(arrays, config.model, directory, context=context, dtype=dtype, tokenizer=tokenizer)]
+    else:
+        balance = config.losses.load_balance
+        files = export_weights(
+            arrays, config.model, directory, format_name,
+            context=context, load_balance=balance, dtype=cast(FileType, dtype), tokenizer=tokenizer,
+            eos=facts.get("eos_token_id"),
+        )  # fmt: skip
     say(f"{directory}: {len(files)} files, {sum(file.stat().st_size for file in files) / 1e9:.2f} GB")
+
+
+def _check_target(target: Path, format_name: FormatName, dtype: str | None) -> None:
+    if format_name != "gguf":
+        if dtype == "q8_0":
+            raise UserError(f"--dtype Q8_0 is a type of the format gguf: choose another one for {format_name}")
+        return check_new(target)
+    if target.suffix != ".gguf":
+        raise UserError(f"{target} is to be one file of the format gguf: let its name end in .gguf")
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError("the format gguf needs a package that is not installed: pip install 'mixtral_jax[gguf]'")
+    check_new_file(target)

@@ -1,4 +1,4 @@
-"""The places that import and export read and write: a new directory appears whole or not at all."""
+"""The places that import and export read and write: a new directory or file appears whole or not at all."""
 
 import os
 import shutil
@@ -24,15 +24,33 @@ def new_directory(directory: Path) -> Iterator[Path]:
         UserError: the name is taken, or the place cannot be written.
     """
     check_new(directory)
-    target = directory.resolve()
+    with _beside(directory) as (partial, target):
+        yield partial
+        os.rename(partial, target)  # takes the place of an empty directory, never of a full one
+
+
+@contextmanager
+def new_file(file: Path) -> Iterator[Path]:
+    """Names a file that nobody else has, to be written, and renames it when that is done; see `new_directory`."""
+    check_new_file(file)
+    with _beside(file) as (partial, target):
+        yield partial / target.name
+        check_new_file(file)
+        os.rename(partial / target.name, target)
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[tuple[Path, Path]]:
+    """Makes a directory of a unique name where a path will be, and in the end leaves nothing that was made for it."""
+    target = path.resolve()
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
     above = [parent for parent in target.parents if not parent.exists()]
     try:
         partial.mkdir(parents=True)
-        yield partial
-        os.rename(partial, target)  # takes the place of an empty directory, never of a full one
+        yield partial, target
     except OSError as error:
-        raise UserError(f"cannot write {directory} ({error.strerror}): free some space or name another one") from None
+        why = error.strerror or error
+        raise UserError(f"cannot write {path} ({why}): free some space or name another one") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         for parent in above:
@@ -55,3 +73,9 @@ def check_new(directory: Path) -> None:
         raise UserError(f"{directory} is where you are, or above it: name a new directory")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{directory} exists and is not empty: name a new directory")
+
+
+def check_new_file(file: Path) -> None:
+    """Raises `UserError` if something has this name; makes nothing."""
+    if file.exists() or file.is_symlink():
+        raise UserError(f"{file} exists: name a new file")

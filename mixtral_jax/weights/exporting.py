@@ -63,29 +63,33 @@ def export_weights(
     layout = FORMATS[format_name]
     params = arrays["params"]
     kind: FileType = dtype or jnp.dtype(params["embedding"].dtype).name  # type: ignore[assignment]
-    _check(arrays, config, layout, tokenizer)
+    check_exportable(arrays, config, layout, tokenizer)
     plan = _plan_files(list(external_tensors(layout, config)), layout, FILE_TYPES[kind].itemsize, shard_bytes)
 
+    known = Tokenizer(tokenizer) if tokenizer else None
     with new_directory(directory) as partial:
         _write_tensors(plan, params, config, layout, kind, partial)
         if layout.config_file == "config.json":
-            known = Tokenizer(tokenizer) if tokenizer else None
             ids: dict[str, Any] = {"bos": known.bos_id, "eos": known.eos_id} if known else {}
             ids |= {} if eos is None else {"eos": eos}
             description = describe_hf(config, dtype=kind, context=context, load_balance=load_balance, **ids)
         else:
             description = describe_mistral(config, layout)
         (partial / layout.config_file).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-        if tokenizer is not None:
-            (partial / "tokenizer.model").write_bytes(tokenizer)
-            if layout.config_file == "config.json":
-                for name, content in tokenizer_files(tokenizer).items():
-                    (partial / name).write_text(content, encoding="utf-8")
+        if known:
+            known.save(partial / "tokenizer.model")
+        if known and layout.config_file == "config.json":
+            generation = {f"{name}_token_id": description[f"{name}_token_id"] for name in ("bos", "eos")}
+            generation["pad_token_id"] = known.unk_id
+            written = {**tokenizer_files(known.model_bytes), "generation_config.json": json.dumps(generation) + "\n"}
+            for name, content in written.items():
+                (partial / name).write_text(content, encoding="utf-8")
     return sorted(directory.iterdir())
 
 
-def _check(arrays: Arrays, config: ModelConfig, layout: Format, tokenizer: bytes | None) -> None:
-    if config.rope_scaling.kind != "none" and layout.config_file != "config.json":
+def check_exportable(arrays: Arrays, config: ModelConfig, layout: Format, tokenizer: bytes | None) -> None:
+    """Raises `UserError` for what a format has no place for."""
+    if config.rope_scaling.kind != "none" and layout.config_file == "params.json":
         raise UserError(
             f"params.json has no place for model.rope_scaling.kind={config.rope_scaling.kind}: use --format hf"
         )
@@ -133,7 +137,7 @@ def _write_tensors(
 ) -> None:
     itemsize = FILE_TYPES[dtype].itemsize
     total = sum(int(np.prod(tensor.shape)) * itemsize for part in plan.values() for tensor in part)
-    reader = _Reader(params, config, dtype)
+    reader = Reader(params, config)
     with byte_progress(f"export {layout.name}", total) as advance:
         for name, tensors in plan.items():
             shapes = {tensor.key: tensor.shape for tensor in tensors}
@@ -142,7 +146,7 @@ def _write_tensors(
             )
             with writer:
                 for tensor in tensors:
-                    values = reader.read(tensor)
+                    values = reader.read(tensor, dtype)
                     writer.write(tensor.key, values)
                     advance(values.nbytes)
                     del values  # before the next one is allocated
@@ -152,44 +156,45 @@ def _write_tensors(
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-class _Reader:
+class Reader:
     """Assembles external tensors on the host, out of blocks that no device exchanges with another."""
 
-    def __init__(self, params: dict[str, Any], config: ModelConfig, dtype: FileType):
-        self.params, self.config, self.dtype = params, config, dtype
+    def __init__(self, params: dict[str, Any], config: ModelConfig):
+        self.params, self.config = params, config
         # The last block: it holds all experts where the mesh splits them, and the next tensors need the others.
         self._last: tuple[Any, np.ndarray] | None = None
 
-    def read(self, tensor: ExternalTensor) -> np.ndarray:
-        """Returns a tensor as unsigned integers."""
-        values = np.empty(tensor.shape, _bits(self.dtype))
+    def read(self, tensor: ExternalTensor, dtype: FileType) -> np.ndarray:
+        """Returns a tensor as unsigned integers; `UserError` if it has values that the type cannot hold."""
+        values = np.empty(tensor.shape, _bits(dtype))
         for row in tensor.rows:
             parameter: Any = self.params
             for name in row.path.split("/"):
                 parameter = parameter[name]
             layout = block_layout(row, self.config, parameter.sharding)
             if not layout.num_experts:
-                host_view(values, row, self.config, layout, 0)[...] = self._block(tensor, row, parameter, layout, 0)
+                block = self._block(tensor, row, parameter, layout, 0, dtype)
+                host_view(values, row, self.config, layout, 0)[...] = block
                 continue
             for expert in range(layout.num_experts) if tensor.expert is None else (tensor.expert,):
                 place = expert % layout.experts_per_block
-                block = self._block(tensor, row, parameter, layout, expert - place)
+                block = self._block(tensor, row, parameter, layout, expert - place, dtype)
                 host_view(values, row, self.config, layout, expert)[...] = block[place]
         return values
 
     def _block(
-        self, tensor: ExternalTensor, row: Row, parameter: jax.Array, layout: BlockLayout, expert: int
+        self, tensor: ExternalTensor, row: Row, parameter: jax.Array, layout: BlockLayout, expert: int, dtype: FileType
     ) -> np.ndarray:
         name = (row.path, tensor.layer, expert)
         if self._last is None or self._last[0] != name:
             self._last = None
-            block, finite = take_block(parameter, tensor.layer, expert, layout=layout, dtype=FILE_TYPES[self.dtype])
+            block, finite = take_block(parameter, tensor.layer, expert, layout=layout, dtype=FILE_TYPES[dtype])
             if not finite:
                 raise UserError(
-                    f"'{tensor.key}' has values that {self.dtype} cannot hold, or NaN: choose --dtype bfloat16 or "
+                    f"'{tensor.key}' has values that {dtype} cannot hold, or NaN: choose --dtype bfloat16 or "
                     "float32, or another checkpoint"
                 )
-            self._last = name, np.asarray(block).view(_bits(self.dtype))
+            self._last = name, np.asarray(block).view(_bits(dtype))
         return self._last[1]
 
 

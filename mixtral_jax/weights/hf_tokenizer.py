@@ -10,25 +10,19 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from mixtral_jax.data.tokenizer import Tokenizer
+from mixtral_jax.weights.chat_templates import chat_template
 
 SPACE = "\u2581"  # how sentencepiece writes a space
 
 
-def tokenizer_files(model_bytes: bytes) -> dict[str, str]:
-    """Writes `tokenizer.json` and `tokenizer_config.json`.
+def is_exact(model_bytes: bytes) -> bool:
+    """Whether other libraries encode with a sentencepiece model's pieces and scores what sentencepiece does.
 
-    The same tokens come out for every text that does not spell a control token: byte-pair merges in the order of their
-    scores, no normalization, bytes for unknown characters. BOS stands before a text, as with the released models.
-
-    Args:
-        model_bytes: a sentencepiece model.
-
-    Returns:
-        The files' content by name; nothing for a kind of model that has no exact counterpart.
+    They do for byte pairs merged in the order of scores, without normalization and with bytes for unknown characters.
     """
     described = sentencepiece_model_pb2.ModelProto.FromString(model_bytes)  # type: ignore[attr-defined]  # made on import
     trained, normal = described.trainer_spec, described.normalizer_spec
-    exact = (
+    return bool(
         trained.model_type == trained.BPE
         and trained.byte_fallback
         and not trained.treat_whitespace_as_suffix
@@ -37,9 +31,23 @@ def tokenizer_files(model_bytes: bytes) -> dict[str, str]:
         and normal.escape_whitespaces
         and not normal.remove_extra_whitespaces
     )
-    if not exact:
+
+
+def tokenizer_files(model_bytes: bytes) -> dict[str, str]:
+    """Writes `tokenizer.json`, and `tokenizer_config.json` with the chat template.
+
+    The same tokens come out for every text that does not spell a control token. BOS stands before a text, as with the
+    released models.
+
+    Args:
+        model_bytes: a sentencepiece model.
+
+    Returns:
+        The files' content by name; nothing for a kind of model that has no exact counterpart.
+    """
+    if not is_exact(model_bytes):
         return {}
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
+    processor, tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model_bytes), Tokenizer(model_bytes)
     bos, eos, unk = (
         processor.id_to_piece(index) for index in (processor.bos_id(), processor.eos_id(), processor.unk_id())
     )
@@ -48,10 +56,14 @@ def tokenizer_files(model_bytes: bytes) -> dict[str, str]:
         "bos_token": bos,
         "eos_token": eos,
         "unk_token": unk,
+        "pad_token": unk,  # no text has it; EOS for padding would be left out of the loss of those who train further
         "clean_up_tokenization_spaces": False,
+        "chat_template": chat_template(tokenizer),
     }
-    added = set(Tokenizer(model_bytes).added_tokens.values())
-    written = {"tokenizer.json": _tokenizer(processor, added, bos, unk), "tokenizer_config.json": config}
+    written = {
+        "tokenizer.json": _tokenizer(processor, set(tokenizer.added_tokens.values()), bos, unk),
+        "tokenizer_config.json": {key: value for key, value in config.items() if value is not None},
+    }
     return {name: json.dumps(content, ensure_ascii=False, indent=1) + "\n" for name, content in written.items()}
 
 

@@ -39,7 +39,7 @@ class Row:
     part: int = 0  # which half of the axis `part` belongs to this parameter
 
 
-FormatName = Literal["hf", "hf-fused", "mistral", "mistral-fused", "hf-dense", "mistral-dense"]
+FormatName = Literal["hf", "hf-fused", "mistral", "mistral-fused", "hf-dense", "mistral-dense", "gguf"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Format:
     """One way to lay out a model in files."""
 
     name: FormatName
-    config_file: Literal["config.json", "params.json"]
+    config_file: Literal["config.json", "params.json", ""]  # "": the file of the tensors says all
     rows: tuple[Row, ...]
     dense: bool = False  # no experts: can only be upcycled
 
@@ -169,6 +169,28 @@ FORMATS: dict[FormatName, Format] = {
         ),
     )
 }
+
+# llama.cpp's names, written only. It rotates neighbours as Mistral does.
+_GGUF = "blk.{layer}."
+GGUF = Format(
+    "gguf",
+    "",
+    (
+        Row("token_embd.weight", "embedding", "vocab d_model"),
+        Row("output_norm.weight", "final_norm/scale", "d_model"),
+        Row("output.weight", "lm_head", "vocab d_model"),
+        Row(_GGUF + "attn_norm.weight", "layers/attention_norm/scale", "d_model"),
+        Row(_GGUF + "attn_q.weight", "layers/attention/wq", "(heads half pair) d_model"),
+        Row(_GGUF + "attn_k.weight", "layers/attention/wk", "(kv_heads half pair) d_model"),
+        Row(_GGUF + "attn_v.weight", "layers/attention/wv", "(kv_heads head_dim) d_model"),
+        Row(_GGUF + "attn_output.weight", "layers/attention/wo", "d_model (heads head_dim)"),
+        Row(_GGUF + "ffn_norm.weight", "layers/moe_norm/scale", "d_model"),
+        Row(_GGUF + "ffn_gate_inp.weight", "layers/moe/router", "experts d_model"),
+        Row(_GGUF + "ffn_gate_exps.weight", "layers/moe/w_gate", "experts d_ff d_model"),
+        Row(_GGUF + "ffn_up_exps.weight", "layers/moe/w_up", "experts d_ff d_model"),
+        Row(_GGUF + "ffn_down_exps.weight", "layers/moe/w_down", "experts d_model d_ff"),
+    ),
+)
 
 
 def axis_sizes(config: ModelConfig) -> dict[str, int]:

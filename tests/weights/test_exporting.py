@@ -1,6 +1,7 @@
 """An export appears whole or not at all, and says why not."""
 
 import errno
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,10 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
+from mixtral_jax import verbs
 from mixtral_jax.config import UserError
 from mixtral_jax.weights import exporting
+from mixtral_jax.weights.destination import new_file
 from mixtral_jax.weights.exporting import EXPORT_FORMATS, export_weights
 from tests.weights.models import blank, small
 from tests.weights.test_bad_sources import make_tokenizer
@@ -89,3 +92,29 @@ def test_an_interrupted_export_leaves_nothing(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(KeyboardInterrupt):
         export_weights(blank(CONFIG), CONFIG, tmp_path / "out", "hf", context=8, load_balance=0.0)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_gguf_file_needs_its_ending_its_package_and_a_new_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "old.gguf").touch()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for name, kind, dtype, words in (
+        ("out", "gguf", None, "let its name end in .gguf"),
+        ("out.gguf", "gguf", None, r"pip install 'mixtral_jax\[gguf\]'"),
+        ("out", "hf", "Q8_0", "a type of the format gguf"),
+    ):
+        options = ["--format", kind, *(["--dtype", dtype] if dtype else [])]
+        with pytest.raises(UserError, match=words):
+            verbs.export([str(tmp_path / "run"), str(tmp_path / name), *options])
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="exists: name a new file"):
+        fill_file(tmp_path / "old.gguf")
+    fill_file(tmp_path / "deep" / "new.gguf")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["deep", "new.gguf", "old.gguf"]
+
+
+def fill_file(file: Path) -> None:
+    with new_file(file) as partial:
+        partial.write_text("new")
+        assert not file.exists() or not file.read_text()

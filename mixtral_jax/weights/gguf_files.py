@@ -1,0 +1,155 @@
+"""Writes a model as one GGUF file, which llama.cpp runs: weights, tokenizer and chat template."""
+
+from pathlib import Path
+from typing import Literal
+
+import gguf
+import jax.numpy as jnp
+import numpy as np
+from sentencepiece import sentencepiece_model_pb2
+
+from mixtral_jax.config import ModelConfig, UserError
+from mixtral_jax.data.tokenizer import Tokenizer
+from mixtral_jax.model.mixtral import Arrays
+from mixtral_jax.weights.chat_templates import chat_template
+from mixtral_jax.weights.destination import new_file
+from mixtral_jax.weights.exporting import Reader, check_exportable
+from mixtral_jax.weights.hf_tokenizer import is_exact
+from mixtral_jax.weights.names import GGUF, ExternalTensor, external_tensors
+from mixtral_jax.weights.progress import byte_progress
+from mixtral_jax.weights.stored import FileType
+
+GGUFType = FileType | Literal["q8_0"]
+# Their names of types: of a tensor, and of a file whose matrices have it.
+_TYPES: dict[GGUFType, tuple[str, str]] = {
+    "float32": ("F32", "ALL_F32"),
+    "float16": ("F16", "MOSTLY_F16"),
+    "bfloat16": ("BF16", "MOSTLY_BF16"),
+    "q8_0": ("Q8_0", "MOSTLY_Q8_0"),
+}
+_BLOCK = 32  # numbers of a row that share a scale in Q8_0
+_UNUSED = 5  # the type of a row of the embedding without a token
+
+
+def export_gguf(
+    arrays: Arrays,
+    config: ModelConfig,
+    file: str | Path,
+    *,
+    context: int,
+    dtype: GGUFType | None = None,
+    tokenizer: bytes | None = None,
+) -> Path:
+    """Writes a model as a GGUF file; the host holds one tensor, the experts of one layer, and one block at a time.
+
+    Norms and routers, of which llama.cpp takes nothing else, are float32 in every file.
+
+    Args:
+        arrays: {"params": ..., "selection_bias": ...}, all on this process's devices.
+        config: the architecture.
+        file: must not exist, and ends in .gguf. It appears whole or not at all.
+        context: longest sequence that the model is meant for, tokens.
+        dtype: of the matrices; None: the parameters' own.
+        tokenizer: a sentencepiece model.
+
+    Returns:
+        The file.
+
+    Raises:
+        UserError: a name in use, a model or tokenizer that the format cannot hold, or values that `dtype` cannot.
+    """
+    file = Path(file)
+    kind: GGUFType = dtype or jnp.dtype(arrays["params"]["embedding"].dtype).name  # type: ignore[assignment]
+    check_exportable(arrays, config, GGUF, tokenizer)
+    if kind == "q8_0" and (config.d_model % _BLOCK or config.d_ff % _BLOCK):
+        raise UserError(
+            f"Q8_0 holds rows of multiples of {_BLOCK}, and this model has d_model={config.d_model} and "
+            f"d_ff={config.d_ff}: choose --dtype F16, BF16 or F32"
+        )
+    tensors = list(external_tensors(GGUF, config))
+    with new_file(file) as partial:
+        writer = gguf.GGUFWriter(partial, "llama")
+        try:
+            _describe(writer, config, context, kind)
+            _add_tokenizer(writer, tokenizer, config.vocab_size)
+            _write_tensors(writer, tensors, Reader(arrays["params"], config), kind)
+        finally:
+            writer.close()
+    return file
+
+
+def _describe(writer: gguf.GGUFWriter, config: ModelConfig, context: int, kind: GGUFType) -> None:
+    writer.add_file_type(gguf.LlamaFileType[_TYPES[kind][1]])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(context)
+    writer.add_embedding_length(config.d_model)
+    writer.add_block_count(config.num_layers)
+    writer.add_feed_forward_length(config.d_ff)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_expert_count(config.num_experts)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    scaling = config.rope_scaling
+    if scaling.kind == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(scaling.factor)
+    elif scaling.kind != "none":
+        raise UserError(f"GGUF has no place for all of model.rope_scaling.kind={scaling.kind}: use --format hf")
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, model_bytes: bytes | None, rows: int) -> None:
+    if model_bytes is None:
+        raise UserError("a GGUF file holds its tokenizer, and this checkpoint has none: use --format hf")
+    if not is_exact(model_bytes):
+        raise UserError(
+            "llama.cpp would encode texts otherwise than this tokenizer, which is not a byte-pair model with byte "
+            "fallback and without normalization: use --format hf"
+        )
+    tokenizer = Tokenizer(model_bytes)
+    pieces = sentencepiece_model_pb2.ModelProto.FromString(model_bytes).pieces  # type: ignore[attr-defined]  # made on import
+    idle = range(len(pieces), rows)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([piece.piece for piece in pieces] + [f"[PAD{index}]" for index in idle])
+    writer.add_token_scores([piece.score for piece in pieces] + [-1e4] * len(idle))
+    writer.add_token_types([piece.type for piece in pieces] + [_UNUSED] * len(idle))
+    writer.add_bos_token_id(tokenizer.bos_id)
+    writer.add_eos_token_id(tokenizer.eos_id)
+    writer.add_unk_token_id(tokenizer.unk_id)
+    writer.add_add_bos_token(True)
+    writer.add_add_eos_token(False)
+    writer.add_add_space_prefix(True)
+    if template := chat_template(tokenizer):
+        writer.add_chat_template(template)
+
+
+def _write_tensors(writer: gguf.GGUFWriter, tensors: list[ExternalTensor], reader: Reader, kind: GGUFType) -> None:
+    """Announces all tensors and then writes them one by one."""
+    sizes = []
+    for tensor in tensors:
+        raw = gguf.GGMLQuantizationType[_TYPES[_type_of(tensor, kind)][0]]
+        shape = gguf.quant_shape_to_byte_shape(tensor.shape, raw)
+        sizes.append(int(np.prod(shape)))
+        writer.add_tensor_info(tensor.key, shape, np.dtype(np.uint8), sizes[-1], raw_dtype=raw)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    with byte_progress("export gguf", sum(sizes)) as advance:
+        for tensor, size in zip(tensors, sizes, strict=True):
+            own = _type_of(tensor, kind)
+            values = reader.read(tensor, "float32" if own == "q8_0" else own)
+            if own == "q8_0":
+                values = gguf.quantize(values.view(np.float32), gguf.GGMLQuantizationType.Q8_0)
+            writer.write_tensor_data(values)
+            advance(size)
+            del values  # before the next one is allocated
+
+
+def _type_of(tensor: ExternalTensor, kind: GGUFType) -> GGUFType:
+    small = len(tensor.shape) == 1 or tensor.rows[0].path == "layers/moe/router"
+    return "float32" if small else kind

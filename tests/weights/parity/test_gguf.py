@@ -1,0 +1,223 @@
+"""GGUF files: the exact numbers, and llama.cpp reads prompts and writes texts as this model does."""
+
+import dataclasses
+import errno
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import xllamacpp
+
+from mixtral_jax import verbs
+from mixtral_jax.config import RopeScalingConfig, SourceConfig, UserError
+from mixtral_jax.data.chat_records import Chat
+from mixtral_jax.data.chat_template import ChatTemplate
+from mixtral_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mixtral_jax.data.tokenizer_training import train_model
+from mixtral_jax.inference.decoding import make_generator
+from mixtral_jax.inference.sampling import Sampling
+from mixtral_jax.model.mixtral import Architecture
+from mixtral_jax.weights.checkpoints import import_checkpoint
+from mixtral_jax.weights.exporting import export_weights
+from mixtral_jax.weights.gguf_files import export_gguf
+from tests.small_run import WORDS
+from tests.tiny import tiny_config
+from tests.weights.models import blank, runtime, small
+from tests.weights.test_bad_sources import make_tokenizer
+
+CONFIG = small(vocab_size=322, num_experts=8, init_std=0.3, d_ff=64, num_layers=3)  # two rows without a token
+CONTEXT, NEW = 256, 24
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    directory, draw = tmp_path_factory.mktemp("tokenizer"), random.Random(0)
+    text = directory / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": " ".join(draw.choices(WORDS, k=80))}) + "\n" for _ in range(60)))
+    source = SourceConfig(name="words", path=str(text))
+    data = dataclasses.replace(tiny_config().data, sources=[source], cache_dir=str(directory / "cache"))
+    return train_model(data, 320)
+
+
+def make_arrays(config: Any) -> dict[str, Any]:
+    return Architecture(config, runtime(config)).init(5)
+
+
+def served(file: Path) -> xllamacpp.Server:
+    """A model in llama.cpp, in this process; it computes with float32 where the file has it."""
+    params = xllamacpp.CommonParams()
+    params.model.path = str(file)
+    params.n_ctx, params.n_parallel, params.cpuparams.n_threads, params.warmup, params.verbosity = (
+        CONTEXT,
+        1,
+        1,
+        False,
+        0,
+    )
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    return xllamacpp.Server(params)
+
+
+GREEDY = {"n_predict": NEW, "temperature": 0, "verbose": True, "return_tokens": True, "cache_prompt": False}
+
+
+def theirs(server: xllamacpp.Server, prompt: Any) -> list[int]:
+    """Greedy tokens after a prompt, without the end sign."""
+    return server.handle_completions({"prompt": prompt, **GREEDY})["__verbose"]["tokens"]
+
+
+def ours(config: Any, arrays: dict[str, Any], prompts: list[list[int]]) -> list[list[int]]:
+    generate = make_generator(Architecture(config, runtime(config)))(arrays)
+    found: list[list[int]] = [[] for _ in prompts]
+    for step in generate(prompts, [Sampling()] * len(prompts), rows=len(prompts), slots=CONTEXT):
+        found = [tokens + drawn.tokens for tokens, drawn in zip(found, step, strict=True)]
+        if len(found[0]) >= NEW:
+            break
+    cut = [tokens[:NEW] for tokens in found]
+    return [tokens[: tokens.index(2)] if 2 in tokens else tokens for tokens in cut]
+
+
+def same_texts(config: Any, arrays: dict[str, Any], file: Path, count: int = 20) -> None:
+    rng = np.random.default_rng(0)
+    prompts = [[1, *rng.integers(3, 320, rng.integers(0, 100)).tolist()] for _ in range(count)]
+    expected = ours(config, arrays, prompts)
+    assert len({token for tokens in expected for token in tokens}) > 50
+    server = served(file)
+    assert [theirs(server, prompt) for prompt in prompts] == expected
+
+
+def test_greedy_texts_are_those_of_llama_cpp(tokenizer: bytes, tmp_path: Path) -> None:
+    arrays = make_arrays(CONFIG)
+    file = export_gguf(arrays, CONFIG, tmp_path / "model.gguf", context=CONTEXT, tokenizer=tokenizer)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+    same_texts(CONFIG, arrays, file)
+
+    server, known, template = served(file), Tokenizer(tokenizer), ChatTemplate(Tokenizer(tokenizer))
+    texts = ["the river", "  two  spaces ", "Über «größere» Straßen", "漢字 😀", "a\n\tb", "12,5 </s> x"[:5]]
+    for text in texts:
+        assert theirs(server, text) == theirs(server, [known.bos_id, *known.encode(text)]), text
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "the river"},
+        {"role": "assistant", "content": "old trees"},
+        {"role": "user", "content": "and?"},
+    ]
+    answered = server.handle_chat_completions({"messages": messages, **GREEDY, "max_tokens": NEW})
+    prompt = template.encode_prompt(Chat(messages)).tolist()
+    assert answered["usage"]["prompt_tokens"] == len(prompt)
+    assert [answered["__verbose"]["tokens"]] == ours(CONFIG, arrays, [prompt])
+
+
+def test_linear_scaling(tokenizer: bytes, tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, rope_scaling=RopeScalingConfig("linear", factor=4.0))
+    arrays = make_arrays(config)
+    file = export_gguf(arrays, config, tmp_path / "model.gguf", context=CONTEXT, tokenizer=tokenizer)
+    same_texts(config, arrays, file, count=4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "q8_0"])
+def test_numbers_and_metadata(dtype: Any, tokenizer: bytes, tmp_path: Path) -> None:
+    arrays = make_arrays(CONFIG)
+    file = export_gguf(arrays, CONFIG, tmp_path / "model.gguf", context=77, dtype=dtype, tokenizer=tokenizer)
+    found, params, layers = gguf.GGUFReader(file), arrays["params"], arrays["params"]["layers"]
+    tensors = {tensor.name: tensor for tensor in found.tensors}
+    assert len(tensors) == 3 + 10 * CONFIG.num_layers
+    attention, moe = layers["attention"], layers["moe"]
+    # Halves of a head become neighbours: numbers 0, 4, 1, 5, ... of a head of 8.
+    rotated = lambda w: np.asarray(w).reshape(32, -1, 2, 4).transpose(1, 3, 2, 0).reshape(-1, 32)  # noqa: E731
+    expected = {
+        "token_embd": params["embedding"],
+        "output": params["lm_head"].T,
+        "output_norm": params["final_norm"]["scale"],
+    }
+    for n in range(CONFIG.num_layers):
+        expected |= {f"blk.{n}.{name}": value for name, value in {
+            "attn_norm": layers["attention_norm"]["scale"][n], "ffn_norm": layers["moe_norm"]["scale"][n],
+            "attn_q": rotated(attention["wq"][n]), "attn_k": rotated(attention["wk"][n]),
+            "attn_v": attention["wv"][n].reshape(32, -1).T, "attn_output": attention["wo"][n].reshape(-1, 32).T,
+            "ffn_gate_inp": moe["router"][n].T, "ffn_gate_exps": moe["w_gate"][n].swapaxes(1, 2),
+            "ffn_up_exps": moe["w_up"][n].swapaxes(1, 2), "ffn_down_exps": moe["w_down"][n].swapaxes(1, 2),
+        }.items()}  # fmt: skip
+    assert {f"{name}.weight" for name in expected} == tensors.keys()
+    for name, value in expected.items():
+        tensor, value = tensors[f"{name}.weight"], np.asarray(value)
+        whole = "norm" in name or "gate_inp" in name or dtype == "float32"
+        assert (tensor.tensor_type == gguf.GGMLQuantizationType.F32) == whole, name
+        read = gguf.dequantize(tensor.data, tensor.tensor_type)
+        assert read.shape == value.shape, name
+        if whole or dtype != "q8_0":
+            np.testing.assert_array_equal(
+                read, value.astype("float32" if whole else jnp.dtype(dtype)).astype(np.float32)
+            )
+        else:
+            scale = np.abs(value).reshape(-1, 32).max(axis=1).repeat(32).reshape(value.shape) / 127
+            assert (np.abs(read - value) <= (0.5 + 127 * 2**-11) * scale).all(), name  # the scale is a float16
+    fields = {name: field.contents() for name, field in found.fields.items()}
+    assert fields["general.architecture"] == "llama"
+    assert fields["llama.context_length"] == 77
+    assert len(fields["tokenizer.ggml.tokens"]) == len(fields["tokenizer.ggml.token_type"]) == CONFIG.vocab_size
+    assert "[INST]" in fields["tokenizer.chat_template"]
+
+
+@pytest.fixture(scope="module")
+def run(tokenizer: bytes, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[int]], list[int]]:
+    """A checkpoint of a model that uses all experts, so that rounding changes no choice; prompts, their next tokens."""
+    config, directory = (
+        dataclasses.replace(CONFIG, vocab_size=320, num_experts_per_tok=8),
+        tmp_path_factory.mktemp("run"),
+    )
+    arrays = make_arrays(config)
+    export_weights(arrays, config, directory / "hf", "hf", context=CONTEXT, load_balance=0.0, tokenizer=tokenizer)
+    import_checkpoint(directory / "hf", directory / "run", [], say=lambda text: None)
+    prompts = [[1, *range(40, 40 + n)] for n in (0, 3, 30)]
+    return directory / "run", prompts, [tokens[0] for tokens in ours(config, arrays, prompts)]
+
+
+@pytest.mark.parametrize("dtype", ["F16", "bf16", "Q8_0"])
+def test_the_verb_and_llama_cpp_in_other_types(
+    dtype: str, run: tuple[Path, list[list[int]], list[int]], tmp_path: Path
+) -> None:
+    checkpoint, prompts, first = run
+    file = tmp_path / "out.gguf"
+    verbs.export([str(checkpoint), str(file), "--format", "gguf", "--dtype", dtype])
+    assert {tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors} == {"F32", dtype.upper()}
+    server = served(file)
+    assert [theirs(server, prompt)[0] for prompt in prompts] == first
+
+
+def refused(tmp_path: Path, words: str, *, arrays: Any = None, config: Any = CONFIG, **options: Any) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=words):
+        export_gguf(arrays or blank(config), config, tmp_path / "new" / "model.gguf", context=8, **options)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_a_file_cannot_hold(tokenizer: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused(tmp_path, "this checkpoint has none: use --format hf")
+    refused(tmp_path, "not a byte-pair model", tokenizer=make_tokenizer(40))
+    wide = load_tokenizer(tiny_config("data.tokenizer=mixtral").data, 32000).model_bytes
+    refused(tmp_path, "32000 pieces but model.vocab_size is 322", tokenizer=wide)
+    refused(tmp_path, "d_ff=48: choose --dtype F16", config=small(vocab_size=322), dtype="q8_0", tokenizer=tokenizer)
+    arrays = blank(CONFIG)
+    layers = arrays["params"]["layers"]
+    layers["moe"]["w_up"] = layers["moe"]["w_up"].at[1, 3, 0, 0].set(1e6)
+    refused(tmp_path, r"blk\.1\.ffn_up_exps.* float16 cannot hold", arrays=arrays, dtype="float16", tokenizer=tokenizer)
+    arrays["selection_bias"] = jax.tree.map(lambda bias: bias + 1, arrays["selection_bias"])
+    refused(tmp_path, "no released format has a place", arrays=arrays, tokenizer=tokenizer)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "model.gguf").touch()
+    refused(tmp_path, "exists: name a new file", tokenizer=tokenizer)
+    (tmp_path / "new" / "model.gguf").unlink()
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", full)
+    refused(tmp_path, "No space left", tokenizer=tokenizer)
