@@ -68,6 +68,8 @@ def test_the_tokenizer_says_what_begins_and_ends_a_text(tmp_path: Path) -> None:
     export_weights(blank(CONFIG), CONFIG, tmp_path / "out", "hf", context=8, load_balance=0.0, tokenizer=tokenizer)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"]) == (4, 3)
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert generation == {"bos_token_id": 4, "eos_token_id": 3, "pad_token_id": 0}
 
 
 @pytest.mark.parametrize("name", EXPORT_FORMATS)

@@ -1,15 +1,23 @@
 """Texts of uneven prompts, decoded together with a cache: those of transformers' `generate` on the same weights."""
 
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from mixtral_jax.config import DataConfig
+from mixtral_jax.data.chat_records import Chat
+from mixtral_jax.data.chat_template import ChatTemplate
+from mixtral_jax.data.tokenizer import load_tokenizer
 from mixtral_jax.inference.decoding import CHUNK, make_generator
 from mixtral_jax.inference.sampling import Sampling
-from tests.weights.models import small
+from mixtral_jax.model.mixtral import Architecture
+from mixtral_jax.weights.exporting import export_weights
+from tests.weights.models import runtime, small
 from tests.weights.parity.oracle import make_oracle, save
 from tests.weights.parity.test_against_transformers import ALL_KINDS, ONE_DEVICE, imported
 
@@ -42,3 +50,23 @@ def test_texts(expected: tuple[Path, list[list[int]], list[list[int]]], mesh: di
     while len(texts[0]) < NEW:
         texts = [text + drawn.tokens for text, drawn in zip(texts, next(steps), strict=True)]
     assert texts == found
+
+
+def test_chats_with_an_export(tmp_path: Path) -> None:
+    """As a person does it: the tokenizer's template, a padded batch, and `generate` as the export configures it."""
+    config, tokenizer = small(vocab_size=32000, init_std=0.3), load_tokenizer(DataConfig(tokenizer="mixtral"), 32000)
+    architecture = Architecture(config, runtime(config))
+    arrays = architecture.init(3)
+    options: Any = {"context": 256, "load_balance": 0.0, "tokenizer": tokenizer.model_bytes}
+    export_weights(arrays, config, tmp_path / "out", "hf", **options)
+    chats = [[{"role": "user", "content": text}] for text in ("Hello there", "What is a mixture of experts, and why?")]
+    reader = AutoTokenizer.from_pretrained(tmp_path / "out", padding_side="left")
+    batch = reader.apply_chat_template(chats, padding=True, return_tensors="pt", return_dict=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    found = model.generate(**batch, max_new_tokens=16, do_sample=False)[:, batch["input_ids"].shape[1] :].tolist()
+    known = model.generation_config
+    assert (known.bos_token_id, known.eos_token_id, known.pad_token_id) == (1, 2, 0)
+    template = ChatTemplate(tokenizer)
+    prompts = [template.encode_prompt(Chat(chat)).tolist() for chat in chats]
+    (drawn,) = islice(make_generator(architecture)(arrays)(prompts, [Sampling()] * 2, rows=2, slots=64), 1)
+    assert [text.tokens for text in drawn] == found
