@@ -11,7 +11,7 @@ from mixtral_jax.cli import check_checkpoint
 from mixtral_jax.config import Config, UserError
 from mixtral_jax.config_loading import home_expanded, user_path
 from mixtral_jax.evaluation.outputs import check_outputs
-from mixtral_jax.weights.destination import check_new, check_release
+from mixtral_jax.weights.destination import check_new, check_release, check_target
 
 API_KEY = "MIXTRAL_JAX_API_KEY"  # environment variable
 
@@ -49,7 +49,7 @@ def export(arguments: list[str]) -> None:
                         type=lambda name: short.get(name.lower(), name.lower()))  # fmt: skip
     parser.add_argument("--context", metavar="TOKENS", type=int, help="longest sequences that the model is meant for")
     options = parser.parse_args(arguments)
-    check_new(options.directory)
+    check_target(options.directory, options.format, options.dtype)
     check_checkpoint(options.checkpoint)
     from mixtral_jax.weights.checkpoints import export_checkpoint
 

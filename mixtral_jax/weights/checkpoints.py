@@ -1,7 +1,6 @@
 """Between released checkpoints and this package's own: what the verbs `import` and `export` do."""
 
 import dataclasses
-import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from mixtral_jax.model.mixtral import Architecture, Arrays
 from mixtral_jax.runs.checkpoint import Checkpoints, find_checkpoint
 from mixtral_jax.runtime import make_runtime
 from mixtral_jax.sharding import ANY_MESH
-from mixtral_jax.weights.destination import check_new, check_new_file, new_directory
+from mixtral_jax.weights.destination import check_new, check_target, new_directory
 from mixtral_jax.weights.exporting import export_weights
 from mixtral_jax.weights.importing import import_weights
 from mixtral_jax.weights.names import FormatName
@@ -139,7 +138,7 @@ def export_checkpoint(
     Raises:
         UserError: no checkpoint there, or one that the format cannot hold.
     """
-    _check_target(directory, format_name, dtype)
+    check_target(directory, format_name, dtype)
     checkpoints, step = find_checkpoint(source, warn=say)
     meta = checkpoints.read_meta(step)
     config = parse_config(meta["config"], [ANY_MESH], where=f"the configuration in {source}", saved=True)
@@ -165,15 +164,3 @@ def export_checkpoint(
             eos=facts.get("eos_token_id"),
         )  # fmt: skip
     say(f"{directory}: {len(files)} files, {sum(file.stat().st_size for file in files) / 1e9:.2f} GB")
-
-
-def _check_target(target: Path, format_name: FormatName, dtype: str | None) -> None:
-    if format_name != "gguf":
-        if dtype == "q8_0":
-            raise UserError(f"--dtype Q8_0 is a type of the format gguf: choose another one for {format_name}")
-        return check_new(target)
-    if target.suffix != ".gguf":
-        raise UserError(f"{target} is to be one file of the format gguf: let its name end in .gguf")
-    if importlib.util.find_spec("gguf") is None:
-        raise UserError("the format gguf needs a package that is not installed: pip install 'mixtral_jax[gguf]'")
-    check_new_file(target)

@@ -1,5 +1,6 @@
 """The places that import and export read and write: a new directory or file appears whole or not at all."""
 
+import importlib.util
 import os
 import shutil
 import uuid
@@ -79,3 +80,16 @@ def check_new_file(file: Path) -> None:
     """Raises `UserError` if something has this name; makes nothing."""
     if file.exists() or file.is_symlink():
         raise UserError(f"{file} exists: name a new file")
+
+
+def check_target(target: Path, format_name: str, dtype: str | None) -> None:
+    """Raises `UserError` unless an export in this format and type can have this name; makes nothing."""
+    if format_name != "gguf":
+        if dtype == "q8_0":
+            raise UserError(f"--dtype Q8_0 is a type of the format gguf: choose another one for {format_name}")
+        return check_new(target)
+    if target.suffix != ".gguf":
+        raise UserError(f"{target} is to be one file of the format gguf: let its name end in .gguf")
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError("the format gguf needs a package that is not installed: pip install 'mixtral_jax[gguf]'")
+    check_new_file(target)
