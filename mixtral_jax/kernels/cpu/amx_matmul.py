@@ -20,19 +20,15 @@ from mixtral_jax.kernels.cpu.amx_tiles import (
 from mixtral_jax.kernels.cpu.intrinsics import (
     CONFIGURATIONS,
     MULTIPLY,
-    THREADS,
     compiled,
-    read,
     read_state,
     view,
-    write,
 )
-from mixtral_jax.kernels.cpu.matmul import ENTRIES, TABLE
+from mixtral_jax.kernels.cpu.matmul import ENTRIES, HEIGHT, TABLE, WIDTH, by_blocks
 from mixtral_jax.kernels.cpu.simd import stream_square
-from mixtral_jax.kernels.cpu.thread_pool import ARGUMENTS, COUNTER, argument, begin, end, run_by_all_threads, take_next
+from mixtral_jax.kernels.cpu.thread_pool import COUNTER, argument, begin, end, take_next
 
-DEPTH, WIDTH = 256, 512  # inner dimension and columns of the second factor's part that stays in the L2 cache
-TALLEST, LEAST = 1024, 128  # rows of a block of a product
+DEPTH = 256  # inner dimension of the second factor's part, of WIDTH columns, that stays in the L2 cache
 PACKED = 128  # rows of the first factor that are split at once
 FIRST, SECOND, EDGE = 0, PACKED * DEPTH * 4, (PACKED + WIDTH) * DEPTH * 4  # places in a thread's workspace
 
@@ -140,17 +136,7 @@ def multiply_blocks(
 @no_type_check
 def multiply_all(job: int) -> int:
     """Computes the products of a job, see `matmul`, by all threads; the bits do not depend on how many."""
-    table, height = job + TABLE, TALLEST
-    while True:
-        blocks = 0
-        for i in range(argument(job, 0)):
-            row = table + 8 * ENTRIES * i
-            blocks += -(-read(row + 48) // height) * -(-read(row + 56) // WIDTH)
-        if blocks >= read_state(THREADS) or height == LEAST:
-            break
-        height //= 2
-    write(job + ARGUMENTS + 40, height)
-    run_by_all_threads(job, read_state(MULTIPLY), blocks)
+    by_blocks(job, read_state(MULTIPLY))
     return 0
 
 
@@ -160,6 +146,6 @@ def work(job: int) -> int:
     workspace = begin(job)
     table = view(job + TABLE, argument(job, 0), ENTRIES, np.int64)
     turn_a, turn_b, add = argument(job, 1) != 0, argument(job, 2) != 0, argument(job, 3) != 0
-    multiply_blocks(table, turn_a, turn_b, add, argument(job, 4) != 0, argument(job, 5), job + COUNTER, workspace)
+    multiply_blocks(table, turn_a, turn_b, add, argument(job, 4) != 0, argument(job, HEIGHT), job + COUNTER, workspace)
     end(job, workspace)
     return 0

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from mixtral_jax.kernels.cpu.intrinsics import AMX, call, compiled, fill, read_short, read_state, write
-from mixtral_jax.kernels.cpu.thread_pool import ARGUMENTS, argument, new_job
+from mixtral_jax.kernels.cpu.intrinsics import AMX, THREADS, call, compiled, fill, read, read_short, read_state, write
+from mixtral_jax.kernels.cpu.thread_pool import ARGUMENTS, argument, new_job, run_by_all_threads
 from mixtral_jax.kernels.cpu.xla_ffi import (
     answer_version_query,
     attribute,
@@ -38,6 +38,9 @@ ENGINES = ("amx", "mkl")
 NUMBERS = {engine: np.int64(number) for number, engine in enumerate(ENGINES)}  # places behind AMX
 TABLE, ENTRIES = ARGUMENTS + 64, 9
 SIZE = 4  # bytes of an element
+
+WIDTH, TALLEST, LEAST = 512, 1024, 128  # columns of a block of a product at most, and rows
+HEIGHT = 5  # argument of a job: rows of its blocks
 
 Layer = Int[Array, ""] | Int[np.ndarray, ""]  # number of a layer; a constant of a program is the latter
 
@@ -161,6 +164,23 @@ def _compute(job: int, engine: int, turn_a: int, turn_b: int, add: int, stream: 
     for i, flag in enumerate((turn_a, turn_b, add, stream)):
         write(job + ARGUMENTS + 8 * (i + 1), flag)
     call(read_state(AMX + engine), (job,))
+
+
+@compiled
+@no_type_check
+def by_blocks(job: int, task: int) -> None:
+    """Lets all threads compute the products of a job by blocks, see `run_by_all_threads`."""
+    height = TALLEST
+    while True:
+        blocks = 0
+        for i in range(argument(job, 0)):
+            row = job + TABLE + 8 * ENTRIES * i
+            blocks += -(-read(row + 48) // height) * -(-read(row + 56) // WIDTH)
+        if blocks >= read_state(THREADS) or height == LEAST:
+            break
+        height //= 2
+    write(job + ARGUMENTS + 8 * HEIGHT, height)
+    run_by_all_threads(job, task, blocks)
 
 
 @no_type_check
