@@ -1,6 +1,7 @@
 """Several processes of an entry script on this machine, as a launcher starts them."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -101,5 +102,5 @@ class Processes:
 
 def without_noise(text: str) -> str:
     """Output without what the C++ under JAX prints about connections and signals."""
-    noise = ("[Gloo]", "preemption_notifier.cc")
-    return "".join(line for line in text.splitlines(keepends=True) if not any(word in line for word in noise))
+    noise = re.compile(r"\[Gloo\]|preemption_notifier\.cc|peer ranks|^[ \d]*$")  # the latter: pieces, where threads met
+    return "".join(line for line in text.splitlines(keepends=True) if not noise.search(line.rstrip("\n")))

@@ -140,7 +140,6 @@ def finite_nats(
     Raises:
         UserError: a score is not a finite number.
     """
-    assert nats.shape == mask.shape, f"the scores are {nats.shape}, the batch is {mask.shape}"
     chosen = nats[mask].astype(np.float64)
     bad = ~(chosen <= MOST_NATS)  # so written, it is also true of nan
     if bad.any():

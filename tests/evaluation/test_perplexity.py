@@ -2,6 +2,7 @@ import json
 import math
 import re
 
+import jaxtyping
 import numpy as np
 import pytest
 from rich.console import Console
@@ -105,8 +106,9 @@ def test_a_source_without_text_is_named(corpus):
 
 
 def test_scores_of_another_shape_are_refused():
-    with pytest.raises(AssertionError, match=r"the scores are \(3,\), the batch is \(1, 8\)"):
-        measure(lambda batch: TokenScores(np.ones(3), np.ones(3) > 0), [Corpus([[A, B]])], EvalConfig(batch_size=1), 8)
+    scores = TokenScores(np.ones((1, 3)), np.ones((1, 3)) > 0)
+    with pytest.raises(jaxtyping.TypeCheckError, match=r"checking parameter 'mask'"):
+        measure(lambda batch: scores, [Corpus([[A, B]])], EvalConfig(batch_size=1), 8)
 
 
 def test_unigram_by_pencil():

@@ -54,9 +54,9 @@ def gradient_of(config: Config, arrays, mesh: dict[str, int], exchange: str = "g
     return jax.tree.map(np.asarray, (grads, losses, sums))
 
 
-def assert_close(actual, expected):
+def assert_close(actual, expected, tolerance=TOLERANCE):
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
-        assert oracles.error(a, b) < TOLERANCE, jax.tree_util.keystr(path)
+        assert oracles.error(a, b) < tolerance, jax.tree_util.keystr(path)
 
 
 @functools.cache
@@ -80,7 +80,8 @@ def test_a_row_of_32768_tokens_over_eight_devices():
     model = {"num_layers": 1, "num_heads": 1, "num_kv_heads": 1, "head_dim": 32, "init_std": 0.1}
     config = tiny_config(model=model, data={"seq_len": 32768}, train={"batch_size": 1}, kernels={"matmul": "xla"})
     arrays = jax.tree.map(np.asarray, tiny_architecture(config).init(0))
-    assert_close(gradient_of(config, arrays, {"context": 8}), gradient_of(config, arrays, {}))
+    # A norm's scale sums 32,768 tokens, in an order of each processor's own: 4.5e-6 where 256 bits are added at once.
+    assert_close(gradient_of(config, arrays, {"context": 8}), gradient_of(config, arrays, {}), tolerance=1e-5)
 
 
 def test_evaluation_over_split_sequences():
