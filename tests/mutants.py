@@ -162,7 +162,8 @@ TABLE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("len(documents) < 2 for", "len(documents) < 1 for"),
     ],
     ("weights/names.py", "weights/test_round_trips.py weights/parity"): [
-        ("wq\", \"(heads half pair) d_model\"", "wq\", \"(heads pair half) d_model\""),
+        ("attention.wq.weight\", \"layers/attention/wq\", \"(heads half pair)",
+         "attention.wq.weight\", \"layers/attention/wq\", \"(heads pair half)"),
         ("d_ff) d_model\", part=1)", "d_ff) d_model\", part=0)"),
         ("_HF_EXPERT + \"w1.weight\", _HF", "_HF_EXPERT + \"w3.weight\", _HF"),
     ],
