@@ -7,7 +7,7 @@ import ctypes
 import functools
 import importlib.metadata
 from ctypes import c_void_p
-from typing import Any, no_type_check
+from typing import no_type_check
 
 from mixtral_jax.kernels.cpu.intrinsics import (
     MKL,
@@ -33,7 +33,9 @@ ONE = 0x3F800000  # 1 in float32
 def load() -> bool:
     """Loads the library; False where the package `mkl` is missing."""
     try:
-        mkl = _load("mkl", "libmkl_rt.so")
+        files = importlib.metadata.files("mkl") or ()
+        path = next(file for file in sorted(files) if file.name.startswith("libmkl_rt.so"))
+        mkl = ctypes.CDLL(str(path.locate()), mode=ctypes.RTLD_GLOBAL)
     except (ImportError, StopIteration, OSError):
         return False
     mkl.MKL_Set_Interface_Layer(LP64)
@@ -43,12 +45,6 @@ def load() -> bool:
     set_state(MKL, _multiply_all)
     set_state(MKL_BLOCKS, _work)
     return True
-
-
-def _load(package: str, name: str) -> Any:
-    files = importlib.metadata.files(package) or ()
-    path = next(file for file in sorted(files) if file.name.startswith(name))
-    return ctypes.CDLL(str(path.locate()), mode=ctypes.RTLD_GLOBAL)
 
 
 @no_type_check
