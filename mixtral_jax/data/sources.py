@@ -134,7 +134,7 @@ def source_files(source: SourceConfig) -> list[Path]:
     """
     if source.prepared:
         raise UserError(
-            f"source '{source.name}' of data.sources holds prepared tokens, no text: for data.tokenizer=train name the "
+            f"source '{source.name}' of data.sources holds prepared tokens, no text: to train a tokenizer name the "
             "preparation's documents with path"
         )
     if source.hub:

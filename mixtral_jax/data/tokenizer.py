@@ -19,6 +19,7 @@ from mixtral_jax.data.tokenizer_training import train_model
 SPACE = "\u2581"  # how sentencepiece writes a space
 # Files inside the wheel of mistral-common.
 BUNDLED = {"mixtral": "tokenizer.model.v1", "mixtral-v3": "mistral_instruct_tokenizer_240323.model.v3"}
+TRAINED = ("train", "train-v3")
 CHUNK = 1 << 14  # characters of a long document that are encoded at once
 GROUP = 256  # chunks whose tokens are Python numbers at the same time
 LONE_SPACE = re.compile(rf"(?<=[^\s{SPACE}]) (?=\w)")
@@ -90,7 +91,7 @@ class Tokenizer:
         try:
             data = Path(path).expanduser().read_bytes()
         except OSError as error:
-            choices = ", ".join([*BUNDLED, "train"])
+            choices = ", ".join([*BUNDLED, *TRAINED])
             raise UserError(
                 f"cannot read the tokenizer {path}: {error.strerror}; set data.tokenizer to a sentencepiece file or "
                 f"one of {choices}"
@@ -172,7 +173,7 @@ def load_tokenizer(data: DataConfig, vocab_size: int) -> Tokenizer:
     """Loads, or trains, the tokenizer that the configuration names.
 
     Args:
-        data: `tokenizer` is a sentencepiece file, `mixtral`, `mixtral-v3` or `train`; the latter uses `sources`.
+        data: `tokenizer` is a sentencepiece file, `mixtral`, `mixtral-v3`, `train` or `train-v3`; the last two use `sources`.
         vocab_size: rows of the model's embedding.
 
     Returns:
@@ -181,7 +182,7 @@ def load_tokenizer(data: DataConfig, vocab_size: int) -> Tokenizer:
     Raises:
         UserError: not there, no sentencepiece model, larger than the model's vocabulary, too little text to train on.
     """
-    if data.tokenizer == "train":
+    if data.tokenizer in TRAINED:
         return Tokenizer(train_model(data, vocab_size))
     if data.tokenizer in BUNDLED:
         spec = importlib.util.find_spec("mistral_common")

@@ -16,6 +16,9 @@ from mixtral_jax.data.sources import document_parts, no_text, source_files, sour
 RECIPE = 1  # raise it when the sample or the settings below change
 SAMPLE = 24 << 20  # characters of all sources together; trains in about ten seconds
 PIECE = 1 << 12  # characters that the trainer sees as one sentence
+# Tokens 3 to 9 of Mixtral's third tokenizer, which its template for chats with tools needs.
+V3_CONTROLS = ("[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]",
+               "[/TOOL_RESULTS]")  # fmt: skip
 RESERVED = re.compile("[\0\u2585]+")  # the trainer drops a whole sentence that holds its own mark, U+2585
 
 
@@ -26,7 +29,7 @@ def train_model(data: DataConfig, vocab_size: int) -> bytes:
     Training is deterministic.
 
     Args:
-        data: the sources and the cache's directory.
+        data: the sources, the cache's directory, and `tokenizer`: with `train-v3` it has Mixtral's control tokens.
         vocab_size: tokens of the model, exactly.
 
     Returns:
@@ -35,17 +38,18 @@ def train_model(data: DataConfig, vocab_size: int) -> bytes:
     Raises:
         UserError: too little text for so many tokens, or too small a vocabulary for the text.
     """
-    facts = [RECIPE, vocab_size, [(source_fingerprint(source), source.weight) for source in data.sources]]
+    controls = V3_CONTROLS if data.tokenizer == "train-v3" else ()
+    facts = [RECIPE, vocab_size, [(source_fingerprint(source), source.weight) for source in data.sources], *controls]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
     target = cache_directory(data.cache_dir) / f"tokenizer-{key}.model"
     with locked(target):
         if not target.exists():
             with make_console().status(f"training a tokenizer of {vocab_size} tokens on the sources"):
-                write_file(target, _train(data, vocab_size))
+                write_file(target, _train(data, vocab_size, controls))
         return target.read_bytes()
 
 
-def _train(data: DataConfig, vocab_size: int) -> bytes:
+def _train(data: DataConfig, vocab_size: int, controls: tuple[str, ...]) -> bytes:
     total = sum(source.weight for source in data.sources)
     # A list, for an error inside of an iterator would reach us as the trainer's.
     sample = [piece for source in data.sources for piece in _sample(source, int(SAMPLE * source.weight / total))]
@@ -55,7 +59,7 @@ def _train(data: DataConfig, vocab_size: int) -> bytes:
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(sample), model_writer=model, model_type="bpe", vocab_size=vocab_size,
-            unk_id=0, bos_id=1, eos_id=2, pad_id=-1, byte_fallback=True, split_digits=True,
+            unk_id=0, bos_id=1, eos_id=2, pad_id=-1, control_symbols=list(controls), byte_fallback=True, split_digits=True,
             normalization_rule_name="identity", remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
             character_coverage=0.9999, max_sentence_length=8 * PIECE,
             num_threads=2,  # stands in the model, so a fixed number keeps its bytes the same everywhere
@@ -67,10 +71,10 @@ def _train(data: DataConfig, vocab_size: int) -> bytes:
             raise
         few, limit = bool(found[1]), found[2] or found[4]
         raise UserError(
-            f"data.tokenizer=train: the sources hold text for {limit} tokens, not model.vocab_size={vocab_size}: lower "
+            f"data.tokenizer={data.tokenizer}: the sources hold text for {limit} tokens, not model.vocab_size={vocab_size}: lower "
             f"model.vocab_size to {limit} or add text"
             if few
-            else f"data.tokenizer=train: model.vocab_size={vocab_size} is too small for the characters of the sources: "
+            else f"data.tokenizer={data.tokenizer}: model.vocab_size={vocab_size} is too small for the characters of the sources: "
             f"raise it to at least {limit}"
         ) from None
     return model.getvalue()

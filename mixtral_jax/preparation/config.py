@@ -247,7 +247,8 @@ def validate(config: PrepareConfig) -> None:
         for share in value.values() if isinstance(value, dict) else [value]:
             _require(0 <= share <= 1, f"{name} is {value}: it is a share from 0 to 1")
     _require(config.executor.workers >= 0, f"executor.workers is {config.executor.workers}: it must be 0 or more")
-    _require(config.tokenizer != "train", "tokenizer=train is not for prepare: it names mixtral, mixtral-v3 or a file")
+    trained = config.tokenizer in ("train", "train-v3")
+    _require(not trained, f"tokenizer={config.tokenizer} is not for prepare: it names mixtral, mixtral-v3 or a file")
     if config.executor.kind == "slurm":
         _require(bool(config.executor.partition), "executor.partition is empty: name a partition of the cluster")
 

@@ -11,7 +11,7 @@ import yaml
 
 from mixtral_jax.config import CheckpointConfig, Config, UserError
 from mixtral_jax.config_loading import parse_config, to_yaml
-from mixtral_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mixtral_jax.data.tokenizer import TRAINED, Tokenizer, load_tokenizer
 from mixtral_jax.model.mixtral import Architecture, Arrays
 from mixtral_jax.runs.checkpoint import Checkpoints, find_checkpoint
 from mixtral_jax.runtime import make_runtime
@@ -96,10 +96,10 @@ def _size(arrays: Arrays) -> int:
 def _tokenizer(released: Released, config: Config, overrides: list[str]) -> Tokenizer:
     named = None
     if any(override.startswith("data.tokenizer=") for override in overrides):
-        if config.data.tokenizer == "train":
+        if config.data.tokenizer in TRAINED:
             raise UserError(
-                "data.tokenizer=train would give the release's rows other meanings: name a sentencepiece file, mixtral "
-                "or mixtral-v3, or leave it out"
+                f"data.tokenizer={config.data.tokenizer} would give the release's rows other meanings: name a "
+                "sentencepiece file, mixtral or mixtral-v3, or leave it out"
             )
         named = load_tokenizer(config.data, config.model.vocab_size)
     return read_tokenizer(released.directory, config.model.vocab_size, named)

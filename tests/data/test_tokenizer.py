@@ -8,6 +8,7 @@ import pytest
 from mixtral_jax.config import DataConfig, SourceConfig, UserError
 from mixtral_jax.data import tokenizer as tokenizer_module
 from mixtral_jax.data import tokenizer_training
+from mixtral_jax.data.chat_template import ChatTemplate
 from mixtral_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -94,6 +95,17 @@ def test_training_gives_exactly_the_vocabulary_once_and_the_same_each_time(train
     assert again.fingerprint == tokenizer.fingerprint
     monkeypatch.setattr(tokenizer_training, "_train", lambda *args: pytest.fail("trained again"))
     assert load_tokenizer(data, 300).model_bytes == tokenizer.model_bytes
+
+
+def test_a_trained_one_has_the_control_tokens_of_mixtral_s_third_where_it_is_to(trained):
+    plain, data = trained
+    released = load_tokenizer(DataConfig(tokenizer="mixtral-v3"), 32768)
+    controlled = load_tokenizer(DataConfig(sources=data.sources, tokenizer="train-v3", cache_dir=data.cache_dir), 310)
+    ids = [controlled.control_id(piece) for piece in tokenizer_training.V3_CONTROLS]
+    assert ids == [released.control_id(piece) for piece in tokenizer_training.V3_CONTROLS] == list(range(3, 10))
+    assert (ChatTemplate(controlled).version, ChatTemplate(plain).version) == ("v3", "v1")
+    assert controlled.vocab_size == 310
+    assert not set(controlled.encode("[INST] x [/INST]")) & set(ids)
 
 
 def test_text_with_the_trainers_own_mark_is_learnt_from(tmp_path):
