@@ -12,26 +12,26 @@ from tests.tiny import mesh_of, tiny_config
 SHAPES = {"d_model": 128, "num_heads": 1, "num_kv_heads": 1, "head_dim": 128}
 
 
-def admit(*overrides, experts="megablox", **mesh):
-    kernels = ["kernels.attention=splash", f"kernels.experts={experts}"]
+def admit(*overrides, attention="blockwise", experts="grouped_blocks", **mesh):
+    kernels = [f"kernels.attention={attention}", f"kernels.experts={experts}"]
     config = tiny_config("data.seq_len=128", *kernels, *overrides, model=SHAPES)
     return admission.admit_kernels(config, make_runtime(config, mesh_of(**mesh)))
 
 
 @pytest.mark.parametrize(("compute", "mesh"), [("float32", {}), ("bfloat16", {"expert": 2, "fsdp": 2})], ids=str)
 def test_kernels_for_tpu_are_admitted(compute, mesh):
-    said = admit(f"precision.compute={compute}", **mesh)
+    said = admit(f"precision.compute={compute}", attention="splash", experts="megablox", **mesh)
     assert float(said.split()[-1]) < (0.02 if compute == "bfloat16" else 1e-4)
 
 
 @pytest.mark.parametrize("experts", ["int8", "fp8"])
 def test_products_of_8_bits_are_held_to_what_their_rounding_gives(monkeypatch, experts):
     eight_bit = ("precision.compute=bfloat16", f"precision.experts={experts}")
-    assert 0.005 < float(admit(*eight_bit).split()[-1]) < 0.1
+    assert 0.005 < float(admit(*eight_bit, experts="megablox").split()[-1]) < 0.1
     halved = wrong(admission.expert_ffn, gradient_of_weights_halved, "megablox")
     monkeypatch.setattr(admission, "expert_ffn", halved)
     with pytest.raises(UserError, match="megablox does not compute what it should"):
-        admit(*eight_bit)
+        admit(*eight_bit, experts="megablox")
 
 
 def test_the_grouped_kernel_for_gpus_is_admitted():
@@ -76,36 +76,36 @@ def not_finite(real, rows, sizes, *weights, **settings):
 def test_a_wrong_kernel_stops_the_run_with_its_figures(monkeypatch, name, backend, fix, figure):
     monkeypatch.setattr(admission, name, wrong(getattr(admission, name), fix, backend))
     with pytest.raises(UserError, match=f"{backend} does not compute what it should.*{figure}"):
-        admit("precision.compute=bfloat16")
+        admit("precision.compute=bfloat16", **{"attention" if name == "attention" else "experts": backend})
 
 
 def test_what_was_found_is_kept_for_the_same_device_kernels_and_shapes(monkeypatch, tmp_path):
     monkeypatch.setattr(admission, "_kept_in", lambda: tmp_path)
     bfloat16 = "precision.compute=bfloat16"
-    said = admit(bfloat16, experts="grouped_blocks")
+    said = admit(bfloat16)
     kept = next(tmp_path.iterdir())
     monkeypatch.setattr(admission, "_differences", None)  # nothing is computed
-    assert admit(bfloat16, experts="grouped_blocks").split()[-1] == said.split()[-1]
+    assert admit(bfloat16).split()[-1] == said.split()[-1]
     with pytest.raises(TypeError):
-        admit("precision.compute=float32", experts="grouped_blocks")
+        admit("precision.compute=float32")
     with pytest.raises(TypeError):
-        admit(bfloat16, "train.batch_size=4", experts="grouped_blocks")
+        admit(bfloat16, "train.batch_size=4")
 
     good = kept.read_text()
     for damaged in (good[:-9], good.replace("0.00", "0.01", 1), "[]", "{}", good.replace("sha256", "sha")):
         assert damaged != good
         kept.write_text(damaged)
         with pytest.raises(TypeError):
-            admit(bfloat16, experts="grouped_blocks")
+            admit(bfloat16)
     kept.write_text(good)
     monkeypatch.setattr(admission, "PACKAGES", ("numpy",))
     with pytest.raises(TypeError):
-        admit(bfloat16, experts="grouped_blocks")
+        admit(bfloat16)
 
 
 def test_a_wrong_kernel_is_not_kept_as_good(monkeypatch, tmp_path):
     monkeypatch.setattr(admission, "_kept_in", lambda: tmp_path)
     monkeypatch.setattr(admission, "expert_ffn", wrong(admission.expert_ffn, not_finite, "grouped_blocks"))
     with pytest.raises(UserError):
-        admit("precision.compute=bfloat16", experts="grouped_blocks")
+        admit("precision.compute=bfloat16")
     assert not list(tmp_path.iterdir())
