@@ -1,8 +1,11 @@
 """Eight simulated devices for every test, and compilation that is quick rather than what it compiles: without LLVM's
 optimisations and the emitters of fused loops, which take longer than the tests save by them. Set before JAX starts."""
 
+import atexit
 import importlib.metadata
 import os
+import shutil
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # in this process; the first directory would serve all tests
@@ -14,6 +17,11 @@ os.environ["XLA_FLAGS"] = " ".join(
 
 # No program that a test calls or starts begins again for huge pages: in this process pytest itself would.
 os.environ["GLIBC_TUNABLES"] = ""
+
+# What the programs that tests start compile; xdist's workers inherit the directory of the process that started them.
+if "PROGRAMS_OF_TESTS" not in os.environ:
+    os.environ["PROGRAMS_OF_TESTS"] = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, os.environ["PROGRAMS_OF_TESTS"])
 
 import pytest
 

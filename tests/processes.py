@@ -1,6 +1,5 @@
 """Several processes of an entry script on this machine, as a launcher starts them."""
 
-import os
 import re
 import socket
 import subprocess
@@ -9,7 +8,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.small_run import ROOT
+from tests.small_run import environment
 
 PATIENCE = 300  # seconds, for what takes a few on an idle machine
 HEARTBEAT = 6  # seconds
@@ -28,17 +27,10 @@ class Ended:
     err: str
 
 
-def environment(devices: int = 1, **more: str) -> dict[str, str]:
-    """Simulated devices, and one cache of compiled programs for all runs of a test session."""
-    return {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
-        "JAX_ENABLE_COMPILATION_CACHE": "true",
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "PYTHONPATH": str(ROOT),
-        **more,
-    }
+def on_devices(devices: int = 1, **more: str) -> dict[str, str]:
+    """The environment of a process with so many simulated devices."""
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    return environment(XLA_FLAGS=flags, **more)
 
 
 class Processes:
@@ -48,7 +40,7 @@ class Processes:
         """Starts them.
 
         Args:
-            directory: gets the output, and holds the cache of compiled programs.
+            directory: gets the output.
             count: how many; 1 is alone.
             command: script and arguments; the keys of `distributed` are added.
             devices: simulated devices of each process.
@@ -65,9 +57,8 @@ class Processes:
             arguments = [*map(str, command), *joining, *(each or {}).get(number, [])]
             with self.file(number, "out").open("w") as out, self.file(number, "err").open("w") as err:
                 process = subprocess.Popen(
-                    [sys.executable, *arguments], stdout=out, stderr=err,
-                    env=environment(devices, JAX_COMPILATION_CACHE_DIR=str(directory / "compiled")),
-                )  # fmt: skip
+                    [sys.executable, *arguments], stdout=out, stderr=err, env=on_devices(devices)
+                )
             self.all.append(process)
 
     def file(self, number: int, name: str) -> Path:

@@ -58,17 +58,25 @@ mesh: {{fsdp: 1}}
     return config
 
 
-def start(script: str, *arguments: object, **variables: str) -> subprocess.Popen[str]:
+def environment(**variables: str | None) -> dict[str, str]:
+    """Variables for a program that finds what others of these tests compiled; None takes one away."""
+    chosen = {
+        **os.environ, "PYTHONPATH": str(ROOT), "JAX_ENABLE_COMPILATION_CACHE": "true",
+        "JAX_COMPILATION_CACHE_DIR": os.environ["PROGRAMS_OF_TESTS"], "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        **variables,
+    }  # fmt: skip
+    return {name: value for name, value in chosen.items() if value is not None}
+
+
+def start(script: str, *arguments: object, **variables: str | None) -> subprocess.Popen[str]:
     """Starts an entry script on one CPU device, with more environment variables."""
-    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT), "JAX_ENABLE_COMPILATION_CACHE": "true"}
-    environment |= variables
     return subprocess.Popen(
         [sys.executable, str(ROOT / script), *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(XLA_FLAGS="", **variables),
     )  # fmt: skip
 
 
-def run(script: str, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
+def run(script: str, *arguments: object, **variables: str | None) -> subprocess.CompletedProcess[str]:
     """Runs an entry script to its end."""
     process = start(script, *arguments, **variables)
     out, err = process.communicate(timeout=300)

@@ -154,6 +154,7 @@ def test_a_second_start_compiles_nothing(tmp_path):
     """Training with its evaluations, and `eval.py`."""
     config = write_config(tmp_path)
     explained = {"JAX_EXPLAIN_CACHE_MISSES": "1"}
+    explained |= {"JAX_COMPILATION_CACHE_DIR": None, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": None}
     training = (config, "train.steps=6", "train.eval_every=3")
     first, second = (run("train.py", *training, f"run_dir={tmp_path / name}", **explained) for name in "ab")
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr

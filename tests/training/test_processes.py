@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.processes import HEARTBEAT, PATIENCE, Processes, environment, free_port, without_noise
+from tests.processes import HEARTBEAT, PATIENCE, Processes, free_port, on_devices, without_noise
 from tests.small_run import ROOT, write_config
 
 pytestmark = pytest.mark.slow
@@ -128,9 +128,9 @@ def started_by_slurm(workplace):
     for name, text in {"srun": f"#!{sys.executable}{SRUN}", "scontrol": '#!/bin/sh\necho "$@" > requeued\n'}.items():
         (directory / "bin" / name).write_text(text)
         (directory / "bin" / name).chmod(0o755)
-    variables = environment(
+    variables = on_devices(
         SLURM_JOB_ID="4242", SLURM_NTASKS="2", SLURM_SUBMIT_DIR=str(ROOT), PYTHON=sys.executable,
-        JAX_COORDINATOR_PORT=str(free_port()), JAX_COMPILATION_CACHE_DIR=str(workplace / "compiled"),
+        JAX_COORDINATOR_PORT=str(free_port()),
         PATH=f"{directory / 'bin'}:{os.environ['PATH']}",
     )  # fmt: skip
     with (directory / "log").open("w") as log:

@@ -217,11 +217,7 @@ def test_a_malformed_line_is_named(tmp_path):
 
 
 def test_batch_that_the_mesh_does_not_divide(tmp_path):
-    config = write_config(tmp_path)
-    process = subprocess.run(
-        start("train.py", config, "mesh.fsdp=8", "train.batch_size=4").args,
-        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": "."},
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert process.returncode == 2
-    assert "train.batch_size / train.microbatches is 4" in process.stderr
+    flags = "--xla_force_host_platform_device_count=8"
+    result = run("train.py", write_config(tmp_path), "mesh.fsdp=8", "train.batch_size=4", XLA_FLAGS=flags)
+    assert result.returncode == 2
+    assert "train.batch_size / train.microbatches is 4" in result.stderr
