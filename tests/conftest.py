@@ -8,7 +8,6 @@ import shutil
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # in this process; the first directory would serve all tests
 os.environ["XLA_FLAGS"] = " ".join(
     ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0",
      # Later ones than 0.10 have no other emitters, and end at once where a flag is unknown.
@@ -18,10 +17,13 @@ os.environ["XLA_FLAGS"] = " ".join(
 # No program that a test calls or starts begins again for huge pages: in this process pytest itself would.
 os.environ["GLIBC_TUNABLES"] = ""
 
-# What the programs that tests start compile; xdist's workers inherit the directory of the process that started them.
+# What tests and the programs that they start compile serves them all; xdist's workers inherit the directory.
 if "PROGRAMS_OF_TESTS" not in os.environ:
     os.environ["PROGRAMS_OF_TESTS"] = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, os.environ["PROGRAMS_OF_TESTS"])
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "true"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["PROGRAMS_OF_TESTS"]
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import pytest
 

@@ -59,12 +59,8 @@ mesh: {{fsdp: 1}}
 
 
 def environment(**variables: str | None) -> dict[str, str]:
-    """Variables for a program that finds what others of these tests compiled; None takes one away."""
-    chosen = {
-        **os.environ, "PYTHONPATH": str(ROOT), "JAX_ENABLE_COMPILATION_CACHE": "true",
-        "JAX_COMPILATION_CACHE_DIR": os.environ["PROGRAMS_OF_TESTS"], "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        **variables,
-    }  # fmt: skip
+    """Variables for a program of these tests; None takes one away."""
+    chosen = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
     return {name: value for name, value in chosen.items() if value is not None}
 
 

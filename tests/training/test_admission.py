@@ -12,6 +12,11 @@ from tests.tiny import mesh_of, tiny_config
 SHAPES = {"d_model": 128, "num_heads": 1, "num_kv_heads": 1, "head_dim": 128}
 
 
+@pytest.fixture(autouse=True)
+def nothing_found_before(monkeypatch):
+    monkeypatch.setattr(admission, "_kept_in", lambda: None)
+
+
 def admit(*overrides, attention="blockwise", experts="grouped_blocks", **mesh):
     kernels = [f"kernels.attention={attention}", f"kernels.experts={experts}"]
     config = tiny_config("data.seq_len=128", *kernels, *overrides, model=SHAPES)
