@@ -80,8 +80,8 @@ class DataConfig:
 
     sources: list[SourceConfig] = field(default_factory=list)  # what to read, see data.sources[]
     # A sentencepiece file; `mixtral` (v1, 32000) or `mixtral-v3` (32768), bundled with mistral-common; `train`: a new
-    # sentencepiece model of model.vocab_size pieces trained on the sources; `train-v3`: one with Mixtral's control tokens
-    # for chats and tools; or `checkpoint`: the one of init_from.
+    # sentencepiece model of model.vocab_size pieces trained on the sources; `train-v3`: one with Mixtral's control
+    # tokens for chats and tools; or `checkpoint`: the one of init_from.
     tokenizer: str = "mixtral"
     seq_len: int = MISSING  # tokens of a row that the model sees
     # Share of each source's tokens kept from training for evaluation, by document; a checkpoint remembers which.

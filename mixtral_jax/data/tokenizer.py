@@ -173,7 +173,7 @@ def load_tokenizer(data: DataConfig, vocab_size: int) -> Tokenizer:
     """Loads, or trains, the tokenizer that the configuration names.
 
     Args:
-        data: `tokenizer` is a sentencepiece file, `mixtral`, `mixtral-v3`, `train` or `train-v3`; the last two use `sources`.
+        data: `tokenizer` is a file, `mixtral`, `mixtral-v3`, `train` or `train-v3`; the last two use `sources`.
         vocab_size: rows of the model's embedding.
 
     Returns:

@@ -59,9 +59,9 @@ def _train(data: DataConfig, vocab_size: int, controls: tuple[str, ...]) -> byte
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(sample), model_writer=model, model_type="bpe", vocab_size=vocab_size,
-            unk_id=0, bos_id=1, eos_id=2, pad_id=-1, control_symbols=list(controls), byte_fallback=True, split_digits=True,
-            normalization_rule_name="identity", remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
-            character_coverage=0.9999, max_sentence_length=8 * PIECE,
+            unk_id=0, bos_id=1, eos_id=2, pad_id=-1, control_symbols=list(controls), byte_fallback=True,
+            split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True, character_coverage=0.9999, max_sentence_length=8 * PIECE,
             num_threads=2,  # stands in the model, so a fixed number keeps its bytes the same everywhere
             minloglevel=2,
         )  # fmt: skip
@@ -70,13 +70,14 @@ def _train(data: DataConfig, vocab_size: int, controls: tuple[str, ...]) -> byte
         if found is None:
             raise
         few, limit = bool(found[1]), found[2] or found[4]
-        raise UserError(
-            f"data.tokenizer={data.tokenizer}: the sources hold text for {limit} tokens, not model.vocab_size={vocab_size}: lower "
-            f"model.vocab_size to {limit} or add text"
+        wrong = (
+            f"the sources hold text for {limit} tokens, not model.vocab_size={vocab_size}: lower model.vocab_size to "
+            f"{limit} or add text"
             if few
-            else f"data.tokenizer={data.tokenizer}: model.vocab_size={vocab_size} is too small for the characters of the sources: "
-            f"raise it to at least {limit}"
-        ) from None
+            else f"model.vocab_size={vocab_size} is too small for the characters of the sources: raise it to at least "
+            f"{limit}"
+        )
+        raise UserError(f"data.tokenizer={data.tokenizer}: {wrong}") from None
     return model.getvalue()
 
 
