@@ -38,15 +38,36 @@ def cross_entropy_sum(
         chunk: tokens of a device whose logits exist at once.
     """
 
+    return cross_entropy_statistics(x, head, targets, mask, mesh=mesh, backend=backend, chunk=chunk)[0]
+
+
+def cross_entropy_statistics(
+    x: Float[Array, "batch seq d_model"],
+    head: Float[Array, "d_model vocab"],
+    targets: Int[Array, "batch seq"],
+    mask: Bool[Array, "batch seq"],
+    *,
+    mesh: Mesh,
+    backend: str,
+    chunk: int,
+) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
+    """Computes `cross_entropy_sum` and, of the same positions, what else their logits tell.
+
+    Returns:
+        The sum of losses in nats, which alone is differentiable; the sum of the predictions' entropies in nats; how
+        many targets were the likeliest token.
+    """
+
     def local(x: Array, head: Array, targets: Array, mask: Array) -> Array:
         head = gather(head, mesh, "d_model", axis=0)
         flat = (a.reshape(-1, *a.shape[2:]) for a in (x, targets, mask))
-        total = _local_sum(head, *flat, min(chunk, targets.size), backend)
-        return add_up(total, mesh, "data", "fsdp", "expert", "context")
+        sums = _local_sums(head, *flat, min(chunk, targets.size), backend)
+        return add_up(sums, mesh, "data", "fsdp", "expert", "context")
 
     tokens = spec(("batch", "sequence"))
     in_specs = (spec(("batch", "sequence", None)), spec(("d_model", "vocab")), tokens, tokens)
-    return by_device(local, mesh, in_specs, PartitionSpec())(x, head, targets, mask)
+    nats, entropy, greedy = by_device(local, mesh, in_specs, PartitionSpec())(x, head, targets, mask)
+    return nats, entropy, greedy
 
 
 def token_losses(
@@ -74,35 +95,6 @@ def token_losses(
 
     tokens = spec(("batch", "sequence"))
     in_specs = (spec(("batch", "sequence", None)), spec(("d_model", "vocab")), tokens)
-    return by_device(local, mesh, in_specs, (tokens, tokens))(x, head, targets)
-
-
-def token_statistics(
-    x: Float[Array, "batch seq d_model"],
-    head: Float[Array, "d_model vocab"],
-    targets: Int[Array, "batch seq"],
-    *,
-    mesh: Mesh,
-    chunk: int,
-) -> tuple[Float[Array, "batch seq"], Bool[Array, "batch seq"]]:
-    """Computes, forward only, every prediction's entropy in nats and whether its target is the likeliest."""
-
-    def local(x: Array, head: Array, targets: Array) -> tuple[Array, Array]:
-        head = gather(head, mesh, "d_model", axis=0)
-
-        def body(inputs: tuple[Array, Array]) -> tuple[Array, Array]:
-            logits, logsumexp, at_target, _ = _chunk_logits(inputs[0], head, inputs[1])
-            mean = jax.lax.psum(jnp.sum(jnp.exp(logits - logsumexp[:, None]) * logits, axis=-1), VOCAB_AXIS)
-            return logsumexp - mean, at_target >= jax.lax.pmax(jnp.max(logits, axis=-1), VOCAB_AXIS)
-
-        size = min(chunk, targets.size)
-        chunks = (_split(x.reshape(-1, x.shape[-1]), size), _split(targets.reshape(-1), size))
-        entropy, greedy = (_join(out, targets.size).reshape(targets.shape) for out in jax.lax.map(body, chunks))
-        return entropy, greedy
-
-    tokens = spec(("batch", "sequence"))
-    in_specs = (spec(("batch", "sequence", None)), spec(("d_model", "vocab")), tokens)
-    x, head = jax.lax.stop_gradient((x, head))
     return by_device(local, mesh, in_specs, (tokens, tokens))(x, head, targets)
 
 
@@ -144,8 +136,10 @@ def chunk_gradients(
     d_head: Float[Array, "d_model vocab"],
     backend: str,
     weights: Float[Array, " tokens"] | None = None,
-) -> tuple[Float[Array, " tokens"], Float[Array, "tokens d_model"], Float[Array, "d_model vocab"]]:
-    """Computes the losses of a chunk and the gradients of the masked ones' sum; the head's is added to `d_head`.
+) -> tuple[
+    Float[Array, " tokens"], Bool[Array, " tokens"], Float[Array, "tokens d_model"], Float[Array, "d_model vocab"]
+]:
+    """Computes what `chunk_losses` does and the gradients of the masked losses' sum; the head's is added to `d_head`.
 
     Each loss counts as often as its weight says, once if there are none.
     """
@@ -154,19 +148,13 @@ def chunk_gradients(
     d_logits = jnp.where(mask[..., None], jnp.exp(logits - logsumexp[..., None]) - hit, 0)
     d_logits = (d_logits if weights is None else d_logits * weights[:, None]).astype(head.dtype)
     d_head += jnp.einsum("td,tv->dv", x, d_logits, preferred_element_type=FULL)
-    return logsumexp - at_target, jnp.einsum("tv,dv->td", d_logits, head), d_head
+    greedy = at_target >= jax.lax.pmax(jnp.max(logits, axis=-1), VOCAB_AXIS)
+    return logsumexp - at_target, greedy, jnp.einsum("tv,dv->td", d_logits, head), d_head
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _local_sum(head: Array, x: Array, targets: Array, mask: Array, chunk: int, backend: str) -> Array:
-    engine = load("cross_entropy", backend)
-
-    def body(total: Array, inputs: tuple[Array, ...]) -> tuple[Array, None]:
-        x_c, targets_c, mask_c = inputs
-        nats, _ = engine.chunk_losses(x_c, head, targets_c, backend)
-        return total + jnp.sum(jnp.where(mask_c, nats, 0)), None
-
-    return jax.lax.scan(body, jnp.zeros((), FULL), tuple(_split(a, chunk) for a in (x, targets, mask)))[0]
+def _local_sums(head: Array, x: Array, targets: Array, mask: Array, chunk: int, backend: str) -> Array:
+    return _local_fwd(head, x, targets, mask, chunk, backend)[0]
 
 
 def _local_fwd(
@@ -175,24 +163,27 @@ def _local_fwd(
     engine = load("cross_entropy", backend)
 
     def body(carry: tuple[Array, Array], inputs: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
-        total, d_head = carry
+        sums, d_head = carry
         x_c, targets_c, mask_c = inputs
-        nats, d_x, d_head = engine.chunk_gradients(x_c, head, targets_c, mask_c, d_head, backend)
-        return (total + jnp.sum(jnp.where(mask_c, nats, 0)), d_head), d_x
+        nats, greedy, d_x, d_head = engine.chunk_gradients(x_c, head, targets_c, mask_c, d_head, backend)
+        nats = jnp.sum(jnp.where(mask_c, nats, 0))
+        # <x, d_x> is the mean logit under the prediction less that of the target: no second look at logits is needed.
+        entropy = nats - jax.lax.psum(jnp.sum(x_c.astype(FULL) * d_x.astype(FULL)), VOCAB_AXIS)
+        return (sums + jnp.stack([nats, entropy, jnp.sum(mask_c & greedy, dtype=FULL)]), d_head), d_x
 
-    start = (jnp.zeros((), FULL), jnp.zeros(head.shape, FULL))
-    (total, d_head), d_x = jax.lax.scan(body, start, tuple(_split(a, chunk) for a in (x, targets, mask)))
-    return total, (_join(d_x, x.shape[0]).astype(x.dtype), d_head)
+    start = (jnp.zeros(3, FULL), jnp.zeros(head.shape, FULL))
+    (sums, d_head), d_x = jax.lax.scan(body, start, tuple(_split(a, chunk) for a in (x, targets, mask)))
+    return sums, (_join(d_x, x.shape[0]).astype(x.dtype), d_head)
 
 
-def _local_bwd(chunk: int, backend: str, residuals: tuple[Array, Array], d_total: Array) -> tuple[Array | None, ...]:
+def _local_bwd(chunk: int, backend: str, residuals: tuple[Array, Array], d_sums: Array) -> tuple[Array | None, ...]:
     d_x, d_head = residuals
-    # The sum is the same on every device of the vocabulary axis; its derivative is the sum of their cotangents.
-    scale = jax.lax.psum(d_total, VOCAB_AXIS)
+    # The sums are the same on every device of the vocabulary axis; their derivative is the sum of their cotangents.
+    scale = jax.lax.psum(d_sums[0], VOCAB_AXIS)
     return (d_head * scale).astype(d_x.dtype), d_x * scale.astype(d_x.dtype), None, None
 
 
-_local_sum.defvjp(_local_fwd, _local_bwd)
+_local_sums.defvjp(_local_fwd, _local_bwd)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -220,7 +211,7 @@ def _losses_bwd(
 
     def body(d_head: Array, inputs: tuple[Array, ...]) -> tuple[Array, Array]:
         x_c, targets_c, weights_c = inputs
-        _, d_x, d_head = engine.chunk_gradients(x_c, head, targets_c, weights_c != 0, d_head, backend, weights_c)
+        *_, d_x, d_head = engine.chunk_gradients(x_c, head, targets_c, weights_c != 0, d_head, backend, weights_c)
         return d_head, d_x
 
     chunks = tuple(_split(a, chunk) for a in (x, targets, weights))

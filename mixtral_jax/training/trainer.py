@@ -199,7 +199,6 @@ class Trainer:
             return self.trainable.put(self.data.batch(step, rows), rows)
 
         pending: deque[tuple[int, Metrics, Future[float]]] = deque()
-        self.start.begin_steps()
         with (
             MetricsLogger(
                 path, config.train.steps, resume_step=step, descriptions={"mfu": mfu}, is_main=processes.is_main()
@@ -208,6 +207,9 @@ class Trainer:
             StepClock(config.train.log_every) as clock,
             Prefetcher(place, step, last) as batches,
         ):
+            if step == 0 and config.objective.name != "pretrain" and config.init_from and config.train.eval_every:
+                self._evaluate(0, state)  # what the model can before it is taught
+            self.start.begin_steps()
             for batch in batches:
                 processes.begin(step + 1)
                 state, metrics = self.trainable.step(state, batch)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixtral_jax.kernels.cross_entropy import cross_entropy_sum, token_losses, token_statistics
+from mixtral_jax.kernels.cross_entropy import cross_entropy_statistics, cross_entropy_sum, token_losses
 from tests import oracles
 from tests.tiny import LIMITS, by_engine, mesh_of
 
@@ -63,15 +63,19 @@ def test_losses_of_tokens_equal_the_reference(mesh, backend, chunk):
     assert max(oracles.error(a, b) for a, b in zip(grads, expected_grads, strict=True)) < LIMITS[backend]
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-def test_entropies_equal_the_reference(mesh):
-    x, head, targets, _ = example()
-    where = {"mesh": mesh_of(**MESHES[mesh]), "chunk": 5}
-    entropy, greedy = jax.jit(functools.partial(token_statistics, **where))(x, head, targets)
+@pytest.mark.parametrize(("mesh", "backend"), PLACES)
+def test_entropies_and_hits_equal_the_reference_and_take_no_part_in_gradients(mesh, backend):
+    x, head, targets, mask = example()
+    likeliest = np.argmax(np.float64(x) @ np.float64(head), axis=-1)
+    targets = targets.at[1].set(likeliest[1])  # a random target is seldom the likeliest
+    sums = functools.partial(cross_entropy_statistics, mesh=mesh_of(**MESHES[mesh]), backend=backend, chunk=5)
+    (_, entropy, greedy), pull = jax.vjp(jax.jit(lambda x: sums(x, head, targets, mask)), x)
     logits = np.float64(x) @ np.float64(head)
     log_probs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
-    assert oracles.error(entropy, -(np.exp(log_probs) * log_probs).sum(axis=-1)) < 2e-6
-    np.testing.assert_array_equal(greedy, targets == np.argmax(logits, axis=-1))
+    expected = -np.sum(np.exp(log_probs) * log_probs, where=np.asarray(mask)[..., None])
+    assert abs(entropy / expected - 1) < LIMITS[backend]
+    assert greedy == np.sum((targets == likeliest) & mask)
+    assert not np.any(pull((jnp.zeros(()), jnp.ones(()), jnp.ones(())))[0])
 
 
 def test_nothing_masked_in_is_zero():

@@ -102,6 +102,8 @@ def test_the_better_answers_win_and_the_reference_is_asked_once(tuned, place):
     assert steps[0]["loss"] - routers == pytest.approx(np.log(2), abs=1e-5)  # the model is the reference
     assert steps[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
     held_out = [line for line in lines if "heldout/loss" in line]
+    assert held_out[0]["step"] == 0
+    assert held_out[0]["heldout/loss"] == pytest.approx(np.log(2), abs=1e-5)  # before the first step
     assert held_out[-1]["heldout/rewards/accuracies"] > 0.8
     assert held_out[-1]["heldout/loss"] < 0.5
     assert held_out[-1]["heldout/logps/chosen"] > held_out[-1]["heldout/logps/rejected"]

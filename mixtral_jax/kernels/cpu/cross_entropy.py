@@ -22,9 +22,12 @@ def chunk_gradients(
     d_head: Float[Array, "d_model vocab"],
     engine: str,
     weights: Float[Array, " tokens"] | None = None,
-) -> tuple[Float[Array, " tokens"], Float[Array, "tokens d_model"], Float[Array, "d_model vocab"]]:
-    """Computes the losses and the gradients of the masked ones' sum, by weight; the head's is added to `d_head`."""
+) -> tuple[
+    Float[Array, " tokens"], Bool[Array, " tokens"], Float[Array, "tokens d_model"], Float[Array, "d_model vocab"]
+]:
+    """Computes the same and the gradients of the masked ones' sum, by weight; the head's is added to `d_head`."""
     rows, d_logits = differentiate(multiply(x, head, engine), targets, mask)
     weigh = lambda a: a if weights is None else a * weights[:, None].astype(a.dtype)  # noqa: E731
     d_head = add_product(d_head, weigh(x), d_logits, engine)
-    return rows.log_total - rows.at_target, weigh(multiply(d_logits, head, engine, "nt")), d_head
+    d_x = weigh(multiply(d_logits, head, engine, "nt"))
+    return rows.log_total - rows.at_target, rows.at_target >= rows.peak, d_x, d_head
