@@ -3,7 +3,7 @@
     python -m tests.mutation [WORD ...]
 
 Only mistakes in files whose name holds one of the words, if there are any. Takes an hour or so for all; not part of CI.
-Tests must first pass without a mistake; from then on the quickest run first, since the first failure ends them.
+Tests that fail without a mistake are left out and named; the others run the quickest first, up to the first failure.
 """
 
 import importlib
@@ -15,79 +15,96 @@ import sys
 import tempfile
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tests.mutants import MUTANTS, Mutant
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 900  # seconds for the tests of one mistake; a mistake that makes them hang is noticed, too
 # What a fork for each mistake need not import again; first what sets the variables that JAX reads.
-BEFORE = ("tests.conftest", "pytest", "jax", "flax.nnx", "optax", "orbax.checkpoint", "scipy.special", "sentencepiece")
+BEFORE = ("tests.conftest", "pytest", "jax", "flax.nnx", "optax", "orbax.checkpoint", "scipy.special", "sentencepiece",
+          "numba", "mistral_common.protocol.instruct.request", "huggingface_hub.hf_api")  # fmt: skip
 BROKEN = ("NameError", "ImportError", "ModuleNotFoundError", "SyntaxError", "fixture ")  # any test would notice these
 
 
 class Watch:
-    """A plugin of pytest: the quickest tests first; what each took, and how the first one failed."""
+    """A plugin of pytest: the quickest tests first; what each took, and how those failed that did."""
 
-    def __init__(self, seconds: dict[str, float]):
-        self.before = seconds
+    def __init__(self, before: dict[str, float], left_out: list[str]):
+        self.before = before
+        self.left_out = left_out
         self.seconds: dict[str, float] = defaultdict(float)
-        self.failure = ""
+        self.failures: dict[str, str] = {}
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         files: dict[str, float] = defaultdict(float)
         for item in items:
             files[item.nodeid.partition("::")[0]] += self.before.get(item.nodeid, 0)
-        items.sort(key=lambda item: (files[item.nodeid.partition("::")[0]], self.before.get(item.nodeid, 0)))
+        items[:] = sorted(
+            (item for item in items if item.nodeid not in self.left_out),
+            key=lambda item: (files[item.nodeid.partition("::")[0]], self.before.get(item.nodeid, 0)),
+        )
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         self.seconds[report.nodeid] += report.duration
-        if report.failed and not self.failure:
+        if report.failed:
             crash = getattr(report.longrepr, "reprcrash", None)
             reason = (crash.message if crash else str(report.longrepr)).strip().splitlines() or [""]
-            self.failure = f"{report.nodeid.removeprefix('tests/')} ({reason[0][:100]})"
+            self.failures.setdefault(report.nodeid, reason[0][:100])
 
 
-def run(tests: str, seconds: dict[str, float]) -> tuple[str, dict[str, float]]:
-    """Runs tests in a process of its own; says how they failed ("" if they passed) and what each of them took."""
+class Outcome(NamedTuple):
+    """How tests ended."""
+
+    problem: str  # why they could not run; empty: they did
+    failures: dict[str, str]
+    seconds: dict[str, float]
+
+
+def run(tests: str, before: Outcome | None) -> Outcome:
+    """Runs tests in a process of its own; with an outcome of before, up to the first failure that is new."""
     place = Path("mutation.json").absolute()
-    place.unlink(missing_ok=True)
-    process = multiprocessing.get_context("fork").Process(target=_test, args=(tests.split(), seconds, place))
+    process = multiprocessing.get_context("fork").Process(target=_test, args=(tests.split(), before, place))
     process.start()
     process.join(LIMIT)
     code = process.exitcode
     if code is None:
         process.kill()
         process.join()
-        return "no end", {}
+        return Outcome("", {"the time": f"more than {LIMIT} s"}, {})
     if code not in (0, 1):
-        return f"NOT RUN: pytest says {code}", {}
-    failure, took = json.loads(place.read_text())
-    return failure if not any(f"({name}" in failure for name in BROKEN) else f"NOT RUN: {failure}", took
+        return Outcome(f"pytest says {code}", {}, {})
+    return Outcome("", *json.loads(place.read_text()))
 
 
-def _test(tests: list[str], seconds: dict[str, float], place: Path) -> None:
+def _test(tests: list[str], before: Outcome | None, place: Path) -> None:
     """Imports the package and its tests from the copy."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
         del sys.modules[name]
     for stream in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-    watch = Watch(seconds)
-    arguments = ["-q", "-x", "-p", "no:cacheprovider", *[f"tests/{name}" for name in tests]]
-    code = importlib.import_module("pytest").main(arguments, [watch])
-    place.write_text(json.dumps([watch.failure, watch.seconds]))
+    watch = Watch(before.seconds, list(before.failures)) if before else Watch({}, [])
+    # Without checks of types, which take most of the time, and notice what no test of what is computed does.
+    arguments = ["-q", "-p", "no:cacheprovider", "-o", "addopts=", *["-x"] * bool(before)]
+    code = importlib.import_module("pytest").main([*arguments, *[f"tests/{name}" for name in tests]], [watch])
+    place.write_text(json.dumps([watch.failures, watch.seconds]))
     os._exit(code)
 
 
-def noticed(mutant: Mutant, seconds: dict[str, float]) -> str:
-    """Plants a mistake, runs its tests, takes it back; says how they failed."""
+def noticed(mutant: Mutant, before: Outcome) -> str:
+    """Plants a mistake, runs its tests, takes it back; says how it went."""
     file = Path("mixtral_jax") / mutant.file
     text, times = file.read_text(), file.stat()
     file.write_text(text.replace(mutant.old, mutant.new))
-    failure, _ = run(mutant.tests, seconds)
+    outcome = run(mutant.tests, before)
     file.write_text(text)
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # or Python takes what it compiled of the mistake
-    return failure
+    if outcome.problem:
+        return f"NOT RUN: {outcome.problem}"
+    how = [f"{test.removeprefix('tests/')} ({reason})" for test, reason in outcome.failures.items()]
+    if any(reason.startswith(BROKEN) for reason in outcome.failures.values()):
+        return f"NOT RUN: {how[0]}"
+    return f"killed: {how[0]}" if how else "SURVIVED"
 
 
 def main(words: list[str]) -> int:
@@ -96,7 +113,7 @@ def main(words: list[str]) -> int:
     for name in BEFORE:
         importlib.import_module(name)
     killed = 0
-    known: dict[str, tuple[str, dict[str, float]]] = {}
+    known: dict[str, Outcome] = {}
     with tempfile.TemporaryDirectory() as place:
         copy = Path(place) / "copy"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "__pycache__", "runs_of_*"))
@@ -104,10 +121,11 @@ def main(words: list[str]) -> int:
         sys.path[0] = os.environ["PYTHONPATH"] = str(copy)
         for number, mutant in enumerate(chosen, 1):
             if mutant.tests not in known:
-                known[mutant.tests] = run(mutant.tests, {})
-            without, seconds = known[mutant.tests]
-            failure = f"NOT RUN: without it, too: {without}" if without else noticed(mutant, seconds)
-            result = failure if failure.startswith("NOT RUN") else f"killed: {failure}" if failure else "SURVIVED"
+                known[mutant.tests] = run(mutant.tests, None)
+                for test, reason in known[mutant.tests].failures.items():
+                    print(f"left out, for it fails without a mistake: {test} ({reason})", flush=True)
+            before = known[mutant.tests]
+            result = f"NOT RUN: {before.problem} without it" if before.problem else noticed(mutant, before)
             killed += result.startswith("killed")
             print(f"{number}/{len(chosen)} {mutant.file}: {mutant.old!r} -> {mutant.new!r}: {result}", flush=True)
         os.chdir(ROOT)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, cast
@@ -101,7 +102,7 @@ def _tokenizer(released: Released, config: Config, overrides: list[str]) -> Toke
                 f"data.tokenizer={config.data.tokenizer} would give the release's rows other meanings: name a "
                 "sentencepiece file, mixtral or mixtral-v3, or leave it out"
             )
-        named = load_tokenizer(config.data, config.model.vocab_size)
+        named = load_tokenizer(config.data, sys.maxsize)  # whether it fits is said in an import's own words
     return read_tokenizer(released.directory, config.model.vocab_size, named)
 
 

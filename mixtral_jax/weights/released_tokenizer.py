@@ -25,6 +25,11 @@ def read_tokenizer(directory: Path, rows: int, named: Tokenizer | None = None) -
         UserError: no tokenizer, one that does not fit, or added tokens that cannot be read.
     """
     added = _added_tokens(directory)
+    if named is not None and named.vocab_size > rows:
+        raise UserError(
+            f"the tokenizer that data.tokenizer names has {named.vocab_size} tokens, but the vocabulary of {directory} "
+            f"{rows}: name the model's own"
+        )
     if named is not None:
         longer = _extend(named.model_bytes, added)
         return Tokenizer(longer) if longer and Tokenizer(longer).vocab_size <= rows else named

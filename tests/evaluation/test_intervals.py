@@ -29,6 +29,12 @@ def test_the_spread_is_that_of_the_mean(documents):
     assert low < values.mean() < high
 
 
+def test_an_interval_leaves_the_same_share_out_at_both_ends():
+    values = np.random.default_rng(0).permutation(np.arange(1001.0))
+    assert interval(values) == pytest.approx((25, 975))
+    assert interval(values, coverage=0.5) == pytest.approx((250, 750))
+
+
 def test_intervals_cover_the_truth_as_often_as_they_say():
     rng = np.random.default_rng(1)
     hits = 0

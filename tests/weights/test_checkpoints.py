@@ -146,6 +146,13 @@ def test_a_named_tokenizer_wins(source: Path, tmp_path: Path) -> None:
         import_checkpoint(source, tmp_path / "import", [], say=quiet)
     with pytest.raises(UserError, match=r"data.tokenizer=train would"):
         import_checkpoint(source, tmp_path / "import", ["data.tokenizer=train"], say=quiet)
+    (tmp_path / "large.model").write_bytes(make_tokenizer(65))
+    with pytest.raises(UserError) as caught:
+        import_checkpoint(source, tmp_path / "import", [f"data.tokenizer={tmp_path / 'large.model'}"], say=quiet)
+    assert str(caught.value) == (
+        f"the tokenizer that data.tokenizer names has 65 tokens, but the vocabulary of {source} 64: "
+        "name the model's own"
+    )
     (tmp_path / "mine.model").write_bytes(make_tokenizer(62))
     said = told(source, tmp_path / "import", f"data.tokenizer={tmp_path / 'mine.model'}")
     assert "tokenizer: 62 pieces, 0 added tokens, 2 rows without a token" in said
