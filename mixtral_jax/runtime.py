@@ -30,6 +30,7 @@ class Runtime:
     experts: str
     exchange: str  # of rows between the devices along the mesh axis `expert`
     adamw: str
+    decoding: str
     block_sizes: tuple[int, ...]  # rows of the blocks of expert products; empty: chosen from the expected load
     loss_chunk: int  # tokens of a device
     remat: str  # train.remat; or `named`, where a backend would rather have named arrays saved than what XLA picks
@@ -138,6 +139,7 @@ def make_runtime(config: Config, mesh: Mesh | None = None) -> Runtime:
         experts=experts,
         exchange=choose("exchange", kernels.exchange, place),
         adamw=choose("adamw", "auto", place),
+        decoding=choose("decoding", "auto", place),
         block_sizes=(kernels.block_size,) if kernels.block_size else (),
         loss_chunk=kernels.loss_chunk,
         remat="named" if saves_named else config.train.remat,

@@ -4,6 +4,7 @@ The slot of a token in the cache is its position. A query sees the slots up to i
 the text's own tokens before the query came: what a shorter text leaves in later slots is never seen.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,7 +18,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mixtral_jax.config import UserError
 from mixtral_jax.inference.sampling import Sampling, SamplingArrays, choose_tokens, stack
-from mixtral_jax.model.attention import KV_HEADS
+from mixtral_jax.kernels.stored import matrices, multiply_stored
+from mixtral_jax.model.attention import KV_HEADS, Attention
 from mixtral_jax.model.layers import embed, rotary_tables, rotate
 from mixtral_jax.model.mixtral import Architecture, Arrays, Mixtral
 from mixtral_jax.precision import FULL
@@ -80,36 +82,81 @@ def extend(
         The cache with them, final activations, and the experts that each token chose.
     """
     config, runtime = model.config, model.runtime
-    compute = runtime.precision.compute
     offsets = jnp.arange(tokens.shape[1], dtype=jnp.int32)
     positions = start[:, None] + offsets
     valid = offsets < count[:, None]
     rotary = rotary_tables(positions, config)
     visible = jnp.arange(cache.keys.shape[2]) <= positions[..., None]
     graph, stacked = nnx.split(model.layers)
-    write = jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=0))
+    stack_of, project = model.expert_stacks(decoding=True), _projections(model)
 
-    def body(x: Array, inputs: tuple[Any, Array, Array]) -> tuple[Array, tuple[Array, Array, Array]]:
-        state, keys, values = inputs
+    def body(carry: tuple[Array, Cache], inputs: tuple[Any, Array]) -> tuple[tuple[Array, Cache], Array]:
+        (x, cache), (state, number) = carry, inputs
         layer = nnx.merge(graph, state)
-        attention, normed = layer.attention, layer.attention_norm(x)
-        project = lambda w: jnp.einsum("bsd,dhk->bshk", normed, w[...].astype(compute))  # noqa: E731
-        keys = constrain(write(keys, rotate(project(attention.wk), *rotary), start), runtime.mesh, KV_HEADS)
-        values = constrain(write(values, project(attention.wv), start), runtime.mesh, KV_HEADS)
-        out = _attend(rotate(project(attention.wq), *rotary), keys, values, visible)
-        x = x + jnp.einsum("bshk,hkd->bsd", out, attention.wo[...].astype(compute))
-        y, router = layer.moe(layer.moe_norm(x), valid)
-        return x + y, (keys, values, router.expert_indices)
+        q, k, v = project(layer.attention_norm(x), ("wq", "wk", "wv"), layer.attention, number)
+        new = Cache(rotate(k, *rotary), v)
+        cache = Cache(*(_write(old, entries, number, start) for old, entries in zip(cache, new, strict=True)))
+        keys, values = (constrain(all_[number], runtime.mesh, KV_HEADS) for all_ in cache)
+        out = _attend(rotate(q, *rotary), keys, values, visible)
+        x = x + project(out, ("wo",), layer.attention, number)[0]
+        y, router = layer.moe(layer.moe_norm(x), valid, stack_of(number))
+        return (x + y, cache), router.expert_indices
 
-    x = embed(model.embedding[...], tokens, runtime)
-    x, (keys, values, experts) = jax.lax.scan(body, x, (stacked, cache.keys, cache.values))
-    return Cache(keys, values), model.final_norm(x), experts
+    x, numbers = embed(model.embedding[...], tokens, runtime), jnp.arange(config.num_layers, dtype=jnp.int32)
+    (x, cache), experts = jax.lax.scan(body, (x, cache), (stacked, numbers))
+    return cache, model.final_norm(x), experts
+
+
+def _projections(model: Mixtral) -> Callable[[Array, Sequence[str], Attention, Array], list[Array]]:
+    """Makes a function that multiplies with some of a layer's attention matrices."""
+    config, runtime = model.config, model.runtime
+    shapes = {
+        "wq": (1, (config.num_heads, config.head_dim)),
+        "wk": (1, (config.num_kv_heads, config.head_dim)),
+        "wv": (1, (config.num_kv_heads, config.head_dim)),
+        "wo": (2, (config.d_model,)),
+    }
+
+    def sliced(x: Array, names: Sequence[str], layer: Attention, number: Array) -> list[Array]:
+        weights = [getattr(layer, name)[...].astype(runtime.precision.compute) for name in names]
+        return [jnp.tensordot(x, w, shapes[name][0]) for name, w in zip(names, weights, strict=True)]
+
+    def stored(x: Array, names: Sequence[str], layer: Attention, number: Array) -> list[Array]:
+        (axes,) = {shapes[name][0] for name in names}
+        rows = x.reshape(-1, math.prod(x.shape[-axes:]))
+        attention = model.layers.attention
+        stacks = [matrices(getattr(attention, name)[...], experts=1, inner=rows.shape[1]) for name in names]
+        products = multiply_stored(rows, number, *stacks)
+        return [out.reshape(*x.shape[:2], *shapes[name][1]) for name, out in zip(names, products, strict=True)]
+
+    return stored if runtime.decoding == "stored" else sliced
+
+
+def _write(cache: Array, new: Array, layer: Array, start: Array) -> Array:
+    """Puts entries [batch, seq, ...] into one layer's slots from `start` on."""
+    numbers = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=(1, 2, 3),
+        inserted_window_dims=(0,),
+        scatter_dims_to_operand_dims=(0, 2),
+        operand_batching_dims=(1,),
+        scatter_indices_batching_dims=(0,),
+    )
+    places = jnp.stack([jnp.full_like(start, layer), start], axis=1)
+    mode = jax.lax.GatherScatterMode.CLIP
+    return jax.lax.scatter(cache, places, new, numbers, unique_indices=True, mode=mode)
 
 
 def last_of_chunk(x: Float[Array, "batch seq d_model"], count: Int[Array, " batch"], last: Array) -> Array:
     """Takes the activation of the last token of each text; of a text without tokens here the one before."""
     ends = jnp.take_along_axis(x, jnp.maximum(count - 1, 0)[:, None, None], axis=1)
     return jnp.where(count[:, None, None] > 0, ends, last)
+
+
+def _logits(model: Mixtral, last: Float[Array, "batch d_model"]) -> Float[Array, "batch vocab"]:
+    if model.runtime.decoding != "stored":
+        return model.logits(last[:, None])[:, 0]
+    head = matrices(model.lm_head[...][None], experts=1, inner=last.shape[1])
+    return multiply_stored(last.astype(FULL), 0, head)[0]
 
 
 def draw_token(
@@ -132,7 +179,7 @@ def draw_token(
         The state with it, and the token.
     """
     cache, last, seen = state
-    logits = model.logits(last)[:, 0]
+    logits = _logits(model, last[:, 0])
     token, log_prob = choose_tokens(logits, seen, lengths, sampling)
     cache, last, experts = extend(model, cache, token[:, None], lengths, active.astype(jnp.int32))
     seen = constrain(seen.at[jnp.arange(len(lengths)), token].max(active), model.runtime.mesh, SEEN)

@@ -82,11 +82,17 @@ def choose_tokens(
     warm = penalized / jnp.maximum(sampling.temperature, jnp.finfo(FULL).tiny)[:, None]
     filters = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
     allowed = jax.lax.cond(jnp.any(filters), _filtered, lambda warm, _: warm, warm, sampling)
-    keys = jax.vmap(lambda seed, place: jax.random.fold_in(jax.random.key(seed), place))(sampling.seed, positions)
-    drawn = jax.vmap(jax.random.categorical)(keys, allowed)
-    tokens = jnp.where(sampling.temperature > 0, drawn, jnp.argmax(penalized, axis=-1)).astype(jnp.int32)
+    likeliest = jnp.argmax(penalized, axis=-1)
+    warm_ones = sampling.temperature > 0
+    drawn = jax.lax.cond(jnp.any(warm_ones), _drawn, lambda *_: likeliest, allowed, sampling.seed, positions)
+    tokens = jnp.where(warm_ones, drawn, likeliest).astype(jnp.int32)
     log_probs = jax.nn.log_softmax(logits, axis=-1)
     return tokens, jnp.take_along_axis(log_probs, tokens[:, None], axis=-1)[:, 0]
+
+
+def _drawn(allowed: Array, seeds: Array, positions: Array) -> Array:
+    keys = jax.vmap(lambda seed, place: jax.random.fold_in(jax.random.key(seed), place))(seeds, positions)
+    return jax.vmap(jax.random.categorical)(keys, allowed)
 
 
 def _filtered(warm: Array, sampling: SamplingArrays) -> Array:

@@ -7,6 +7,7 @@ engine of one platform is imported through the module that its line names, and b
 import functools
 import importlib
 import importlib.util
+import platform
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,10 +61,16 @@ class Backend:
     reads_stack: bool = False  # reads the experts' weights where they lie in the stack of all layers
 
 
+def on_x86() -> bool:
+    """Says whether this machine can have engines for CPUs at all."""
+    known = sys.platform.startswith("linux") and platform.machine() == "x86_64"
+    return known and importlib.util.find_spec("numba") is not None
+
+
 @functools.cache
 def available(engine: str) -> bool:
     """Says whether this machine has an engine for matrix products on CPUs, and makes it ready."""
-    if not sys.platform.startswith("linux") or importlib.util.find_spec("numba") is None:
+    if not on_x86():
         return False
     loaded: bool = importlib.import_module(f"mixtral_jax.kernels.cpu.{engine}").load()
     return loaded
@@ -103,6 +110,7 @@ NO_EXCHANGE = Need(
     "no exchange of rows",
 )
 AMX = Need(lambda _: available("amx"), "needs a processor with AMX, Linux, and pip install numba", short="AMX")
+NUMBA = Need(lambda _: on_x86(), "needs Linux on x86 and pip install numba", short="package numba")
 MKL = Need(lambda _: available("mkl"), "needs packages: pip install mkl numba", short="package mkl")
 
 
@@ -147,6 +155,11 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
         Backend("ragged", ("gpu", "tpu"), "exchange", "just the rows that another device needs"),
         Backend("gather", CPU, "exchange", "all tokens to all devices, and sums back", if_asked=("gpu", "tpu")),
         Backend("padded", (), "exchange", "blocks of one size", if_asked=ALL),
+    ),
+    "decoding": (
+        Backend("stored", CPU, "cpu.stored_matmul", "the weights of chosen experts, read once as they are stored",
+                (Need(lambda t: t.devices == 1, "is for one device", short="one device"), NOT_8_BIT, NUMBA)),
+        Backend("xla", ALL, "expert_ffn", "what evaluation takes"),
     ),
     "adamw": (
         Backend("fused", CPU, "cpu.adamw", "one pass over memory, in place",

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from mixtral_jax.kernels.backends import load
 from mixtral_jax.kernels.quantized import EightBitProduct, quantized_ffn
+from mixtral_jax.kernels.stored import StoredExperts
 
 
 class ExpertStack(NamedTuple):
@@ -30,11 +31,12 @@ class ExpertWeights(NamedTuple):
     w_gate: Float[Array, "experts d_model d_ff"]
     w_up: Float[Array, "experts d_model d_ff"]
     w_down: Float[Array, "experts d_ff d_model"]
-    stack: ExpertStack | None = None
+    stack: ExpertStack | StoredExperts | None = None
 
     def in_stack(self) -> ExpertStack:
         """Returns where to read them: in the stack, or in one of this layer alone."""
         w_gate, w_up, w_down, stack = self
+        assert not isinstance(stack, StoredExperts)
         return stack or ExpertStack(w_gate[None], w_up[None], w_down[None], jnp.zeros((), jnp.int32))
 
 
@@ -54,7 +56,7 @@ def expert_ffn(
         rows: sorted by expert; those beyond the sum of `group_sizes` are padding.
         group_sizes: rows of each expert.
         weights: the experts.
-        backend: of the table; or `equal`, which requires every group to be rows / experts long.
+        backend: of the table, but for `StoredExperts`; or `equal`, which requires groups of rows / experts each.
         block_sizes: rows of the blocks of `grouped_blocks`, largest first; see `choose_block_sizes`.
         interpret: run a kernel of the platform step by step, on a CPU.
         eight_bit: type that the products' factors are rounded to, see `quantized`; None: none.
@@ -63,7 +65,9 @@ def expert_ffn(
         One output a row; padding rows are finite and otherwise unspecified.
     """
     sizes = group_sizes.astype(jnp.int32)
-    w_gate, w_up, w_down, _ = weights
+    w_gate, w_up, w_down, stack = weights
+    if isinstance(stack, StoredExperts):
+        return load("decoding", "stored").stored_ffn(rows, sizes, stack)  # type: ignore[no-any-return]
     if eight_bit is not None:
         product = EightBitProduct(eight_bit, backend, block_sizes[0] if block_sizes else 0, interpret)
         return quantized_ffn(rows, sizes, w_gate, w_up, w_down, product)

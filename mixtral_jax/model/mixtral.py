@@ -1,5 +1,7 @@
 """The decoder: embedding, scanned layers, final norm and output matrix."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, TypedDict
 
 import jax
@@ -9,6 +11,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.kernels.expert_ffn import ExpertStack
+from mixtral_jax.kernels.stored import EightBitWeights, StoredExperts, matrices
 from mixtral_jax.model.attention import Attention
 from mixtral_jax.model.layers import RMSNorm, Rotary, embed, parameter, rotary_tables
 from mixtral_jax.model.moe import MoE, RouterOutput, SelectionBias
@@ -84,16 +87,11 @@ class Mixtral(nnx.Module):
         rotary = rotary_tables(positions, config)
         attention_ids = (segment_ids > 0).astype(segment_ids.dtype) if config.attend_across_documents else segment_ids
         graph, params = nnx.split(self.layers)
-        moe, stacked = self.layers.moe, None
-        if runtime.reads_stack:
-            c = runtime.precision.compute
-            experts = moe.w_gate[...].astype(c), moe.w_up[...].astype(c), moe.w_down[...].astype(c)
-            stacked = jax.lax.stop_gradient(experts)
+        stack_of = self.expert_stacks()
 
         def body(x: Array, inputs: Any) -> tuple[Array, RouterOutput]:
             number, params = inputs
-            stack = None if stacked is None else ExpertStack(*stacked, number)
-            y, router = nnx.merge(graph, params)(x, segment_ids, attention_ids, rotary, stack)
+            y, router = nnx.merge(graph, params)(x, segment_ids, attention_ids, rotary, stack_of(number))
             return y, router
 
         if runtime.remat != "none":
@@ -101,6 +99,17 @@ class Mixtral(nnx.Module):
         numbers = jnp.arange(config.num_layers, dtype=jnp.int32)
         x, router = jax.lax.scan(body, x, (numbers, params), unroll=runtime.unrolled)
         return self.final_norm(x), router
+
+    def expert_stacks(self, *, decoding: bool = False) -> Callable[[Int[Array, ""]], Any]:
+        """Returns where a layer finds its experts among those of all layers, for a backend that reads them there."""
+        moe, runtime = self.layers.moe, self.runtime
+        experts = [w[...] for w in (moe.w_gate, moe.w_up, moe.w_down)]
+        if decoding and runtime.decoding == "stored":
+            held: Any = [matrices(w, experts=self.config.num_experts) for w in experts]
+            return partial(StoredExperts, *held)
+        if not runtime.reads_stack or isinstance(experts[0], EightBitWeights):
+            return lambda layer: None
+        return partial(ExpertStack, *jax.lax.stop_gradient([w.astype(runtime.precision.compute) for w in experts]))
 
     def head(self) -> Float[Array, "d_model vocab"]:
         """Returns the output matrix in the compute type."""
@@ -165,8 +174,9 @@ class Architecture:
 
     def bind(self, arrays: Arrays) -> Mixtral:
         """Puts arrays into a model that can be called."""
+        leaves = partial(jax.tree.leaves, is_leaf=lambda leaf: isinstance(leaf, EightBitWeights))
         states = [
-            jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(tree))
+            jax.tree.unflatten(jax.tree.structure(state), leaves(tree))
             for state, tree in ((self._params, arrays["params"]), (self._bias, arrays["selection_bias"]))
         ]
         return nnx.merge(self._graph, *states)

@@ -1,7 +1,7 @@
 """The sparse mixture of experts: a float32 router, two dispatch strategies, on any mesh."""
 
 import math
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from mixtral_jax.config import ModelConfig
 from mixtral_jax.kernels.expert_ffn import ExpertStack, ExpertWeights, expert_ffn
 from mixtral_jax.kernels.grouped_blocks import choose_block_sizes
 from mixtral_jax.kernels.matmul import exact_contract
+from mixtral_jax.kernels.stored import StoredExperts
 from mixtral_jax.model.expert_parallel import (
     ExpertGroup,
     RoutedRows,
@@ -62,7 +63,10 @@ class MoE(nnx.Module):
         self.runtime = runtime
 
     def __call__(
-        self, x: Float[Array, "batch seq d_model"], valid: Bool[Array, "batch seq"], stack: ExpertStack | None = None
+        self,
+        x: Float[Array, "batch seq d_model"],
+        valid: Bool[Array, "batch seq"],
+        stack: ExpertStack | StoredExperts | None = None,
     ) -> tuple[Float[Array, "batch seq d_model"], RouterOutput]:
         """Routes and computes; positions that are not `valid` (padding) reach no expert and return zero.
 
@@ -76,8 +80,7 @@ class MoE(nnx.Module):
         w_gate, w_up, w_down = (w[...].astype(compute) for w in (self.w_gate, self.w_up, self.w_down))
         tokens = spec(("batch", "sequence", None))
         w_in, w_out = spec(("experts", "expert_d_model", "d_ff")), spec(("experts", "d_ff", "expert_d_model"))
-        one, none = cast(Any, ONE_DEVICE), cast(Any, PartitionSpec())
-        in_stack = none if stack is None else ExpertStack(one, one, one, layer=none)
+        in_stack = jax.tree.map(lambda part: ONE_DEVICE if part.ndim else PartitionSpec(), stack)
         split = axis_size(mesh, "expert_d_model") > 1
         local: Any = self._local
         y, indices, dropped = by_device(
@@ -89,7 +92,13 @@ class MoE(nnx.Module):
         return y, RouterOutput(logits, indices, dropped)
 
     def _local(
-        self, x: Array, logits: Array, valid: Array, bias: Array, weights: tuple[Array, ...], stack: ExpertStack | None
+        self,
+        x: Array,
+        logits: Array,
+        valid: Array,
+        bias: Array,
+        weights: tuple[Array, ...],
+        stack: ExpertStack | StoredExperts | None,
     ) -> tuple[Array, Array, Array]:
         """Computes one device's part: its tokens with the experts of its group, whoever holds them."""
         mesh, group = self.runtime.mesh, self._group(*valid.shape)

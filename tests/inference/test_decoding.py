@@ -1,13 +1,17 @@
 """Decoding with a cache against running the whole text again for every token."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mixtral_jax.config import UserError
-from mixtral_jax.inference.decoding import CHUNK, STEPS, make_generator
+from mixtral_jax.inference.decoding import CHUNK, STEPS, Cache, extend, make_generator
 from mixtral_jax.inference.sampling import Sampling
+from mixtral_jax.kernels.backends import on_x86
 from tests.tiny import mesh_of, tiny_architecture, tiny_config
 
 PROMPTS = [[1, 5, 9], [1], [1, *range(3, 60), *range(3, 40)], [1, 7, 7, 7, 8, 8]]
@@ -93,6 +97,20 @@ def test_cold_is_greedy(expected):
     cold = [Sampling(temperature=1e-6, seed=seed) for seed in range(4)]
     drawn, _ = draw(architecture, [[1]] * 4, cold, slots=40, new_tokens=20)
     assert drawn == [expected[1][:20]] * 4
+
+
+@pytest.mark.skipif(not on_x86(), reason="the engine is for x86")
+def test_no_experts_are_cut_out_or_converted():
+    """An instruction whose result is as large as a layer's experts would read all of them."""
+    architecture = tiny_architecture(CONFIG)
+    one = jnp.ones(1, jnp.int32)
+    cache = Cache(*[jnp.zeros((2, 1, 64, 2, 8))] * 2)
+    step = jax.jit(lambda arrays, cache: extend(architecture.bind(arrays), cache, one[:, None], one, one))
+    program = step.lower(architecture.abstract(), cache).compile().as_text()
+    experts = architecture.config.num_experts * architecture.config.d_model * architecture.config.d_ff
+    made = re.findall(r"= f32\[([\d,]+)\]\S* ([\w-]+)\(", program)
+    large = {name for shape, name in made if math.prod(map(int, shape.split(","))) >= experts}
+    assert large <= {"parameter", "get-tuple-element", "bitcast"}
 
 
 def test_what_decoding_cannot_do_is_said():

@@ -32,7 +32,8 @@ STATE = "mixtral_jax_state"
 CACHES = "MIXTRAL_JAX_CACHE_DIR"  # environment: `data.cache_dir`, for where these sources may not be written
 # Places in `state`: of threads and their workspaces, see `thread_pool`; of functions' addresses.
 THREADS, SLOTS, FLAGS, WORKSPACES, CONFIGURATIONS = range(5)
-AMX, MKL, SGEMM_BATCH, MULTIPLY, ATTEND, DIFFERENTIATE, UPDATE, SUM_SQUARES, SOFTMAX, SWIGLU, MKL_BLOCKS = range(8, 19)
+AMX, MKL, SGEMM_BATCH, MULTIPLY, ATTEND, DIFFERENTIATE, UPDATE, SUM_SQUARES, SOFTMAX, SWIGLU = range(8, 18)
+MKL_BLOCKS, STORED = range(18, 20)
 settings: Any = numba_config  # Numba makes its attributes when it is imported
 
 # Addresses and numbers of this process, which may not stand in compiled functions: these are kept on disk.

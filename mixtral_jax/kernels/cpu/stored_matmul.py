@@ -1,0 +1,282 @@
+"""Products of rows with weights that are read once, as they are stored: float32, bfloat16 or int8 with scales.
+
+For decoding, where a few rows meet many weights and reading these is all the work. A thread takes some columns of a
+matrix and goes down them, DEPTH rows of weights at a time, which then wait in its cache for the next rows of factors.
+Sums are float32 and in the order of the weights, whoever computes them and whatever other rows there are.
+"""
+
+from collections.abc import Sequence
+from typing import Any, no_type_check
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int
+from llvmlite import ir
+from numba.core import cgutils
+
+from mixtral_jax.kernels.cpu.intrinsics import (
+    I32,
+    I64,
+    STORED,
+    THREADS,
+    Builder,
+    Value,
+    compiled,
+    emits,
+    fill,
+    pointer,
+    read,
+    read_short,
+    read_state,
+    set_state,
+    write,
+)
+from mixtral_jax.kernels.cpu.matmul import SIZE, Layer
+from mixtral_jax.kernels.cpu.simd import (
+    FLOAT,
+    FLOATS,
+    INTS,
+    call,
+    chunks_of,
+    load_masked,
+    splat,
+    spread,
+    store_masked,
+)
+from mixtral_jax.kernels.cpu.swiglu import swiglu
+from mixtral_jax.kernels.cpu.thread_pool import (
+    ARGUMENTS,
+    COUNTER,
+    argument,
+    begin,
+    end,
+    new_job,
+    run_by_all_threads,
+    take_next,
+)
+from mixtral_jax.kernels.cpu.xla_ffi import (
+    answer_version_query,
+    attribute,
+    count_results,
+    data,
+    dim,
+    operand,
+    register,
+    result,
+)
+from mixtral_jax.kernels.stored import Matrices, StoredExperts
+from mixtral_jax.precision import FULL
+
+DEPTH, HEIGHT = 8, 4  # rows of weights and of factors that are multiplied together
+WIDEST, NARROWEST = 512, 64  # columns that a thread takes
+TABLE, ENTRIES = ARGUMENTS + 64, 7
+WIDE, HALF, EIGHTH = 4, 2, 1  # kinds of weights, by the bytes of one: float32, bfloat16, int8
+
+
+def multiply_stored(
+    rows: Float[Array, "rows inner"], group_sizes: Int[Array, " experts"], layer: Layer, stacks: Sequence[Matrices]
+) -> list[Float[Array, "rows outer"]]:
+    """Multiplies rows, sorted by expert, with their expert's matrix in one layer of each stack.
+
+    Args:
+        rows: float32.
+        group_sizes: rows of each expert; those behind the last expert's are padding and become zero.
+        layer: its number in the stacks.
+        stacks: all of one type.
+
+    Returns:
+        Products with each stack.
+    """
+    kind = stacks[0].values.dtype.itemsize
+    shapes = [jax.ShapeDtypeStruct((rows.shape[0], stack.values.shape[3]), FULL) for stack in stacks]
+    operands = [part for stack in stacks for part in stack if part is not None]
+    call = jax.ffi.ffi_call("cpu_stored", shapes)
+    return list(call(rows, group_sizes, layer, *operands, kind=np.int64(kind)))
+
+
+def stored_ffn(
+    rows: Float[Array, "rows d_model"], group_sizes: Int[Array, " experts"], experts: StoredExperts
+) -> Float[Array, "rows d_model"]:
+    """Computes w_down(silu(w_gate x) * w_up x) with each row's expert; see `expert_ffn`."""
+    gate, up = multiply_stored(rows.astype(FULL), group_sizes, experts.layer, (experts.w_gate, experts.w_up))
+    (out,) = multiply_stored(swiglu(gate, up), group_sizes, experts.layer, (experts.w_down,))
+    return out.astype(rows.dtype)
+
+
+def _weights(b: Builder, address: Value, kind: int, there: Value | None) -> Value:
+    """Reads 16 weights, or those that exist, as float32."""
+    if kind == WIDE:
+        if there is None:
+            return b.load(pointer(b, address, FLOATS), align=4)
+        return load_masked(b, address, there, 0.0)
+    stored = ir.VectorType(ir.IntType(8 * kind), 16)
+    if there is None:
+        raw = b.load(pointer(b, address, stored), align=kind)
+    else:
+        masked = ir.FunctionType(stored, [stored.as_pointer(), there.type, stored])
+        read_some = cgutils.get_or_insert_function(b.module, masked, f"llvm.masked.load.v16i{8 * kind}.p0")
+        raw = b.call(read_some, [pointer(b, address, stored), there, splat(stored, 0)])
+    if kind == HALF:
+        return b.bitcast(b.shl(b.zext(raw, INTS), splat(INTS, 16)), FLOATS)
+    return b.sitofp(b.sext(raw, INTS), FLOATS)
+
+
+@emits()
+def _add_products(
+    b: Builder, out: Value, x: Value, inner: Value, w: Value, outer: Value, columns: Value,
+    kind: int, rows: int, depth: int,
+) -> None:  # fmt: skip
+    """Adds products of some rows of factors with some rows of weights to some columns of the results."""
+    of_x, of_w, of_out = b.shl(inner, I64(2)), b.mul(outer, I64(kind)), b.shl(outer, I64(2))
+    place = lambda start, stride, i: b.add(start, b.mul(stride, I64(i)))  # noqa: E731
+    factors = [
+        [
+            spread(b, b.load(pointer(b, b.add(place(x, of_x, row), I64(4 * k)), FLOAT)), FLOATS) for k in range(depth)
+        ]
+        for row in range(rows)
+    ]  # fmt: skip
+    weights, results = [place(w, of_w, k) for k in range(depth)], [place(out, of_out, row) for row in range(rows)]
+    kind_of_prefetch = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), I32, I32, I32])
+    prefetch = cgutils.get_or_insert_function(b.module, kind_of_prefetch, "llvm.prefetch.p0")
+
+    def add(offset: Value, there: Value | None) -> None:
+        totals = [
+            b.load(pointer(b, b.add(result, offset), FLOATS), align=4) if there is None
+            else load_masked(b, b.add(result, offset), there, 0.0)
+            for result in results
+        ]  # fmt: skip
+        for k in range(depth):
+            address = b.add(weights[k], b.lshr(offset, I64({WIDE: 0, HALF: 1, EIGHTH: 2}[kind])))
+            own = _weights(b, address, kind, there)
+            if there is None:  # what comes next; an address that is none is no harm
+                b.call(prefetch, [pointer(b, place(address, of_w, depth)), I32(0), I32(3), I32(1)])
+            totals = [call(b, "fma", own, factors[row][k], total) for row, total in enumerate(totals)]
+        for total, of_row in zip(totals, results, strict=True):
+            if there is None:
+                b.store(total, pointer(b, b.add(of_row, offset), FLOATS), align=4)
+            else:
+                store_masked(b, total, b.add(of_row, offset), there)
+
+    whole = b.lshr(columns, I64(4))
+    with cgutils.for_range(b, whole) as loop:
+        add(b.shl(loop.index, I64(6)), None)
+    left = b.and_(columns, I64(15))
+    with b.if_then(b.icmp_signed(">", left, I64(0))):
+        lanes = ir.Constant(INTS, list(range(16)))
+        add(b.shl(whole, I64(6)), b.icmp_signed("<", lanes, spread(b, b.trunc(left, I32), INTS)))
+
+
+@emits()
+def _scale(b: Builder, out: Value, scale: Value, columns: Value) -> None:
+    """Multiplies a row of results with the scales of its columns."""
+    with chunks_of(b, columns) as (offset, there):
+        place = b.add(out, offset)
+        numbers = [load_masked(b, address, there, 0.0) for address in (place, b.add(scale, offset))]
+        store_masked(b, b.fmul(*numbers), place, there)
+
+
+def _column_block(kind: int) -> Any:
+    """Makes the function for weights of one kind."""
+
+    @compiled
+    @no_type_check
+    def compute(place: int, left: int, columns: int) -> None:
+        """Computes some columns of a product of the table."""
+        w, scale, x, out = read(place), read(place + 8), read(place + 16), read(place + 24) + SIZE * left
+        rows, outer, inner = read(place + 32), read(place + 40), read(place + 48)
+        for row in range(rows):
+            fill(out + SIZE * row * outer, 0, SIZE * columns)
+        k = 0
+        while k < inner:
+            deep, own, row = inner - k >= DEPTH, w + kind * (k * outer + left), 0
+            while row < rows:
+                of_out, of_x = out + SIZE * row * outer, x + SIZE * (row * inner + k)
+                if not deep:
+                    _add_products(of_out, of_x, inner, own, outer, columns, kind, 1, 1)
+                    row += 1
+                elif rows - row >= HEIGHT:
+                    _add_products(of_out, of_x, inner, own, outer, columns, kind, HEIGHT, DEPTH)
+                    row += HEIGHT
+                elif rows - row > 1:
+                    _add_products(of_out, of_x, inner, own, outer, columns, kind, 2, DEPTH)
+                    row += 2
+                else:
+                    _add_products(of_out, of_x, inner, own, outer, columns, kind, 1, DEPTH)
+                    row += 1
+            k += DEPTH if deep else 1
+        if scale:
+            for row in range(rows):
+                _scale(out + SIZE * row * outer, scale + SIZE * left, columns)
+
+    return compute
+
+
+_wide, _half, _eighth = _column_block(WIDE), _column_block(HALF), _column_block(EIGHTH)
+
+
+@no_type_check
+def _handle(frame: int) -> int:
+    """Operands: rows, group sizes, layer, and of each stack the values and, for int8, the scales."""
+    if answer_version_query(frame):
+        return 0
+    kind, count = attribute(frame, 0), count_results(frame)
+    rows, sizes, layer = operand(frame, 0), operand(frame, 1), read_short(data(operand(frame, 2)))
+    experts, inner = dim(sizes, 0), dim(rows, 1)
+    job = new_job(frame, TABLE - ARGUMENTS + 8 * ENTRIES * experts * count)
+    products, columns = 0, 0
+    for i in range(count):
+        stack, out, start = operand(frame, 3 + (2 * i if kind == EIGHTH else i)), result(frame, i), 0
+        outer = dim(out, 1)
+        for expert in range(experts):
+            size, matrix = read_short(data(sizes) + 4 * expert), layer * experts + expert
+            if size:
+                place = job + TABLE + 8 * ENTRIES * products
+                write(place, data(stack) + kind * matrix * inner * outer)
+                write(place + 8, data(operand(frame, 4 + 2 * i)) + SIZE * matrix * outer if kind == EIGHTH else 0)
+                write(place + 16, data(rows) + SIZE * start * inner)
+                write(place + 24, data(out) + SIZE * start * outer)
+                write(place + 32, size)
+                write(place + 40, outer)
+                write(place + 48, inner)
+                products, columns = products + 1, columns + outer
+                start += size
+        fill(data(out) + SIZE * start * outer, 0, SIZE * (dim(rows, 0) - start) * outer)
+    width = WIDEST
+    while width > NARROWEST and columns < 4 * width * read_state(THREADS):
+        width //= 2
+    write(job + ARGUMENTS, products)
+    write(job + ARGUMENTS + 8, kind)
+    write(job + ARGUMENTS + 16, width)
+    run_by_all_threads(job, read_state(STORED), columns // width + products)
+    return 0
+
+
+@no_type_check
+def _task(job: int) -> int:
+    """Takes part in `_handle`."""
+    workspace = begin(job)
+    products, kind, width, product, passed = argument(job, 0), argument(job, 1), argument(job, 2), 0, 0
+    while True:
+        block = take_next(job + COUNTER)
+        while product < products:
+            outer = read(job + TABLE + 8 * ENTRIES * product + 40)
+            blocks = -(-outer // width)
+            if block < passed + blocks:
+                break
+            product, passed = product + 1, passed + blocks
+        if product == products:
+            break
+        place, left = job + TABLE + 8 * ENTRIES * product, (block - passed) * width
+        columns = min(width, outer - left)
+        if kind == WIDE:
+            _wide(place, left, columns)
+        elif kind == HALF:
+            _half(place, left, columns)
+        else:
+            _eighth(place, left, columns)
+    end(job, workspace)
+    return 0
+
+
+set_state(STORED, _task)
+register("cpu_stored", _handle)
