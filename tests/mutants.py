@@ -15,16 +15,11 @@ class Mutant(NamedTuple):
     tests: str  # below tests/: files, or file::name
 
 
-STEP = " ".join(
-    f"training/test_step.py::test_{name}"
-    for name in (
-        "the_losses_are_those_worked_out_by_hand", "an_infinite_gradient_of_a_finite_loss_skips_the_update",
-        "a_non_finite_loss_skips_the_update_and_training_recovers", "dropped_assignments_are_counted",
-        "the_bias_rises_for_idle_experts_and_falls_for_busy_ones", "microbatches_give_the_same_update",
-        "balancing_every_microbatch_asks_for_something_else",
-    )
-)  # fmt: skip
+STEP = "training/test_step.py::test_"
 LOOP = "training/test_loop.py::test_"
+EXCHANGES = "model/test_exchanges.py::test_"
+BEGINNINGS = "training/test_beginnings.py::test_"
+MOE = "model/test_moe.py::test_"
 TABLE: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("training/preferences.py", "training/test_preferences.py"): [
         ("smooth * log_sigmoid(-logits)", "smooth * log_sigmoid(logits)"),
@@ -38,7 +33,7 @@ TABLE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("2 * unit + 1 + worse if", "2 * unit + 2 - worse if"),
         ("left = rooms[place]", "left = rooms[-1]"),
     ],
-    ("training/losses.py", f"training/test_losses.py {STEP.split()[0]}"): [
+    ("training/losses.py", f"training/test_losses.py {STEP}the_losses_are_those_worked_out_by_hand"): [
         ("jnp.sum(batch.loss_mask, dtype=FULL)", "jnp.sum(batch.segment_ids > 0, dtype=FULL)"),
         ("valid = (batch.segment_ids > 0)", "valid = (batch.segment_ids >= 0)"),
         ("entropy = logsumexp - jnp.sum", "entropy = logsumexp + jnp.sum"),
@@ -47,32 +42,52 @@ TABLE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("return num_experts * jnp.mean", "return jnp.mean"),
         ("jax.lax.stop_gradient(load) * probs", "load * probs"),
         ("router_z = jnp.mean(sums", "router_z = jnp.sum(sums"),
-        ("nats / jnp.maximum(counts.targets, 1)", "nats / jnp.maximum(counts.tokens, 1)"),
+        ("(each / jnp.maximum(counts.targets, 1)", "(each / jnp.maximum(counts.tokens, 1)"),
         ("jnp.mean(sums.logsumexp_squared) / jnp.maximum(counts.tokens, 1)",
          "jnp.mean(sums.logsumexp_squared) / jnp.maximum(counts.targets, 1)"),
         ("config.router_z * router_z", "config.load_balance * router_z"),
         ("loss + config.load_balance * load_balance", "loss + load_balance"),
     ],
-    ("training/step.py", STEP): [
+    ("training/step.py", f"{STEP}an_infinite_gradient_of_a_finite_loss_skips_the_update"): [
         ("& jnp.isfinite(grad_norm)", "& True"),
+    ],
+    ("training/step.py", f"{STEP}a_non_finite_loss_skips_the_update_and_training_recovers"): [
         ("jnp.isfinite(losses.total) &", "True &"),
         ("step=state.step + 1", "step=state.step + 1 - skip"),
         ("(state.skipped_in_a_row + 1) * skip", "state.skipped_in_a_row + skip"),
         ("state.skipped + skip", "skip"),
-        ("config.losses.balance_over == \"batch\" and", "config.losses.balance_over != \"batch\" and"),
-        ("jnp.sign(1 / load.shape[-1] - load)", "jnp.sign(load - 1 / load.shape[-1])"),
         ("bias = _choose(finite, self._move_bias", "bias = _choose(True, self._move_bias"),
+    ],
+    ("training/step.py", f"{STEP}balancing_every_microbatch_asks_for_something_else"): [
+        ("config.losses.balance_over == \"batch\" and", "config.losses.balance_over != \"batch\" and"),
+    ],
+    ("training/step.py", f"{STEP}the_bias_rises_for_idle_experts_and_falls_for_busy_ones"): [
+        ("jnp.sign(1 / load.shape[-1] - load)", "jnp.sign(load - 1 / load.shape[-1])"),
+    ],
+    ("training/step.py", f"{STEP}microbatches_give_the_same_update"): [
         ("x.reshape(x.shape[0] // parts, parts", "x.reshape(parts, x.shape[0] // parts"),
+    ],
+    ("training/step.py", f"{STEP}the_losses_are_those_worked_out_by_hand"): [
         ("jnp.mean(sums.entropy) /", "jnp.sum(sums.entropy) /"),
         ("jnp.max(load) * num_experts - 1", "jnp.max(load) * num_experts"),
+    ],
+    ("training/step.py", f"{STEP}dropped_assignments_are_counted"): [
         ("jnp.sum(sums.dropped) / assigned", "jnp.sum(sums.dropped)"),
     ],
-    ("training/trainer.py", "training/test_beginnings.py"): [
+    ("training/trainer.py", f"{BEGINNINGS}a_run_of_an_earlier_version_is_not_gone_on_with"): [
         ("if own is not None and record is None:", "if False:"),
+    ],
+    ("training/trainer.py", f"{BEGINNINGS}a_run_goes_on_with_its_own_data_alone"): [
         ("[\"data_fingerprint\"] != fingerprint", "[\"data_fingerprint\"] == \"\""),
+    ],
+    ("training/trainer.py", f"{BEGINNINGS}parameters_of_which_nothing_is_known_are_said_to_be_so"): [
         ("dataclasses.replace(NOTHING, complete=False)", "NOTHING"),
+    ],
+    ("training/trainer.py", f"{BEGINNINGS}parameters_come_with_their_tokenizer_and_what_no_shape_shows_is_said"): [
         ("!= self.text.tokenizer.model_bytes", "== b\"\""),
         ("if key.startswith(\"model.\"):", "if key.startswith(\"data.\"):"),
+    ],
+    ("training/trainer.py", f"{BEGINNINGS}processes_must_agree_on_configuration_and_data"): [
         ("processes.check_same(fingerprint, \"this", "str((fingerprint, \"this"),
     ],
     ("training/trainer.py", f"{LOOP}metrics_are_sent_for_ahead_where_they_will_be_read"): [
@@ -89,22 +104,32 @@ TABLE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("self.data.tokens_seen(step),", "self.data.tokens_seen(step + 1),"),
         ("memory_in_use() | self.data.progress(step)", "memory_in_use() | self.data.progress(step - 1)"),
     ],
-    ("model/expert_parallel.py", "model/test_exchanges.py"): [
+    ("model/expert_parallel.py", f"{EXCHANGES}dropless_drops_nothing[gather-3-random]"): [
         ("(mine >= 0) & (mine < group.local_experts)", "(mine >= 0) & (mine <= group.local_experts)"),
+    ],
+    ("model/expert_parallel.py", f"{EXCHANGES}capacity_drops_the_same_on_every_exchange[padded-random]"): [
         ("(plan.row_of >= plan.source.size)", "(plan.row_of > plan.source.size)"),
+        ("group.devices * sent.group_sizes[: group", "sent.group_sizes[: group"),
+    ],
+    ("model/expert_parallel.py", f"{EXCHANGES}dropless_drops_nothing[padded-3-random]"): [
         ("filled = row % block < sizes", "filled = row % block <= sizes"),
         ("begins[row // block] + row % block, 0)", "begins[row // block], 0)"),
-        ("group.devices * sent.group_sizes[: group", "sent.group_sizes[: group"),
+    ],
+    ("model/expert_parallel.py", f"{EXCHANGES}dropless_drops_nothing[ragged-3-random]"): [
         ("ragged_exchange(rows, back, there, results", "ragged_exchange(rows, there, back, results"),
     ],
-    ("kernels/exchange.py", "model/test_exchanges.py"): [
+    ("kernels/exchange.py", f"{EXCHANGES}the_slices_are_a_permutation_of_all_rows"): [
         ("+ _exclusive(counts, axis=0)  #", "+ 0 * _exclusive(counts, axis=0)  #"),
-        ("_ragged(d_out, back, there, num_rows", "_ragged(d_out, there, back, num_rows"),
-        ("searchsorted(ends, row, side=\"right\")", "searchsorted(ends, row, side=\"left\")"),
-        ("jnp.sum(place[:, None] >= within", "jnp.sum(place[:, None] > within"),
         ("mine(first_sent).reshape(-1), counts[me])", "mine(landed).reshape(-1), counts[me])"),
     ],
-    ("kernels/permutation.py", "model/test_moe.py"): [
+    ("kernels/exchange.py", f"{EXCHANGES}dropless_drops_nothing[ragged-3-random]"): [
+        ("_ragged(d_out, back, there, num_rows", "_ragged(d_out, there, back, num_rows"),
+    ],
+    ("kernels/exchange.py", f"{EXCHANGES}padded_arrivals_are_sorted_by_expert"): [
+        ("searchsorted(ends, row, side=\"right\")", "searchsorted(ends, row, side=\"left\")"),
+        ("jnp.sum(place[:, None] >= within", "jnp.sum(place[:, None] > within"),
+    ],
+    ("kernels/permutation.py", f"{EXCHANGES}dropless_drops_nothing[gather-3-random]"): [
         ("return _sum_choices(d_rows, row_of), None, None", "return _choice(d_rows, row_of, 0), None, None"),
         ("fill_value=0) * row_weight[:, None]", "fill_value=0)"),
         ("jnp.sum(_choice(rows, row_of, j) * d_y", "jnp.sum(_choice(rows, row_of, 0) * d_y"),
@@ -204,16 +229,26 @@ TABLE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("if free < needed * 1.05:", "if free < needed * 0:"),
         ("[\"bundle\"]) != step:", "[\"bundle\"]) == -1:"),
     ],
-    ("model/routing.py", "model/test_moe.py"): [
+    ("model/routing.py", f"{MOE}the_selection_bias_moves_the_choice_and_not_the_weights"): [
         ("jax.nn.softmax(router_logits, axis=-1) + selection_bias", "jax.nn.softmax(router_logits, axis=-1)"),
         ("return indices, jax.nn.softmax(kept, axis=-1)", "return indices, kept"),
+    ],
+    ("model/routing.py", f"{EXCHANGES}what_overflows_a_buffer_is_dropped_and_counted[gather-2-1.0-random]"): [
         ("kept = jnp.where(earlier < quota", "kept = jnp.where(earlier <= quota"),
+    ],
+    ("model/routing.py", f"{EXCHANGES}a_device_has_room_for_what_can_come"): [
         ("worst = tokens * min(k, num_experts // devices)", "worst = tokens * k"),
+    ],
+    ("model/routing.py", f"{EXCHANGES}capacity_drops_the_same_on_every_exchange[gather-random]"): [
         ("(earlier < capacity), row", "(earlier <= capacity), row"),
+    ],
+    ("model/routing.py", f"{MOE}capacity_is_the_balanced_load_times_the_factor"): [
         ("math.ceil(factor * seq_len * k / num_experts)", "math.ceil(factor * seq_len / num_experts)"),
     ],
-    ("model/moe.py", "model/test_moe.py"): [
+    ("model/moe.py", f"{MOE}padding_returns_zero_and_its_content_reaches_nothing"): [
         ("jnp.where(valid[..., None], indices, config.num_experts)", "indices + 0"),
+    ],
+    ("model/moe.py", f"{EXCHANGES}dropless_drops_nothing[gather-3-padding]"): [
         ("(kept == config.num_experts) & (experts < config.num_experts)", "(kept == config.num_experts)"),
     ],
     ("evaluation/windows.py", "evaluation/test_windows.py evaluation/test_perplexity.py"): [
@@ -238,7 +273,7 @@ TABLE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("[(1 - coverage) / 2, (1 + coverage) / 2]", "[1 - coverage, coverage]"),
         ("len(documents) < 2 for", "len(documents) < 1 for"),
     ],
-    ("weights/names.py", "weights/test_round_trips.py weights/parity"): [
+    ("weights/names.py", "weights/test_round_trips.py::test_every_format_gives_the_same_arrays_on_every_mesh"): [
         ("attention.wq.weight\", \"layers/attention/wq\", \"(heads half pair)",
          "attention.wq.weight\", \"layers/attention/wq\", \"(heads pair half)"),
         ("d_ff) d_model\", part=1)", "d_ff) d_model\", part=0)"),
@@ -249,10 +284,16 @@ TABLE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("noise * spread * jax.random", "noise * jax.random"),
         ("jax.random.split(key, weights.shape[0])", "jnp.stack([key] * weights.shape[0])"),
     ],
-    ("planning/estimate.py", "planning/test_search.py"): [
+    ("planning/estimate.py", "planning/test_search.py::test_memory_of_the_state_by_hand"): [
         ("own * (master + moment + WIDE)", "own * (master + WIDE)"),
+    ],
+    ("planning/estimate.py", "planning/test_search.py::test_memory_answers_to_every_lever"): [
         ("(WIDE if train.microbatches == 1 else WIDE + sums)", "WIDE"),
+    ],
+    ("planning/estimate.py", "planning/test_search.py::test_the_work_of_a_step_by_hand"): [
         ("+ 2 * vocab * d)", "+ vocab * d)"),
+    ],
+    ("planning/estimate.py", "planning/test_search.py::test_a_step_takes_the_longest_part_and_a_share_of_the_others"): [
         ("return max(parts) + BARE * (sum(parts) - max(parts))", "return max(parts)"),
     ],
     ("planning/network.py", "planning/test_network.py"): [
@@ -343,6 +384,4 @@ TABLE: dict[tuple[str, str], list[tuple[str, str]]] = {
     ],
 }  # fmt: skip
 
-MUTANTS = [
-    Mutant(file, old, new, tests) for (file, tests), changes in TABLE.items() for old, new in changes
-]  # fmt: skip
+MUTANTS = [Mutant(file, old, new, tests) for (file, tests), changes in TABLE.items() for old, new in changes]

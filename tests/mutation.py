@@ -6,6 +6,7 @@ Only mistakes in files whose name holds one of the words, if there are any. Take
 Tests that fail without a mistake are left out and named; the others run the quickest first, up to the first failure.
 """
 
+import contextlib
 import importlib
 import json
 import multiprocessing
@@ -22,8 +23,7 @@ from tests.mutants import MUTANTS, Mutant
 ROOT = Path(__file__).parents[1]
 LIMIT = 900  # seconds for the tests of one mistake; a mistake that makes them hang is noticed, too
 # What a fork for each mistake need not import again; first what sets the variables that JAX reads.
-BEFORE = ("tests.conftest", "pytest", "jax", "flax.nnx", "optax", "orbax.checkpoint", "scipy.special", "sentencepiece",
-          "numba", "mistral_common.protocol.instruct.request", "huggingface_hub.hf_api")  # fmt: skip
+BEFORE = ("tests.conftest", "pytest", "jax", "flax.nnx", "optax", "orbax.checkpoint", "scipy.special", "sentencepiece")
 BROKEN = ("NameError", "ImportError", "ModuleNotFoundError", "SyntaxError", "fixture ")  # any test would notice these
 
 
@@ -74,7 +74,12 @@ def run(tests: str, before: Outcome | None) -> Outcome:
         return Outcome("", {"the time": f"more than {LIMIT} s"}, {})
     if code not in (0, 1):
         return Outcome(f"pytest says {code}", {}, {})
-    return Outcome("", *json.loads(place.read_text()))
+    failures, seconds, modules = json.loads(place.read_text())
+    if before is None:  # what other people wrote is imported once for all that follow
+        for name in modules:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
+    return Outcome("", failures, seconds)
 
 
 def _test(tests: list[str], before: Outcome | None, place: Path) -> None:
@@ -87,7 +92,8 @@ def _test(tests: list[str], before: Outcome | None, place: Path) -> None:
     # Without checks of types, which take most of the time, and notice what no test of what is computed does.
     arguments = ["-q", "-p", "no:cacheprovider", "-o", "addopts=", *["-x"] * bool(before)]
     code = importlib.import_module("pytest").main([*arguments, *[f"tests/{name}" for name in tests]], [watch])
-    place.write_text(json.dumps([watch.failures, watch.seconds]))
+    theirs = [name for name in sys.modules if name.partition(".")[0] not in ("tests", "mixtral_jax", "__main__")]
+    place.write_text(json.dumps([watch.failures, watch.seconds, theirs]))
     os._exit(code)
 
 
