@@ -121,9 +121,25 @@ def _encoded(template: ChatTemplate, chat: Chat) -> Encoded:
         if before not in AFTER[role]:
             raise RecordError(f"the roles are out of order: {role} after {before or 'nothing'}")
         before = "call" if message.get("tool_calls") else role
+        text = _text_of(message)
+        if before == "assistant" and not text.strip():
+            raise RecordError("an answer is empty")
     if before != "assistant":
         raise RecordError("it does not end with an answer of the assistant")
     return template.encode_training(chat)
+
+
+def _text_of(message: Message) -> str:
+    """The words of a turn, which may come in parts; nothing of one that only calls."""
+    content = message.get("content")
+    parts = [{"text": content}] if isinstance(content, str) else content or []
+    if content is None and not message.get("tool_calls"):
+        raise RecordError(f"a turn of the role {message['role']} has no content")
+    if not isinstance(parts, list) or not all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in parts):
+        raise RecordError(
+            f"the content of a turn of the role {message['role']} is not text, which is all the model reads"
+        )
+    return "".join(part["text"] for part in parts)
 
 
 def _answered(template: ChatTemplate, prompt: Chat, answer: list[Message]) -> Encoded:

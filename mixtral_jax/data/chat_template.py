@@ -1,5 +1,6 @@
 """Mixtral Instruct's template: conversations to tokens by mistral-common, and which of them the assistant said."""
 
+import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,10 @@ class ChatTemplate:
     def _encode(self, chat: Chat, mode: ValidationMode) -> Encoded:
         """Walks the messages as `encode_instruct` of mistral-common does, to know whose each token is."""
         encoder = self._encoder
+        if self.version == "v1" and (chat.tools or any(message.get("tool_calls") for message in chat.messages)):
+            raise RecordError("the tokenizer has no tokens for tools, as mixtral-v3 or one that train-v3 made has")
         try:
+            json.dumps([chat.messages, chat.tools], ensure_ascii=False, default=str).encode()  # half a surrogate pair
             request = ChatCompletionRequest.from_openai(chat.messages, chat.tools or None)
             normal = self._normalizer.from_chat_completion_request(self._validators[mode].validate_request(request))
             first, last = encoder.find_first_last_user(normal)

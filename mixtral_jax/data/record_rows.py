@@ -20,7 +20,7 @@ class RecordRows:
     """
 
     def __init__(self, documents: Documents, seq_len: int, too_long: Literal["drop", "cut"] = "drop"):
-        """Lays out the rows; of the tokens only the marks of pairs and of what is cut are read."""
+        """Lays out the rows; only the marks of pairs, and what is cut, are read."""
         assert documents.marks is not None
         self._documents, self._marks = documents, documents.marks
         self._seq_len = seq_len
@@ -57,11 +57,12 @@ class RecordRows:
         return [(start, better), (start + better, length - better)]
 
     def _shortened(self, parts: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Cuts a record's conversations to equal shares of a row; nothing, if one of them loses its answer."""
+        """Cuts all of a record to equal shares of a row; nothing, if one loses its answer or two are alike."""
         room = self._seq_len // len(parts)
         parts = [(place, min(length, room + 1)) for place, length in parts]
         kept = all(np.any(self._marks[place : place + length] & ANSWER) for place, length in parts)
-        return parts if kept else []
+        tokens = {self._documents.buffer[place : place + length].tobytes() for place, length in parts}
+        return parts if kept and len(tokens) == len(parts) else []
 
     def pack(self, rows: Int64[np.ndarray, "rows"]) -> HostBatch:
         """Builds rows as `pack_rows` does; targets that count are the answers' tokens, with the EOS that ends them."""

@@ -3,7 +3,7 @@
 Every term is a sum over this part of the batch divided by a count over the whole batch, as in `losses`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jax.nn import log_sigmoid, relu, sigmoid
 from jaxtyping import Array, Float
 
-from mixtral_jax.config import LossConfig
+from mixtral_jax.config import LossConfig, UserError
 from mixtral_jax.data.batch import Batch
+from mixtral_jax.data.splits import Documents
 from mixtral_jax.precision import FULL
 from mixtral_jax.sharding import constrain
 
@@ -130,6 +131,17 @@ TERMS: dict[str, Term] = {
     "kto": kto_loss,
     "sft": sft_loss,
 }
+
+
+def check_answers(losses: Sequence[LossConfig], texts: Sequence[Documents]) -> None:
+    """Raises `UserError` for a loss that compares two answers where a source holds one to each prompt."""
+    comparing = ", ".join(loss.name for loss in losses if loss.name not in ("kto", "sft"))
+    for text in texts:
+        if text.format == "labels" and comparing:
+            raise UserError(
+                f"source '{text.name}' holds single answers with labels, and of objective.losses {comparing} compare "
+                "two answers to a prompt: use kto, or name pairs"
+            )
 
 
 def per_answer(values: Float[Array, "batch seq"], batch: Batch, mesh: jax.sharding.Mesh) -> tuple[Array, Array]:

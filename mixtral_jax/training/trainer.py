@@ -34,6 +34,7 @@ from mixtral_jax.runs.run_dir import RunDirectory
 from mixtral_jax.runtime import make_runtime
 from mixtral_jax.sharding import ANY_MESH
 from mixtral_jax.training.admission import admit_kernels
+from mixtral_jax.training.preferences import check_answers
 from mixtral_jax.training.reference import with_reference
 from mixtral_jax.training.signals import StopRequest
 from mixtral_jax.training.state import TrainState
@@ -132,6 +133,7 @@ class Trainer:
         self.text = processes.main_first(
             lambda: open_documents(self.config, own=record, before=before, tokenizer=tokenizer)
         )
+        check_answers(self.config.objective.losses, self.text.training)
         self.text = with_reference(self.config, self.text, self.runtime, self.say)
         fingerprint = data_fingerprint(self.config, self.text.training)
         processes.check_same(fingerprint, "this process sees other data than process 0: keep the "

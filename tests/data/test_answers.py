@@ -175,6 +175,14 @@ def test_records_longer_than_a_row_are_dropped_or_cut_and_counted(tmp_path):
         TrainingData(config, text.training)
 
 
+def test_answers_that_are_alike_once_they_are_cut_are_dropped(tmp_path):
+    begin = "long " * 60
+    pairs = [{"prompt": "x", "chosen": begin + "yes", "rejected": begin + "no"}, {**PAIRS[0], "chosen": begin}]
+    _, text = text_of(tmp_path, pairs, "preference")
+    rows = RecordRows(text.training[0], 64, "cut")
+    assert (rows.dropped, rows.cut) == (1, 1)
+
+
 def test_whole_records_are_held_out_and_others_are_not(tmp_path):
     _, text = text_of(tmp_path, [{"messages": chat} for chat in CHATS], "sft", holdout=0.2)
     (training,), (held_out,) = text.training, text.held_out
@@ -186,11 +194,21 @@ def test_whole_records_are_held_out_and_others_are_not(tmp_path):
 
 USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}
 GOOD = {"messages": [USER, ASSISTANT]}
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}}
 ORDER, NEXT = "line 2: the roles are out of order: assistant after nothing", "line 2: an answer to judge must be"
 BAD = {
     "no assistant turn": ("sft", {"messages": [USER]}, "line 2: it does not end with an answer of the assistant; mend"),
     "roles out of order": ("sft", {"messages": [ASSISTANT, USER, ASSISTANT]}, ORDER),
-    "empty answer": ("sft", {"messages": [USER, {"role": "assistant", "content": ""}]}, r"line 2: .*content"),
+    "empty answer": ("sft", {"messages": [USER, {"role": "assistant", "content": ""}]}, "line 2: an answer is empty"),
+    "spaces": ("sft", {"messages": [USER, {"role": "assistant", "content": " \n"}]}, "line 2: an answer is empty"),
+    "no content": (
+        "sft",
+        {"messages": [{"role": "user"}, ASSISTANT]},
+        "line 2: a turn of the role user has no content",
+    ),
+    "a picture": ("sft", {"messages": [{"role": "user", "content": [IMAGE]}, ASSISTANT]}, "line 2: .* is not text"),
+    "half a pair": ("sft", {"messages": [{"role": "user", "content": "\ud800"}, ASSISTANT]}, "surrogates not allowed"),
+    "tools": ("sft", {**GOOD, "tools": [{"name": "f"}]}, "has no tokens for tools, as mixtral-v3 or .* has"),
     "unknown role": ("sft", {"messages": [{"role": "bard", "content": "x"}]}, "line 2: there is no role 'bard', only"),
     "another format": ("sft", {"text": "plain"}, "line 2: it is not a record of the format messages"),
     "no JSON": ("sft", None, "line 2 is not a JSON record"),

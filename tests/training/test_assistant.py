@@ -125,6 +125,10 @@ def test_what_cannot_be_compared_is_refused(tuned, place, tmp_path):
         train(place, "alone", "pairs.jsonl", text=PREFERENCE)
     with pytest.raises(UserError, match=r"data\.tokenizer=checkpoint is that of init_from: set it"):
         train(place, "none", "pairs.jsonl", "data.tokenizer=checkpoint", text=PREFERENCE)
+    label = {"prompt": "the river", "completion": "the stone", "label": True}
+    (place / "labels.jsonl").write_text(f"{json.dumps(label)}\n" * 9)
+    with pytest.raises(UserError, match=r"holds single answers with labels, and of objective.losses sigmoid compare"):
+        train(place, "labels", "labels.jsonl", f"init_from={place / 'sft'}", model="", text=PREFERENCE)
     data = DataConfig(
         sources=[SourceConfig(name="w", path=str(place / "chats.jsonl"), text_field="prompt")], tokenizer="train",
         cache_dir=str(place / "cache"),

@@ -8,7 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from trl.experimental.cpo import CPOTrainer
+from trl.experimental.orpo import ORPOTrainer
 from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.kto_trainer import KTOTrainer
 
 from mixtral_jax.config import LossConfig
 from mixtral_jax.data.batch import Batch
@@ -16,6 +19,7 @@ from mixtral_jax.training.preferences import compare_answers, count_answers
 from tests.tiny import mesh_of
 
 PAIRS, LENGTH, BETA = 5, 12, 0.3
+CPU = SimpleNamespace(gather=lambda x: x, gather_for_metrics=lambda x: x, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +38,8 @@ def theirs(example, losses):
     outputs = SimpleNamespace(
         log_probs=policy, mean_logits=logits, entropy=torch.zeros_like(policy), is_top1=torch.zeros_like(mask)
     )
-    whole = SimpleNamespace(gather=lambda x: x, gather_for_metrics=lambda x: x, device="cpu")
     trainer = SimpleNamespace(
-        model=SimpleNamespace(training=True), accelerator=whole, aux_loss_enabled=False, ld_alpha=None,
+        model=SimpleNamespace(training=True), accelerator=CPU, aux_loss_enabled=False, ld_alpha=None,
         precompute_ref_logps=True, f_divergence_type="reverse_kl", loss_types=[loss.name for loss in losses],
         loss_weights=[loss.weight for loss in losses], beta=BETA, label_smoothing=0.0, use_weighting=False,
         _metrics={"train": defaultdict(list)}, _total_train_tokens=0, _tp_size=1,
@@ -80,3 +83,56 @@ def test_pairs(example, names):
     assert len(our_metrics) == 8
     for name, found in our_metrics.items():
         assert float(found) == pytest.approx(metrics[name], rel=1e-4, abs=1e-6), name
+
+
+def sums_and_counts(example):
+    """Log-probabilities of answers, whole and by token, with a graph to the tokens'."""
+    policy, mask = torch.tensor(example[0], requires_grad=True), torch.tensor(example[3])
+    sums = policy.sum(dim=1)
+    return policy, sums, sums / mask.sum(dim=1)
+
+
+def compare(example, name, value, policy):
+    value.backward()
+    our_value, our_grads, _ = ours(example, [LossConfig(name=name, beta=BETA)])
+    assert our_value == pytest.approx(value.item(), rel=1e-5)
+    np.testing.assert_allclose(our_grads, policy.grad.numpy() * example[3], rtol=1e-4, atol=1e-7)
+
+
+def test_simpo(example):
+    policy, _, means = sums_and_counts(example)
+    trainer = SimpleNamespace(
+        alpha=0.0, beta=BETA, loss_type="simpo", simpo_gamma=0.5, label_smoothing=0.0, accelerator=CPU
+    )
+    compare(example, "simpo", CPOTrainer.cpo_loss(trainer, *means.chunk(2))[0].mean(), policy)
+
+
+def test_orpo(example):
+    policy, sums, means = sums_and_counts(example)
+    odds = ORPOTrainer.odds_ratio_loss(SimpleNamespace(beta=BETA, accelerator=CPU), *means.chunk(2))[0]
+    chosen_nats = -sums[:PAIRS].sum() / example[3][:PAIRS].sum()
+    compare(example, "orpo", chosen_nats - odds.mean(), policy)
+
+
+def test_kto_where_the_point_of_reference_is_zero(example):
+    """TRL takes it from mismatched answers, we from the other side's; below the reference both are zero."""
+    policy, _, logits, mask = example
+    example = policy, policy * 0.5 * mask, logits, mask
+    policy, sums, _ = sums_and_counts(example)
+    outputs = SimpleNamespace(
+        log_probs=policy, mean_logits=torch.tensor(logits), entropy=torch.zeros_like(policy),
+        is_top1=torch.zeros_like(policy, dtype=torch.bool),
+    )  # fmt: skip
+    trainer = SimpleNamespace(
+        model=SimpleNamespace(training=True), accelerator=CPU, aux_loss_enabled=False, precompute_ref_logps=True,
+        calculate_KL=True, _compute_kl_logps=lambda *_: sums.detach(), loss_type="kto", beta=BETA, desirable_weight=1.0,
+        undesirable_weight=1.0, _metrics={"train": defaultdict(list)}, _total_train_tokens=0, _tp_size=1,
+    )  # fmt: skip
+    inputs = {
+        "input_ids": torch.zeros(2 * PAIRS, LENGTH + 1, dtype=torch.long),
+        "attention_mask": torch.ones(2 * PAIRS, LENGTH + 1, dtype=torch.long),
+        "completion_mask": torch.nn.functional.pad(torch.tensor(mask).long(), (1, 0)),
+        "label": torch.arange(2 * PAIRS) < PAIRS,
+        "ref_logps": torch.tensor(example[1]).sum(dim=1), "ref_KL_logps": torch.zeros(2 * PAIRS),
+    }  # fmt: skip
+    compare(example, "kto", KTOTrainer._compute_loss(trainer, lambda **_: outputs, inputs, False), policy)
