@@ -162,6 +162,11 @@ class ObjectiveConfig:
     losses: list[LossConfig] = field(default_factory=list)  # their sum, see objective.losses[]; name=preference only
     # A checkpoint or run whose log-probabilities the losses compare with; empty: init_from. name=preference only.
     reference: str = ""
+    # Rank of LoRA's adapters on the matrices of attention and experts, which alone are trained then, above the
+    # parameters of init_from; 0: all parameters are trained.
+    lora_rank: int = 0
+    lora_alpha: float = 16.0  # the matrices are W + lora_alpha / lora_rank * A B
+    lora_router: bool = False  # adapt the routers too, which stay as they are otherwise
 
 
 @dataclass(frozen=True)

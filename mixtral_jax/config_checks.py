@@ -161,6 +161,22 @@ def _validate_objective(config: Config) -> None:
         objective.name != "preference" or bool(objective.losses),
         "objective.name=preference needs objective.losses, such as [{name: sigmoid, beta: 0.1}]",
     )
+    rank, model = objective.lora_rank, config.model
+    least = min(model.d_model, model.d_ff, model.num_kv_heads * model.head_dim)
+    _require(
+        0 <= rank <= least,
+        f"objective.lora_rank={rank} does not fit the matrices, of which the smallest has rank {least}: make it 1 to "
+        f"{least}, or 0 to train all parameters",
+    )
+    _require(
+        0 < objective.lora_alpha < float("inf"),
+        f"objective.lora_alpha is {objective.lora_alpha}: it must be greater than 0",
+    )
+    _require(
+        not rank or bool(config.init_from),
+        f"objective.lora_rank={rank} trains adapters above the parameters of another checkpoint: set init_from",
+    )
+    _require(rank > 0 or not objective.lora_router, "objective.lora_router needs adapters: set objective.lora_rank")
     for loss in objective.losses:
         for name in ("weight", "beta"):
             value = getattr(loss, name)

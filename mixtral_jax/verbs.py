@@ -42,20 +42,25 @@ def export(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="mixtral_jax export", description=export.__doc__)
     parser.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT", type=user_path)
     parser.add_argument("directory", metavar="DIR_OR_FILE", type=user_path, help="new directory, for gguf a new file")
-    parser.add_argument("--format", required=True, choices=("hf", "hf-fused", "mistral", "mistral-fused", "gguf"))
+    formats = ("hf", "hf-fused", "mistral", "mistral-fused", "gguf", "checkpoint", "peft")
+    parser.add_argument("--format", required=True, choices=formats, help="checkpoint: this package's own, the model "
+                        "alone with adapters merged; peft: adapters alone")  # fmt: skip
     short = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "q8_0"), help="or F32, BF16, F16, Q8_0, "
                         "the last of gguf alone; default: exact",
                         type=lambda name: short.get(name.lower(), name.lower()))  # fmt: skip
     parser.add_argument("--context", metavar="TOKENS", type=int, help="longest sequences that the model is meant for")
+    parser.add_argument("--base", metavar="CHECKPOINT", type=home_expanded, default="", help="of adapters, if it has "
+                        "moved since")  # fmt: skip
     options = parser.parse_args(arguments)
     check_target(options.directory, options.format, options.dtype)
     check_checkpoint(options.checkpoint)
     from mixtral_jax.weights.checkpoints import export_checkpoint
 
     export_checkpoint(
-        options.checkpoint, options.directory, options.format, dtype=options.dtype, context=options.context
-    )
+        options.checkpoint, options.directory, options.format,
+        dtype=options.dtype, context=options.context, init_from=options.base,
+    )  # fmt: skip
 
 
 def prepare(arguments: list[str]) -> None:

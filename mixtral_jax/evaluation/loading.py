@@ -11,6 +11,7 @@ from mixtral_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mixtral_jax.evaluation.windows import window_sizes
 from mixtral_jax.model.mixtral import Architecture, Arrays
 from mixtral_jax.runs.checkpoint import find_checkpoint
+from mixtral_jax.runs.restoring import restore_model
 from mixtral_jax.runtime import check_sequence, make_runtime
 from mixtral_jax.sharding import ANY_MESH
 
@@ -59,6 +60,6 @@ def load_model(path: str, overrides: list[str], *, packed: bool = True) -> Loade
     context, _ = window_sizes(config.eval, config.data.seq_len)
     check_sequence(runtime.mesh, "eval.context", context)
     architecture = Architecture(config.model, runtime)
-    arrays = checkpoints.restore(step, architecture.abstract())
+    arrays = restore_model(checkpoints, step, architecture, config.init_from)
     record = checkpoints.read_record(step)
     return LoadedModel(config, record, step, meta.get("training_tokens"), architecture, arrays, tokenizer)

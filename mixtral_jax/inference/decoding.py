@@ -81,6 +81,7 @@ def extend(
     Returns:
         The cache with them, final activations, and the experts that each token chose.
     """
+    assert not model.adapters, "to write text, adapters are merged first"
     config, runtime = model.config, model.runtime
     offsets = jnp.arange(tokens.shape[1], dtype=jnp.int32)
     positions = start[:, None] + offsets

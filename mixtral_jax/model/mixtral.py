@@ -1,17 +1,20 @@
 """The decoder: embedding, scanned layers, final norm and output matrix."""
 
+import operator
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
-from mixtral_jax.config import ModelConfig
+from mixtral_jax.config import ModelConfig, ObjectiveConfig
 from mixtral_jax.kernels.expert_ffn import ExpertStack
 from mixtral_jax.kernels.stored import EightBitWeights, StoredExperts, matrices
+from mixtral_jax.model import adapters
 from mixtral_jax.model.attention import Attention
 from mixtral_jax.model.layers import RMSNorm, Rotary, embed, parameter, rotary_tables
 from mixtral_jax.model.moe import MoE, RouterOutput, SelectionBias
@@ -63,6 +66,8 @@ class Mixtral(nnx.Module):
         self.layers = make_layers(rngs)  # every parameter has a leading axis `layers`
         self.final_norm = RMSNorm(d, config.norm_eps, runtime.precision)
         self.lm_head = parameter(rngs, (d, v), ("d_model", "vocab"), config.init_std, runtime.precision)
+        self.adapters: adapters.Adapters = nnx.data({})  # what the layers' matrices are increased by, and how much
+        self.adapters_scale = 0.0
         self.config = config
         self.runtime = runtime
 
@@ -90,14 +95,20 @@ class Mixtral(nnx.Module):
         stack_of = self.expert_stacks()
 
         def body(x: Array, inputs: Any) -> tuple[Array, RouterOutput]:
-            number, params = inputs
-            y, router = nnx.merge(graph, params)(x, segment_ids, attention_ids, rotary, stack_of(number))
+            number, params, factors = inputs
+            layer = nnx.merge(graph, params)
+            for path, pair in factors.items():
+                weight = operator.attrgetter(path.replace("/", "."))(layer)
+                weight.set_value(adapters.add(weight[...], pair, path, self.adapters_scale))
+            y, router = layer(x, segment_ids, attention_ids, rotary, stack_of(number))
             return y, router
 
-        if runtime.remat != "none":
-            body = jax.checkpoint(body, policy=REMAT_POLICIES[runtime.remat], prevent_cse=False)
+        remat = "named" if self.adapters and runtime.remat != "full" else runtime.remat  # others keep the sums
+        if remat != "none":
+            body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
         numbers = jnp.arange(config.num_layers, dtype=jnp.int32)
-        x, router = jax.lax.scan(body, x, (numbers, params), unroll=runtime.unrolled)
+        unroll = runtime.unrolled and not self.adapters
+        x, router = jax.lax.scan(body, x, (numbers, params, dict(self.adapters)), unroll=unroll)
         return self.final_norm(x), router
 
     def expert_stacks(self, *, decoding: bool = False) -> Callable[[Int[Array, ""]], Any]:
@@ -107,7 +118,7 @@ class Mixtral(nnx.Module):
         if decoding and runtime.decoding == "stored":
             held: Any = [matrices(w, experts=self.config.num_experts) for w in experts]
             return partial(StoredExperts, *held)
-        if not runtime.reads_stack or isinstance(experts[0], EightBitWeights):
+        if not runtime.reads_stack or self.adapters or isinstance(experts[0], EightBitWeights):
             return lambda layer: None
         return partial(ExpertStack, *jax.lax.stop_gradient([w.astype(runtime.precision.compute) for w in experts]))
 
@@ -125,14 +136,29 @@ class Arrays(TypedDict):
 
     params: PyTree
     selection_bias: PyTree
+    adapters: NotRequired[adapters.Adapters]
+
+
+def without_adapters(arrays: Arrays) -> Arrays:
+    """Leaves out the adapters."""
+    return {"params": arrays["params"], "selection_bias": arrays["selection_bias"]}
 
 
 class Architecture:
     """A model without its arrays: shapes, logical axes, and the way from plain arrays to a callable `Mixtral`."""
 
-    def __init__(self, config: ModelConfig, runtime: Runtime):
+    def __init__(self, config: ModelConfig, runtime: Runtime, objective: ObjectiveConfig | None = None):
+        """Makes no array.
+
+        Args:
+            config: sizes.
+            runtime: devices and kernels.
+            objective: says which adapters lie on the matrices; None: there are none.
+        """
         self.config = config
         self.runtime = runtime
+        self.objective = objective or ObjectiveConfig()
+        self.adapters_scale = self.objective.lora_alpha / (self.objective.lora_rank or 1)
         abstract = nnx.eval_shape(lambda: Mixtral(config, runtime, rngs=nnx.Rngs(0)))
         split: Any = nnx.split(abstract, nnx.Param, SelectionBias)
         self._graph, self._params, self._bias = split
@@ -145,11 +171,24 @@ class Architecture:
             params, bias = nnx.state(model, nnx.Param), nnx.state(model, SelectionBias)
             return {"params": nnx.to_pure_dict(params), "selection_bias": nnx.to_pure_dict(bias)}
 
-        return jax.jit(create, out_shardings=self.shardings())(jax.random.key(seed))
+        return jax.jit(create, out_shardings=without_adapters(self.shardings()))(jax.random.key(seed))
+
+    def init_adapters(self, seed: int) -> adapters.Adapters:
+        """Creates adapters that change nothing yet; the same numbers on every mesh."""
+        draw = np.random.default_rng(seed)
+        abstract = self.abstract()["adapters"].items()
+        return jax.device_put(
+            {path: adapters.initial(draw, pair, path) for path, pair in abstract}, self.shardings()["adapters"]
+        )
 
     def abstract(self) -> Arrays:
         """Returns the tree of shapes, types and shardings."""
-        shapes = {"params": nnx.to_pure_dict(self._params), "selection_bias": nnx.to_pure_dict(self._bias)}
+        shapes: Any = {"params": nnx.to_pure_dict(self._params), "selection_bias": nnx.to_pure_dict(self._bias)}
+        if self.objective.lora_rank:
+            layers, rank = shapes["params"]["layers"], self.objective.lora_rank
+            factors = adapters.factors(self.objective, layers, lambda x: x.shape, rank)
+            is_shape = lambda x: isinstance(x, tuple)  # noqa: E731
+            shapes["adapters"] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x, FULL), factors, is_leaf=is_shape)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.shardings())
 
     def axes(self) -> Arrays:
@@ -163,7 +202,10 @@ class Architecture:
         trees = [
             jax.tree_util.tree_map_with_path(named, state, is_leaf=is_variable) for state in (self._params, self._bias)
         ]
-        return {"params": nnx.to_pure_dict(trees[0]), "selection_bias": nnx.to_pure_dict(trees[1])}
+        axes: Any = {"params": nnx.to_pure_dict(trees[0]), "selection_bias": nnx.to_pure_dict(trees[1])}
+        if self.objective.lora_rank:
+            axes["adapters"] = adapters.factors(self.objective, axes["params"]["layers"], lambda x: x, None)
+        return axes
 
     def shardings(self) -> Arrays:
         """Returns the tree of shardings on the runtime's mesh."""
@@ -179,4 +221,23 @@ class Architecture:
             jax.tree.unflatten(jax.tree.structure(state), leaves(tree))
             for state, tree in ((self._params, arrays["params"]), (self._bias, arrays["selection_bias"]))
         ]
-        return nnx.merge(self._graph, *states)
+        model: Mixtral = nnx.merge(self._graph, *states)
+        model.adapters, model.adapters_scale = nnx.data(arrays.get("adapters", {})), self.adapters_scale
+        return model
+
+    def merge(self, arrays: Arrays) -> Arrays:
+        """Adds adapters, if there are any, to the parameters, which are taken over; rounds to the type of these."""
+        merged = jax.tree.map(lambda x: x, arrays["params"])
+        axes = self.axes()["params"]["layers"]
+
+        @partial(jax.jit, static_argnums=3, donate_argnums=0)
+        def add(weights: Array, pair: dict[str, Array], layer: Array, path: str) -> Array:
+            own, factors = jax.tree.map(lambda x: x[layer], (weights, pair))
+            new = weights.at[layer].set(adapters.add(own, factors, path, self.adapters_scale).astype(weights.dtype))
+            return constrain(new, self.runtime.mesh, adapters.at(axes, path))
+
+        for path, pair in arrays.get("adapters", {}).items():
+            module, name = path.split("/")
+            for layer in range(self.config.num_layers):
+                merged["layers"][module][name] = add(merged["layers"][module][name], pair, jnp.int32(layer), path)
+        return {"params": merged, "selection_bias": arrays["selection_bias"]}

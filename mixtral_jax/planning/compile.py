@@ -76,7 +76,7 @@ def compile_step(config: Config, topology: Topology) -> Program:
     mesh = make_mesh(config.mesh, topology.devices)
     # XLA finds its deterministic products on a device alone; the others are as large.
     runtime = dataclasses.replace(make_runtime(config, mesh), deterministic=False)
-    trainable = Trainable(Architecture(config.model, runtime), config)
+    trainable = Trainable(Architecture(config.model, runtime, config.objective), config)
     state = trainable.abstract()
     try:
         with quiet():
@@ -101,7 +101,7 @@ def bytes_per_device(tree: Any) -> float:
 
 
 def _memory(stats: Any, state: TrainState) -> Memory:
-    parameters = bytes_per_device(state.params)
+    parameters = bytes_per_device((state.params, state.base))
     rest = bytes_per_device(state) - parameters
     arguments, aliased = float(stats.argument_size_in_bytes), float(stats.alias_size_in_bytes)
     # The highest use at one time; `temp_size_in_bytes` adds up heaps that TPU programs do not fill together.

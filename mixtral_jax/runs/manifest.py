@@ -38,6 +38,14 @@ def write_manifest(directory: Path) -> None:
     write_atomically(directory / NAME, json.dumps(facts, indent=1).encode())
 
 
+def fingerprint(directory: Path) -> str | None:
+    """The checksum of all checksums; None where there is no manifest."""
+    try:
+        return _digest(directory / NAME)
+    except OSError:
+        return None
+
+
 def find_damage(directory: Path) -> str | None:
     """Compares a directory with its manifest.
 

@@ -19,7 +19,8 @@ from mixtral_jax.distributed import processes
 from mixtral_jax.evaluation.scoring import Score, make_scorer
 from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.runs.checkpoint import find_checkpoint
-from mixtral_jax.runs.manifest import NAME as MANIFEST
+from mixtral_jax.runs.manifest import fingerprint
+from mixtral_jax.runs.restoring import restore_model
 from mixtral_jax.runtime import Runtime
 from mixtral_jax.sharding import ANY_MESH
 from mixtral_jax.training.preferences import COMPARING
@@ -53,13 +54,13 @@ def with_reference(config: Config, text: RunText, runtime: Runtime, say: Callabl
     checkpoints, step = find_checkpoint(Path(place))
     if checkpoints.read_file(step, "tokenizer.model") != text.tokenizer.model_bytes:
         raise UserError(f"the reference {place} has another tokenizer than the run: name a reference with the same one")
-    weights = hashlib.sha256(checkpoints.read_file(step, MANIFEST)).hexdigest()
+    weights = str(fingerprint(checkpoints.directory / str(step)))
     directory = cache_directory(config.data.cache_dir)
 
     def load() -> Score:
         saved = parse_config(checkpoints.read_meta(step)["config"], [ANY_MESH], saved=True)
         architecture = Architecture(saved.model, runtime)
-        return make_scorer(architecture)(checkpoints.restore(step, architecture.abstract()))
+        return make_scorer(architecture)(restore_model(checkpoints, step, architecture))
 
     score: Score | None = None
     views: list[tuple[Documents, Documents]] = []

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,9 @@ class Trainable:
     def __init__(self, architecture: Architecture, config: Config):
         self.architecture = architecture
         self.config = config
-        self.optimizer = make_optimizer(config.optimizer, architecture.runtime.precision, architecture.axes()["params"])
+        self.trained = "adapters" if architecture.objective.lora_rank else "params"
+        self.axes = cast(Any, architecture.axes())[self.trained]
+        self.optimizer = make_optimizer(config.optimizer, architecture.runtime.precision, self.axes)
         self.schedule = make_schedule(config.optimizer, config.train.steps)
         mesh, train = architecture.runtime.mesh, config.train
         rows = train.batch_size // train.microbatches
@@ -65,15 +67,22 @@ class Trainable:
     def shardings(self) -> TrainState:
         """Returns the state's tree of shardings."""
         counters = dict.fromkeys(("step", "skipped", "skipped_in_a_row"), self.replicated)
-        opt_state = optimizer_shardings(self.optimizer, self.architecture.abstract()["params"], self.replicated)
-        return build(TrainState, **self.architecture.shardings(), opt_state=opt_state, **counters)
+        abstract: Any = self.architecture.abstract()
+        opt_state = optimizer_shardings(self.optimizer, abstract[self.trained], self.replicated)
+        return build(TrainState, **self._fields(self.architecture.shardings()), opt_state=opt_state, **counters)
+
+    def _fields(self, arrays: Any) -> dict[str, PyTree]:
+        """A model's arrays, or what is said of them, by the names of the state's fields."""
+        base = None if self.trained == "params" else arrays["params"]
+        return {"params": arrays[self.trained], "selection_bias": arrays["selection_bias"], "base": base}
 
     def start(self, arrays: Arrays) -> TrainState:
         """Builds the state before the first step around a model's arrays, which it takes over."""
 
         def create(arrays: Arrays) -> TrainState:
             zero = jnp.zeros((), jnp.int32)
-            return TrainState(**arrays, opt_state=self.optimizer.init(arrays["params"]), step=zero, skipped=zero,
+            fields = self._fields(arrays)
+            return TrainState(**fields, opt_state=self.optimizer.init(fields["params"]), step=zero, skipped=zero,
                               skipped_in_a_row=zero)  # fmt: skip
 
         return jax.jit(create, out_shardings=self.shardings(), donate_argnums=0)(arrays)
@@ -134,7 +143,7 @@ class Trainable:
         learning_rate = jnp.asarray(self.schedule(state.step), FULL)
         params, opt_state = update(
             self.config.optimizer,
-            self.architecture.axes()["params"],
+            self.axes,
             learning_rate,
             Gradients(grads, grad_norm, finite),
             state.params,
@@ -151,6 +160,7 @@ class Trainable:
             step=state.step + 1,
             skipped=state.skipped + skip,
             skipped_in_a_row=(state.skipped_in_a_row + 1) * skip,
+            base=state.base,
         )
         metrics = {
             "loss": losses.total,
@@ -168,11 +178,11 @@ class Trainable:
 
     def _gradients(self, arrays: Arrays, batch: Batch) -> tuple[PyTree, Losses, RouterSums, Counts]:
         """Sums losses and gradients over the microbatches."""
-        config, (params, bias) = self.config, (arrays["params"], arrays["selection_bias"])
+        config, params = self.config, cast(Any, arrays)[self.trained]
         counts = count(batch, self.architecture.runtime.mesh)
 
         def loss(params: PyTree, part: Batch, load: Array | None) -> tuple[Array, tuple[Losses, RouterSums]]:
-            model = self.architecture.bind({"params": params, "selection_bias": bias})
+            model = self.architecture.bind(cast(Arrays, {**arrays, self.trained: params}))
             losses, sums = compute_losses(model, part, counts, load, config.losses, config.objective)
             return losses.total, (losses, sums)
 

@@ -11,6 +11,7 @@ from mixtral_jax.evaluation.scoring import make_scorer
 from mixtral_jax.inference.decoding import make_generator, obstacle
 from mixtral_jax.inference.sampling import Sampling
 from mixtral_jax.inference.text import Prompt, complete_texts
+from mixtral_jax.model.mixtral import Arrays
 from mixtral_jax.training.trainer import Outcome
 
 PROMPT_TOKENS = 32
@@ -26,9 +27,10 @@ def summarize(config: Config, outcome: Outcome, console: Console) -> None:
         )
         return
     if any(documents.num_documents for documents in outcome.heldout):
+        arrays = outcome.architecture.merge(outcome.state.arrays)
         if config.objective.name != "preference":
-            _show_perplexity(config, outcome, console)
-        _show_sample(config, outcome, console)
+            _show_perplexity(config, outcome, arrays, console)
+        _show_sample(config, outcome, arrays, console)
     console.print(
         Text.assemble(
             ("the run lies in ", ""), (config.run_dir, "bold"), "\n",
@@ -40,10 +42,10 @@ def summarize(config: Config, outcome: Outcome, console: Console) -> None:
     )  # fmt: skip
 
 
-def _show_perplexity(config: Config, outcome: Outcome, console: Console) -> None:
+def _show_perplexity(config: Config, outcome: Outcome, arrays: Arrays, console: Console) -> None:
     pairs = [pair for pair in zip(outcome.training, outcome.heldout, strict=True) if pair[1].num_documents]
     texts = [heldout for _, heldout in pairs]
-    score = make_scorer(outcome.architecture)(outcome.state.arrays)
+    score = make_scorer(outcome.architecture)(arrays)
     evaluation = measure_with_progress(score, texts, config.eval, config.data.seq_len)
     total = evaluation.total
     nats = {
@@ -54,7 +56,7 @@ def _show_perplexity(config: Config, outcome: Outcome, console: Console) -> None
     console.print(results_table(evaluation, baselines))
 
 
-def _show_sample(config: Config, outcome: Outcome, console: Console) -> None:
+def _show_sample(config: Config, outcome: Outcome, arrays: Arrays, console: Console) -> None:
     if problem := obstacle(outcome.architecture):
         console.print(f"no sample: {problem}", soft_wrap=True)
         return
@@ -63,7 +65,7 @@ def _show_sample(config: Config, outcome: Outcome, console: Console) -> None:
     prompt_tokens = PROMPT_TOKENS if documents.format == "text" else int(documents.counts(0).argmax())
     tokens = [int(token) for token in documents.tokens(0)[:prompt_tokens]]
     prompt = Prompt(tokens, Sampling(temperature=TEMPERATURE, seed=config.seed), NEW_TOKENS)
-    generate = make_generator(outcome.architecture)(outcome.state.arrays)
+    generate = make_generator(outcome.architecture)(arrays)
     (sample,) = complete_texts(generate, tokenizer, [prompt], rows=1, context=prompt_tokens + NEW_TOKENS)
     text = Text.assemble((tokenizer.decode(tokens), "dim"), (sample.text, "bold"))
     title = f"held-out text, then {len(sample.tokens)} sampled tokens (temperature {TEMPERATURE})"

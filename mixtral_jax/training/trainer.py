@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from mixtral_jax.compiled import keep_compiled
@@ -26,10 +27,11 @@ from mixtral_jax.evaluation.perplexity import measure
 from mixtral_jax.evaluation.scoring import make_scorer
 from mixtral_jax.hardware import memory_in_use, peak_flops
 from mixtral_jax.kernels.matmul import contract
-from mixtral_jax.metrics import flops_per_token, speed
+from mixtral_jax.metrics import flops_per_token, parameter_counts, speed
 from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.runs.checkpoint import Checkpoints, find_checkpoint
 from mixtral_jax.runs.logger import MetricsLogger
+from mixtral_jax.runs.restoring import ADAPTERS, describe_base, find_base, restore_model
 from mixtral_jax.runs.run_dir import RunDirectory
 from mixtral_jax.runtime import make_runtime
 from mixtral_jax.sharding import ANY_MESH
@@ -78,7 +80,7 @@ class Trainer:
         self.warned = False  # that more than the peak was measured
         self.runtime = make_runtime(config)
         keep_compiled(config.data.cache_dir)
-        self.trainable = Trainable(Architecture(config.model, self.runtime), config)
+        self.trainable = Trainable(Architecture(config.model, self.runtime, config.objective), config)
         self.score = make_scorer(self.trainable.architecture)
         self.start.end("devices")
 
@@ -98,6 +100,9 @@ class Trainer:
             with Checkpoints(run_dir.path / "checkpoints", self.config.checkpoint, self.say) as self.checkpoints:
                 own = self.checkpoints.latest()
                 source = find_checkpoint(Path(self.config.init_from)) if own is None and self.config.init_from else None
+                self.base = source  # of adapters
+                if own is not None and self.config.objective.lora_rank:
+                    self.base = find_base(self.checkpoints, own, self.config.init_from)
                 self._open_text(own, source)
                 self.start.end("data")
                 state, step = self._first_state(own, source)
@@ -161,24 +166,31 @@ class Trainer:
 
     def _first_state(self, own: int | None, source: tuple[Checkpoints, int] | None) -> tuple[TrainState, int]:
         """Takes, in this order: the run's newest good checkpoint, the parameters of init_from, fresh parameters."""
+        architecture = self.trainable.architecture
         if own is not None:
-            parts = self.checkpoints.restore(own, vars(self.trainable.abstract()))
+            parts = self.checkpoints.restore(own, self.trainable.abstract().parts)
+            if self.config.objective.lora_rank:
+                assert self.base is not None
+                parts["base"] = restore_model(*self.base, architecture)["params"]
             self.say(f"resumed from step {own} of {self.config.run_dir}")
             return TrainState(**parts), own
-        architecture = self.trainable.architecture
         if source is None:
             return self.trainable.start(architecture.init(self.config.seed)), 0
         checkpoints, step = source
         if checkpoints.read_file(step, "tokenizer.model") != self.text.tokenizer.model_bytes:
             file = checkpoints.directory / str(step) / "tokenizer.model"
             raise UserError(f"init_from was trained with another tokenizer: set data.tokenizer={file}")
-        arrays = checkpoints.restore(step, architecture.abstract())
+        arrays = restore_model(checkpoints, step, architecture)
         self.say(f"parameters from step {step} of {self.config.init_from}")
         theirs = parse_config(checkpoints.read_meta(step)["config"], [ANY_MESH], saved=True)
         for key in changed_keys(theirs, self.config):
             if key.startswith("model."):  # no shape shows it
                 before, now = (value_of(config, key) for config in (theirs, self.config))
                 self.say(f"{key} is {before} there and {now} here")
+        if self.config.objective.lora_rank:
+            arrays["adapters"] = architecture.init_adapters(self.config.seed)
+            trained = sum(leaf.size for leaf in jax.tree.leaves(arrays["adapters"]))
+            self.say(f"LoRA: {trained:,} parameters are trained, {parameter_counts(self.config.model).total:,} stay")
         return self.trainable.start(arrays), 0
 
     def _train(self, path: Path, state: TrainState, step: int) -> tuple[TrainState, int]:
@@ -287,7 +299,10 @@ class Trainer:
             "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
         }
         files = {"tokenizer.model": self.text.tokenizer.model_bytes, RECORD: self.text.record.content}
-        self.checkpoints.save(step, vars(state), meta, files)
+        if self.config.objective.lora_rank:
+            assert self.base is not None
+            meta[ADAPTERS] = describe_base(*self.base)
+        self.checkpoints.save(step, state.parts, meta, files)
 
     def _evaluate(self, step: int, state: TrainState) -> None:
         """Measures a bounded part of the held-out text, packed as in training."""

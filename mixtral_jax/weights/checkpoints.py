@@ -5,22 +5,25 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import jax
 import yaml
 
 from mixtral_jax.config import CheckpointConfig, Config, UserError
-from mixtral_jax.config_loading import parse_config, to_yaml
+from mixtral_jax.config_loading import parse_config, replace, to_yaml
+from mixtral_jax.data.record import FILE as RECORD
 from mixtral_jax.data.tokenizer import TRAINED, Tokenizer, load_tokenizer
 from mixtral_jax.model.mixtral import Architecture, Arrays
 from mixtral_jax.runs.checkpoint import Checkpoints, find_checkpoint
+from mixtral_jax.runs.restoring import ADAPTERS, restore_adapters, restore_model
 from mixtral_jax.runtime import make_runtime
 from mixtral_jax.sharding import ANY_MESH
 from mixtral_jax.weights.destination import check_new, check_target, new_directory
 from mixtral_jax.weights.exporting import export_weights
 from mixtral_jax.weights.importing import import_weights
 from mixtral_jax.weights.names import FormatName
+from mixtral_jax.weights.peft_files import export_peft
 from mixtral_jax.weights.progress import byte_progress
 from mixtral_jax.weights.released import Released, Upcycling, open_released
 from mixtral_jax.weights.released_config import SPELLINGS
@@ -119,21 +122,23 @@ def _notes(released: Released, config: Config, tokenizer: Tokenizer) -> Iterator
 def export_checkpoint(
     source: Path,
     directory: Path,
-    format_name: FormatName,
+    format_name: FormatName | Literal["checkpoint", "peft"],
     *,
     dtype: FileType | Literal["q8_0"] | None = None,
     context: int | None = None,
+    init_from: str = "",
     say: Callable[[str], None] = print,
 ) -> None:
-    """Writes a run's newest checkpoint, or the named one, as a release.
+    """Writes a run's newest checkpoint, or the named one, as a release; adapters are merged into their base first.
 
     Args:
         source: a run directory or one of its checkpoints.
         directory: created; must not exist or be empty. Of the format gguf a file, which must not exist.
-        format_name: of the release.
+        format_name: of the release; `checkpoint`: one of this package with the model alone; `peft`: adapters alone.
         dtype: of the tensors, q8_0 in gguf alone; None: that of the release if the checkpoint is an import, else the
             parameters' own.
         context: for how long sequences the model is meant, in tokens; None: as the release says, or data.seq_len.
+        init_from: where the base of adapters lies, if not where it was.
         say: told what was found and written.
 
     Raises:
@@ -146,9 +151,19 @@ def export_checkpoint(
     architecture = Architecture(config.model, make_runtime(config))
     say(f"{source}: step {step}")
     say(architecture.runtime.describe())
-    abstract = architecture.abstract()
-    with byte_progress("read the checkpoint", _size(abstract)) as advance:
-        arrays = checkpoints.restore(step, abstract, advance)
+    if format_name == "peft":
+        if ADAPTERS not in meta:
+            raise UserError(f"{source} holds no adapters: use --format hf")
+        own, adapters = restore_adapters(checkpoints, step, architecture)
+        files = export_peft(adapters, config.model, own.objective, directory)
+        say(f"{directory}: adapters of {meta[ADAPTERS]['base']}, {len(files)} files")
+        return
+    with byte_progress("read the checkpoint", _size(architecture.abstract())) as advance:
+        arrays = restore_model(checkpoints, step, architecture, init_from, advance)
+    if format_name == "checkpoint":
+        _save_merged(arrays, checkpoints, step, config, directory)
+        say(f"{directory}: a checkpoint for eval.py, or for train.py with init_from={directory}")
+        return
     facts = meta.get("released", {})
     context = context or facts.get("context") or config.data.seq_len
     dtype = dtype or facts.get("dtype")
@@ -156,12 +171,23 @@ def export_checkpoint(
     if format_name == "gguf":
         from mixtral_jax.weights.gguf_files import export_gguf
 
-        files = [export_gguf(arrays, config.model, directory, context=context, dtype=dtype, tokenizer=tokenizer)]
+        written = [export_gguf(arrays, config.model, directory, context=context, dtype=dtype, tokenizer=tokenizer)]
     else:
         balance = config.losses.load_balance
-        files = export_weights(
+        written = export_weights(
             arrays, config.model, directory, format_name,
             context=context, load_balance=balance, dtype=cast(FileType, dtype), tokenizer=tokenizer,
             eos=facts.get("eos_token_id"),
         )  # fmt: skip
-    say(f"{directory}: {len(files)} files, {sum(file.stat().st_size for file in files) / 1e9:.2f} GB")
+    say(f"{directory}: {len(written)} files, {sum(file.stat().st_size for file in written) / 1e9:.2f} GB")
+
+
+def _save_merged(arrays: Arrays, checkpoints: Checkpoints, step: int, config: Config, directory: Path) -> None:
+    """Writes a model alone as a checkpoint that says of its training what the one that it is made of says."""
+    facts = {name: value for name, value in checkpoints.read_meta(step).items() if name not in (ADAPTERS, "arrays")}
+    meta = {**facts, "config": to_yaml(replace(config, objective={"lora_rank": 0, "lora_router": False}))}
+    names = ("tokenizer.model", *([RECORD] if "documents" in meta else []))
+    files = {name: checkpoints.read_file(step, name) for name in names}
+    with new_directory(directory) as partial, byte_progress("write the checkpoint", _size(arrays)) as advance:
+        merged = Checkpoints(partial / "checkpoints", CheckpointConfig())
+        merged.save_streamed(step, cast(Any, arrays), meta, files, advance)

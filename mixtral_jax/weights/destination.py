@@ -87,6 +87,8 @@ def check_target(target: Path, format_name: str, dtype: str | None) -> None:
     if format_name != "gguf":
         if dtype == "q8_0":
             raise UserError(f"--dtype Q8_0 is a type of the format gguf: choose another one for {format_name}")
+        if dtype and format_name in ("checkpoint", "peft"):
+            raise UserError(f"--format {format_name} keeps the types as they are: leave --dtype out")
         return check_new(target)
     if target.suffix != ".gguf":
         raise UserError(f"{target} is to be one file of the format gguf: let its name end in .gguf")

@@ -2,16 +2,23 @@
 
 import json
 import random
+import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mixtral_jax.config import DataConfig, SourceConfig, UserError
-from mixtral_jax.config_loading import load_config
+from mixtral_jax.config_loading import load_config, replace
 from mixtral_jax.data.batch import Batch
 from mixtral_jax.data.tokenizer import load_tokenizer
+from mixtral_jax.evaluation.loading import load_model
 from mixtral_jax.evaluation.scoring import make_scorer
+from mixtral_jax.runs.checkpoint import find_checkpoint
+from mixtral_jax.sharding import ANY_MESH
 from mixtral_jax.training.trainer import Trainer
+from mixtral_jax.weights.checkpoints import export_checkpoint
 from tests.small_run import WORDS
 
 MODEL = """
@@ -118,6 +125,80 @@ def test_the_better_answers_win_and_the_reference_is_asked_once(tuned, place):
     _, said, _ = train(place, "dpo", "pairs.jsonl", reference, model="", text=PREFERENCE)
     assert any("computing what" in line for line in said)
     assert files[0].read_bytes() == before
+
+
+LORA = "objective: {name: sft, lora_rank: 2}\n"
+
+
+@pytest.fixture(scope="module")
+def adapted(tuned, place):
+    return train(place, "lora", "chats.jsonl", f"init_from={place / 'sft'}", model="", text=LORA)
+
+
+def test_adapters_learn_above_a_base_and_resume(adapted, tuned, place):
+    outcome, said, lines = adapted
+    assert "LoRA: 608 parameters are trained, 12,624 stay" in said
+    jax.tree.map(np.testing.assert_array_equal, outcome.state.base, tuned[0].state.params)
+    held_out = [line["heldout/total"] for line in lines if "heldout/total" in line]
+    assert held_out[-1] < min(line["heldout/total"] for line in tuned[2] if "heldout/total" in line)
+    checkpoints, step = find_checkpoint(place / "lora")
+    stored = checkpoints.read_meta(step)["arrays"]
+    assert {name.split("/")[1] for name in stored["params"]} == {"wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down"}
+
+    figures = lambda lines: [(e["step"], e["loss"], e["grad_norm"]) for e in lines if "loss" in e]  # noqa: E731
+    base = f"init_from={place / 'sft'}"
+    train(place, "halves", "chats.jsonl", base, "train.stop_at_step=3", model="", text=LORA)
+    _, said, again = train(place, "halves", "chats.jsonl", base, model="", text=LORA)
+    assert any("resumed from step 3" in line for line in said)
+    assert figures(again) == figures(lines)
+
+
+def test_whatever_reads_a_run_of_adapters_reads_them_merged(adapted, place):
+    outcome = adapted[0]
+    loaded = load_model(str(place / "lora"), [ANY_MESH])
+    expected = jax.tree.map(np.asarray, outcome.architecture.merge(jax.tree.map(jnp.copy, outcome.state.arrays)))
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, loaded.arrays), expected)
+    export_checkpoint(place / "lora", place / "merged", "checkpoint")
+    merged = load_model(str(place / "merged"), [])
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, merged.arrays), expected)
+    assert merged.config.objective == replace(loaded.config.objective, lora_rank=0)
+    assert merged.record is not None
+    with pytest.raises(UserError, match=r"merged holds no adapters: use --format hf"):
+        export_checkpoint(place / "merged", place / "peft", "peft")
+
+    # Another run goes on from them, with adapters of its own, and they are its reference.
+    _, _, lines = train(place, "second", "pairs.jsonl", f"init_from={place / 'lora'}", "objective.lora_rank=1",
+                        "objective.lora_router=true", "train.steps=2", model="", text=PREFERENCE)  # fmt: skip
+    step = next(line for line in lines if "loss" in line)
+    assert step["loss"] - 0.02 * step["load_balance_loss"] - 1e-3 * step["router_z_loss"] == pytest.approx(
+        np.log(2), abs=1e-5
+    )
+    assert load_model(str(place / "second"), []).step == 2
+
+
+def test_adapters_without_their_base_are_refused(adapted, place, tmp_path):
+    shutil.copytree(place / "lora", tmp_path / "lora")
+    shutil.copytree(place / "sft", tmp_path / "sft")
+    meta = json.loads((place / "lora/checkpoints/8/meta.json").read_text())
+    assert meta["adapters"]["base"] == str(place / "sft/checkpoints/8")
+    (place / "sft").rename(place / "away")
+    try:
+        lacks = (
+            r"checkpoints/8 holds adapters alone, and .* is not, or no longer, the checkpoint .*: restore it, or say"
+        )
+        for options in ([], [f"init_from={place / 'halves'}"]):
+            with pytest.raises(UserError, match=lacks):
+                load_model(str(place / "lora"), options)
+        with pytest.raises(UserError, match=lacks):
+            export_checkpoint(place / "lora", tmp_path / "hf", "hf")
+        with pytest.raises(UserError, match=lacks):
+            train(place, "lora", "chats.jsonl", "train.stop_at_step=8", f"init_from={place / 'merged'}", model="",
+                  text=LORA)  # fmt: skip
+        assert load_model(str(place / "lora"), [f"init_from={tmp_path / 'sft'}"]).step == 8
+        export_checkpoint(place / "lora", tmp_path / "hf", "hf", init_from=str(tmp_path / "sft"))
+    finally:
+        (place / "away").rename(place / "sft")
+    assert not (tmp_path / "peft").exists()
 
 
 def test_what_cannot_be_compared_is_refused(tuned, place, tmp_path):

@@ -266,11 +266,11 @@ def test_a_stored_state_keeps_its_names(tmp_path):
     names = {"params", "selection_bias", "opt_state", "step", "skipped", "skipped_in_a_row"}
     step = trainable(*LOUD)
     state = begin(step)
-    assert set(vars(state)) == names
+    assert set(state.parts) == names
     checkpoints = Checkpoints(tmp_path, CheckpointConfig())
     checkpoints.save(1, {name: getattr(state, name) for name in names}, {}, {})
     checkpoints.wait()
     stored = {f"{name}/{leaf}" for name, leaves in checkpoints.read_meta(1)["arrays"].items() for leaf in leaves}
     assert {"step/value", "params/embedding", "opt_state/1/mu/layers/moe/w_gate", "opt_state/1/count"} <= stored
-    restored = TrainState(**checkpoints.restore(1, vars(step.abstract())))
+    restored = TrainState(**checkpoints.restore(1, step.abstract().parts))
     jax.tree.map(np.testing.assert_array_equal, restored, state)

@@ -3,10 +3,10 @@
 import importlib.util
 from typing import Any
 
-MISSING = [name for name in ("torch", "transformers", "gguf", "xllamacpp") if importlib.util.find_spec(name) is None]
+NEEDS = {"test_*.py": ("torch", "transformers"), "test_gguf.py": ("gguf", "xllamacpp"), "test_peft.py": ("peft",)}
+MISSING = [name for names in NEEDS.values() for name in names if importlib.util.find_spec(name) is None]
 
-if MISSING:
-    collect_ignore_glob = ["test_gguf.py" if not {"torch", "transformers"} & {*MISSING} else "test_*.py"]
+collect_ignore_glob = [files for files, names in NEEDS.items() if {*names} & {*MISSING}]
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
