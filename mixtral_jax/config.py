@@ -203,7 +203,7 @@ class DistributedConfig:
     num_processes: int = 0  # 0: as the launcher says; 1: alone, whatever it says
     process_id: int = -1  # of this process, from 0 on; -1: as the launcher says
     heartbeat_timeout: int = 60  # seconds without a sign of life after which a process counts as lost and all end
-    step_timeout: int = 1800  # seconds without a finished step, once there was one, after which all end
+    step_timeout: int = 1800  # seconds without a finished step, the first with its compilation, after which all end
 
 
 @dataclass(frozen=True)

@@ -297,7 +297,7 @@ def begin(step: int) -> None:
 
 
 def progress() -> None:
-    """Tells the watchdog that the devices have finished a step or a batch."""
+    """Tells the watchdog that the devices have finished a step or a batch, or that the first is to come."""
     if _joined:
         _joined.watchdog.progress()
 

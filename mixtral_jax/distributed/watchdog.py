@@ -141,7 +141,8 @@ class Watchdog:
         behind = {process: signs[process] for process, step in begun.items() if step == min(begun.values())}
         text = f"no step was finished in {self._step_timeout:g} seconds (distributed.step_timeout)"
         if len(behind) < len(begun):
-            text += f"; {_names(behind)} hangs in or before step {min(begun.values())}, the others wait for it"
+            step = max(1, min(begun.values()))
+            text += f"; {_names(behind)} hangs in or before step {step}, the others wait for it"
         return self._announce(Verdict(GIVEN_UP, f"{text}; {RESTART}", self._process))
 
     def _read_signs(self) -> dict[int, str]:

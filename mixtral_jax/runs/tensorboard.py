@@ -28,6 +28,7 @@ CHARTS: dict[str, dict[str, str]] = {
         "tokens_per_second": "over all devices",
         "model_flops_per_second": "tokens/s * FLOP per token: 6 per active weight + the causal half of attention",
         "mfu": "model FLOP/s / (devices * peak FLOP/s of one)",
+        "goodput": "steps that count / wall time of all starts so far",
     },
     "memory": {
         "memory_gib": "highest resident size of the process so far",

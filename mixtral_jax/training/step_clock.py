@@ -82,7 +82,7 @@ class StartClock:
             began: when the process did, by `time.monotonic`; None: not to be told.
         """
         self._last = time.monotonic()
-        self._parts = {} if began is None else {"imports": self._last - began}
+        self.parts = {} if began is None else {"imports": self._last - began}
         self._compiled = 0.0
 
     def _note(self, event: str, duration_secs: float, **_: str | int) -> None:
@@ -92,8 +92,13 @@ class StartClock:
     def end(self, part: str, at: float | None = None) -> None:
         """Says that a part has ended now, or at a time."""
         at = time.monotonic() if at is None else at
-        self._parts[part] = at - self._last
+        self.parts[part] = at - self._last
         self._last = at
+
+    @property
+    def seconds(self) -> float:
+        """What all parts so far took."""
+        return sum(self.parts.values())
 
     def begin_steps(self) -> None:
         """Says that the first step comes next, with what it compiles."""
@@ -104,8 +109,8 @@ class StartClock:
         self.end("compile", min(max(self._compiled, self._last), ended))
         self.end("first step", ended)
         jax.monitoring.unregister_event_duration_listener(self._note)
-        parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self._parts.items())
-        return f"start took {sum(self._parts.values()):.1f} s: {parts}"
+        parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.parts.items())
+        return f"start took {self.seconds:.1f} s: {parts}"
 
 
 def above_peak(step: int, mfu: float, seconds: float, attention: float, seq_len: int, peak: PeakFlops) -> str:

@@ -30,6 +30,7 @@ from mixtral_jax.kernels.matmul import contract
 from mixtral_jax.metrics import flops_per_token, parameter_counts, speed
 from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.runs.checkpoint import Checkpoints, find_checkpoint
+from mixtral_jax.runs.goodput import Goodput
 from mixtral_jax.runs.logger import MetricsLogger
 from mixtral_jax.runs.restoring import ADAPTERS, describe_base, find_base, restore_model
 from mixtral_jax.runs.run_dir import RunDirectory
@@ -221,10 +222,14 @@ class Trainer:
             StepClock(config.train.log_every) as clock,
             Prefetcher(place, step, last) as batches,
         ):
+            self.goodput = Goodput(path, step, self.start.seconds)
             if step == 0 and config.objective.name != "pretrain" and config.init_from and config.train.eval_every:
-                self._evaluate(0, state)  # what the model can before it is taught
+                with self.goodput.part("evaluation"):
+                    self._evaluate(0, state)  # what the model can before it is taught
+                self.start.end("evaluation")
             self.start.begin_steps()
-            for batch in batches:
+            processes.progress()  # from here on a hang counts, also one before the first step has ended
+            for batch in self.goodput.waiting(batches):
                 processes.begin(step + 1)
                 state, metrics = self.trainable.step(state, batch)
                 step += 1
@@ -238,16 +243,21 @@ class Trainer:
                     done, found, ended = pending.popleft()
                     if done == first:
                         self.logger.say(self.start.first_step(ended.result()))
+                        self.goodput.compiled(self.start.parts["compile"])
                     self._report(done, found, clock.interval(done, ended.result()))
                 if saves:
-                    self._save(step, state)
+                    with self.goodput.part("saves"):
+                        self._save(step, state)
+                    self.goodput.keep(step)
                 if evaluates and not asked:  # who asks to stop has little time
-                    self._evaluate(step, state)
+                    with self.goodput.part("evaluation"):
+                        self._evaluate(step, state)
                 if saves or evaluates:
                     clock.resume()
                 if ends:
                     break
         processes.stop_waiting()
+        self.say(self.goodput.text())
         return state, step
 
     def _is_logged(self, step: int) -> bool:
@@ -276,7 +286,8 @@ class Trainer:
         load = values.pop("expert_load")
         rates = self._rates(step, seconds) if seconds else {}
         scalars = {name: value.item() for name, value in values.items()}
-        self.logger.log(step, scalars | rates | memory_in_use() | self.data.progress(step), {"expert_load": load})
+        scalars |= rates | memory_in_use() | self.data.progress(step) | {"goodput": self.goodput.share()}
+        self.logger.log(step, scalars, {"expert_load": load})
 
     def _rates(self, step: int, seconds: float) -> dict[str, float]:
         """Rates of a whole interval; what cannot be is said, at the first time at length."""
