@@ -198,7 +198,7 @@ def test_a_process_that_hangs_is_named_and_all_end(workplace):
         real = TrainingData.batch
         def batch(self, step, rows=None):
             pathlib.Path({str(directory)!r}, sys.argv[-1]).write_text(f"{{rows.start}} {{rows.stop}}")
-            if step == 1 and "distributed.process_id=1" in sys.argv:
+            if step == 0 and "distributed.process_id=1" in sys.argv:
                 threading.Event().wait()
             return real(self, step, rows)
         TrainingData.batch = batch
