@@ -261,7 +261,10 @@ class Checkpoints:
             self._error = self._failure(step, error)
 
     def _retain(self, newest: int) -> None:
-        """Removes old bundles and unfinished ones of ours; a directory without our meta file is not ours."""
+        """Removes old bundles and unfinished ones of ours, once the newest was read back and found good.
+
+        A directory without our meta file is not ours.
+        """
         ours = [step for step in self.steps() if (self.directory / str(step) / META).exists()]
         self._damaged.discard(newest)
         sealed = [step for step in ours if (self.directory / str(step) / MANIFEST).exists() and step <= newest]
@@ -269,11 +272,16 @@ class Checkpoints:
         kept = set(finished[-self.config.keep :])
         if self.config.keep_every:
             kept |= {step for step in finished if step % self.config.keep_every == 0}
-        for step in ours:
-            if step not in kept and step <= newest:
-                bundle = self.directory / str(step)
-                (bundle / MANIFEST).unlink(missing_ok=True)  # a half-removed bundle must not look like a damaged one
-                shutil.rmtree(bundle)
+        removed = [step for step in ours if step not in kept and step <= newest]
+        if removed and (damage := self.find_damage(newest)) is not None:
+            raise UserError(
+                f"checkpoint {newest} in {self.directory} reads back damaged: {damage}; look at the disk and start the "
+                "same command again, the earlier checkpoints are intact"
+            )
+        for step in removed:
+            bundle = self.directory / str(step)
+            (bundle / MANIFEST).unlink(missing_ok=True)  # a half-removed bundle must not look like a damaged one
+            shutil.rmtree(bundle)
 
     def _check_room(self, state: Mapping[str, PyTree]) -> None:
         needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(dict(state)))

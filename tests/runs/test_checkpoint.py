@@ -145,18 +145,41 @@ def test_damage_is_named_and_the_older_one_used(checkpoints, said, kind):
     assert sentence in said[0]
 
 
-def test_every_flipped_byte_of_the_arrays_is_found(checkpoints):
+def test_any_flipped_bit_of_any_file_is_found_and_the_older_one_used(checkpoints, said):
+    save(checkpoints, 1, 2)
+    bundle = checkpoints.directory / "2"
+    files = sorted(path for path in bundle.rglob("*") if path.is_file() and path.stat().st_size)
+    draw = np.random.default_rng(0)
+    for number in range(100):
+        file = files[draw.integers(len(files))] if number else bundle / "manifest.json"
+        content = bytearray(good := file.read_bytes())
+        content[draw.integers(len(content))] ^= 1 << draw.integers(8)
+        file.write_bytes(bytes(content))
+        damage = find_damage(bundle)
+        assert damage is not None
+        assert file.name in damage or file.name == "manifest.json"
+        if number % 25 == 0:
+            assert checkpoints.latest() == 1
+            assert damage in said[-1]
+        file.write_bytes(good)
+    assert checkpoints.latest() == 2
+
+
+def test_old_ones_stay_where_the_newest_reads_back_damaged(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=1))
     save(checkpoints, 1)
-    file = data_file(checkpoints.directory / "1")
-    content = file.read_bytes()
-    for place in np.random.default_rng(0).integers(0, len(content), 20):
-        harmed = bytearray(content)
-        harmed[place] ^= 0x10
-        file.write_bytes(bytes(harmed))
-        with pytest.raises(UserError, match="every checkpoint"):
-            checkpoints.latest()
-    file.write_bytes(content)
+
+    def write_and_harm(bundle):
+        write_manifest(bundle)
+        flip_bit(bundle)
+
+    monkeypatch.setattr(checkpoint_module, "write_manifest", write_and_harm)
+    with pytest.raises(UserError, match=r"checkpoint 2 .* reads back damaged: .* \(checksum\); .* earlier .* intact"):
+        save(checkpoints, 2)
     assert checkpoints.latest() == 1
+    monkeypatch.undo()
+    save(checkpoints, 3)
+    assert checkpoints.steps() == [3]
 
 
 def test_stray_directories_mislead_nobody(checkpoints, said):
