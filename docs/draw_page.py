@@ -24,7 +24,6 @@ def main(checkpoint: str, question: str) -> None:
             page.wait("document.title !== 'mixtral_jax'")
             page.run(f"""
                 document.getElementById('text').value = {question!r};
-                document.getElementById('temperature').value = 0;
                 document.getElementById('length').value = 60;
                 document.getElementById('layer').value = '1';
                 document.getElementById('ask').requestSubmit();""")

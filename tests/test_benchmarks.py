@@ -5,7 +5,7 @@ import json
 import ml_dtypes
 import numpy as np
 
-from benchmarks import accelerator, moe_layer, whole_models
+from benchmarks import accelerator, moe_layer, preferences, whole_models
 
 
 def rows_of(capsys) -> list[dict]:
@@ -53,3 +53,14 @@ def test_a_hash_tells_of_every_bit_and_place():
     swapped = [leaves[0][:, ::-1], leaves[1]]
     assert len({whole_models.hash_of(each) for each in (leaves, changed, swapped)}) == 3
     assert whole_models.hash_of(leaves) == whole_models.hash_of([leaf.copy() for leaf in leaves])
+
+
+def test_pairs_of_a_step_of_dpo_lie_whole_in_our_rows():
+    pairs = preferences.make_pairs(64, 5)
+    batch = preferences.rows_of(pairs, 800).pack(np.arange(preferences.rows_of(pairs, 800).count))
+    assert batch.loss_mask.sum() == sum(len(chosen) + len(rejected) for _, chosen, rejected in pairs)
+    found = {
+        tuple(batch.targets[row][batch.loss_mask[row] & (batch.segment_ids[row] == 1)])
+        for row in range(len(batch.tokens))
+    }
+    assert found <= {tuple(chosen) for _, chosen, _ in pairs}

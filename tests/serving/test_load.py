@@ -2,12 +2,14 @@
 
 import gc
 import json
+import os
 import random
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 
+from benchmarks import serving as benchmark
 from mixtral_jax.serving.engine import Job
 from tests.serving.server import serving, wait_until
 from tests.small_run import WORDS
@@ -68,3 +70,11 @@ def test_two_hundred_requests_of_sixteen_clients(monkeypatch):
         assert len(begun) == REQUESTS + len(alone)
         # In a process full of other tests' objects one collection takes seconds.
         wait_until(lambda: not jobs or (gc.collect() >= 0 and not jobs), seconds=60)
+
+
+def test_the_benchmark_counts_a_server_s_tokens_and_its_memory():
+    with serving() as served:
+        before = benchmark.drawn(served.url)
+        assert benchmark.stream(served.url, 7) > 0
+        assert 0 < benchmark.drawn(served.url) - before <= 7
+    assert benchmark.resident_mib(os.getpid()) > 1
