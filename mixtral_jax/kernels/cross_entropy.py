@@ -37,8 +37,7 @@ def cross_entropy_sum(
         backend: of `cross_entropy`; it is that of `matmul`.
         chunk: tokens of a device whose logits exist at once.
     """
-
-    return cross_entropy_statistics(x, head, targets, mask, mesh=mesh, backend=backend, chunk=chunk)[0]
+    return _sums(x, head, targets, mask, mesh, chunk, backend, False)[0]
 
 
 def cross_entropy_statistics(
@@ -58,15 +57,7 @@ def cross_entropy_statistics(
         many targets were the likeliest token.
     """
 
-    def local(x: Array, head: Array, targets: Array, mask: Array) -> Array:
-        head = gather(head, mesh, "d_model", axis=0)
-        flat = (a.reshape(-1, *a.shape[2:]) for a in (x, targets, mask))
-        sums = _local_sums(head, *flat, min(chunk, targets.size), backend)
-        return add_up(sums, mesh, "data", "fsdp", "expert", "context")
-
-    tokens = spec(("batch", "sequence"))
-    in_specs = (spec(("batch", "sequence", None)), spec(("d_model", "vocab")), tokens, tokens)
-    nats, entropy, greedy = by_device(local, mesh, in_specs, PartitionSpec())(x, head, targets, mask)
+    nats, entropy, greedy = _sums(x, head, targets, mask, mesh, chunk, backend, True)
     return nats, entropy, greedy
 
 
@@ -96,6 +87,20 @@ def token_losses(
     tokens = spec(("batch", "sequence"))
     in_specs = (spec(("batch", "sequence", None)), spec(("d_model", "vocab")), tokens)
     return by_device(local, mesh, in_specs, (tokens, tokens))(x, head, targets)
+
+
+def _sums(
+    x: Array, head: Array, targets: Array, mask: Array, mesh: Mesh, chunk: int, backend: str, statistics: bool
+) -> Float[Array, " sums"]:
+    def local(x: Array, head: Array, targets: Array, mask: Array) -> Array:
+        head = gather(head, mesh, "d_model", axis=0)
+        flat = (a.reshape(-1, *a.shape[2:]) for a in (x, targets, mask))
+        sums = _local_sums(head, *flat, min(chunk, targets.size), backend, statistics)
+        return add_up(sums, mesh, "data", "fsdp", "expert", "context")
+
+    tokens = spec(("batch", "sequence"))
+    in_specs = (spec(("batch", "sequence", None)), spec(("d_model", "vocab")), tokens, tokens)
+    return by_device(local, mesh, in_specs, PartitionSpec())(x, head, targets, mask)
 
 
 def _split(x: Array, chunk: int) -> Array:
@@ -152,13 +157,15 @@ def chunk_gradients(
     return logsumexp - at_target, greedy, jnp.einsum("tv,dv->td", d_logits, head), d_head
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _local_sums(head: Array, x: Array, targets: Array, mask: Array, chunk: int, backend: str) -> Array:
-    return _local_fwd(head, x, targets, mask, chunk, backend)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _local_sums(
+    head: Array, x: Array, targets: Array, mask: Array, chunk: int, backend: str, statistics: bool
+) -> Array:
+    return _local_fwd(head, x, targets, mask, chunk, backend, statistics)[0]
 
 
 def _local_fwd(
-    head: Array, x: Array, targets: Array, mask: Array, chunk: int, backend: str
+    head: Array, x: Array, targets: Array, mask: Array, chunk: int, backend: str, statistics: bool
 ) -> tuple[Array, tuple[Array, Array]]:
     engine = load("cross_entropy", backend)
 
@@ -166,17 +173,20 @@ def _local_fwd(
         sums, d_head = carry
         x_c, targets_c, mask_c = inputs
         nats, greedy, d_x, d_head = engine.chunk_gradients(x_c, head, targets_c, mask_c, d_head, backend)
-        nats = jnp.sum(jnp.where(mask_c, nats, 0))
-        # <x, d_x> is the mean logit under the prediction less that of the target: no second look at logits is needed.
-        entropy = nats - jax.lax.psum(jnp.sum(x_c.astype(FULL) * d_x.astype(FULL)), VOCAB_AXIS)
-        return (sums + jnp.stack([nats, entropy, jnp.sum(mask_c & greedy, dtype=FULL)]), d_head), d_x
+        found = [jnp.sum(jnp.where(mask_c, nats, 0))]
+        if statistics:  # <x, d_x> is the mean logit under the prediction less that of the target
+            mean = jax.lax.psum(jnp.sum(x_c.astype(FULL) * d_x.astype(FULL)), VOCAB_AXIS)
+            found += [found[0] - mean, jnp.sum(mask_c & greedy, dtype=FULL)]
+        return (sums + jnp.stack(found), d_head), d_x
 
-    start = (jnp.zeros(3, FULL), jnp.zeros(head.shape, FULL))
+    start = (jnp.zeros(3 if statistics else 1, FULL), jnp.zeros(head.shape, FULL))
     (sums, d_head), d_x = jax.lax.scan(body, start, tuple(_split(a, chunk) for a in (x, targets, mask)))
     return sums, (_join(d_x, x.shape[0]).astype(x.dtype), d_head)
 
 
-def _local_bwd(chunk: int, backend: str, residuals: tuple[Array, Array], d_sums: Array) -> tuple[Array | None, ...]:
+def _local_bwd(
+    chunk: int, backend: str, statistics: bool, residuals: tuple[Array, Array], d_sums: Array
+) -> tuple[Array | None, ...]:
     d_x, d_head = residuals
     # The sums are the same on every device of the vocabulary axis; their derivative is the sum of their cotangents.
     scale = jax.lax.psum(d_sums[0], VOCAB_AXIS)
