@@ -5,8 +5,8 @@
 
 Needs this package installed (`pip install -e .`) and requirements-parity.txt. Each contender is a process of its own
 with as many threads, and they work in turn. transformers has a static cache, as it is and compiled; llama.cpp
-(xllamacpp) reads a GGUF file, F32 or for bfloat16 F16, and gets all prompts of a batch at once. Prompts run in each
-turn; their time counts for all.
+(xllamacpp) reads a GGUF file, F32 or for bfloat16 F16, and gets all prompts of a batch at once. Activations are
+float32, in transformers of the weights' type. Prompts run in each turn; their time counts for all.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], help="texts at once (1 8 32)")
     parser.add_argument(
-        "--types", nargs="+", choices=ITEMSIZE, default=list(ITEMSIZE), help="of weights and activations"
+        "--types", nargs="+", choices=ITEMSIZE, default=list(ITEMSIZE), help="of weights; in torch of activations too"
     )
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--new-tokens", type=int, default=64, help="of each text (64), made a multiple of 16")
@@ -147,7 +147,7 @@ def prompts(batch: int) -> list[list[int]]:
 def ours(directory: Path, kind: str, batch: int, new: int) -> Callable[[], Any]:
     from mixtral_jax.evaluation.loading import load_model
 
-    overrides = [f"precision.params={kind}", f"precision.compute={kind}", f"eval.batch_size={batch}"]
+    overrides = [f"precision.params={kind}", f"eval.batch_size={batch}"]
     loaded = load_model(str(directory / f"{kind}-run"), overrides, packed=False)
     generate = make_generator(loaded.architecture)(loaded.arrays)
 

@@ -149,6 +149,7 @@ def generate(arguments: list[str]) -> None:
     parser.add_argument("--chat", action="store_true", help="prompts are questions, in Mixtral Instruct's template")
     parser.add_argument("--system", metavar="TEXT", default="", help="system prompt of the chat")
     parser.add_argument("--json", metavar="FILE", type=user_path, help="also write texts, tokens and log-probabilities")
+    _add_weights(parser)
     options = parser.parse_intermixed_args(arguments)
     check_outputs(options.json, None)
     sections = {key.name for key in dataclasses.fields(Config)}
@@ -164,7 +165,8 @@ def generate(arguments: list[str]) -> None:
 
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.min_p,
                         options.repetition_penalty, options.seed)  # fmt: skip
-    wish = Wish(sampling, options.max_new_tokens, tuple(filter(None, options.stop)), options.chat, options.system)
+    wish = Wish(sampling, options.max_new_tokens, tuple(filter(None, options.stop)), options.chat, options.system,
+                options.weights)  # fmt: skip
     run(options.checkpoint, prompts, wish, overrides, options.json)
 
 
@@ -183,6 +185,7 @@ def serve(arguments: list[str]) -> None:
     parser.add_argument("--drain-seconds", metavar="S", type=int, default=30, help="for answers after SIGTERM (30)")
     parser.add_argument("--api-key-file", metavar="FILE", type=user_path,
                         help=f"holds the key that clients must send; or set {API_KEY}")  # fmt: skip
+    _add_weights(parser)
     options = parser.parse_intermixed_args(arguments)
     key = _read(options.api_key_file, "the API key") if options.api_key_file else os.environ.get(API_KEY, "")
     if options.api_key_file and not key.strip():
@@ -193,8 +196,13 @@ def serve(arguments: list[str]) -> None:
     from mixtral_jax.serving.serve import serve as run
 
     serving = Serving(options.host, options.port, options.name, key.strip(), options.max_concurrency,
-                      options.max_queue, options.max_body, options.drain_seconds)  # fmt: skip
+                      options.max_queue, options.max_body, options.drain_seconds, options.weights)  # fmt: skip
     run(options.checkpoint, serving, options.overrides)
+
+
+def _add_weights(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--weights", choices=("float32", "bfloat16", "int8"), default="",
+                        help="type in which matrices are held; int8: those of layers (the checkpoint's)")  # fmt: skip
 
 
 def _read(path: Path, what: str) -> str:

@@ -27,6 +27,7 @@ class Wish:
     stops: tuple[str, ...] = ()
     chat: bool = False  # prompts are questions, put into the chat template
     system: str = ""  # the system prompt of a chat
+    weights: str = ""  # type in which matrices are held; empty: the checkpoint's
 
 
 def generate(
@@ -50,7 +51,7 @@ def generate(
         raise UserError(f"--max-new-tokens is {wish.new_tokens}: it must be 1 or more")
     if wish.system and not wish.chat:
         raise UserError("--system belongs to a chat: add --chat")
-    with open_model(checkpoint, overrides) as loaded:
+    with open_model(checkpoint, overrides, wish.weights) as loaded:
         encode = _encoder(loaded.tokenizer, wish)
         wanted = [
             Prompt(encode(text), wish.sampling, wish.new_tokens, wish.stops, continues=not wish.chat)

@@ -1,32 +1,46 @@
 """Any model that a person has, opened to write text."""
 
 import contextlib
+import dataclasses
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from mixtral_jax.evaluation.loading import LoadedModel, load_model
+from mixtral_jax.inference.holding import hold_weights, size_of
 from mixtral_jax.weights.checkpoints import import_checkpoint
 
 RELEASED = ("config.json", "params.json")  # one of these makes a directory of weights a released one
 
 
 @contextlib.contextmanager
-def open_model(checkpoint: str, overrides: list[str]) -> Iterator[LoadedModel]:
+def open_model(checkpoint: str, overrides: list[str], weights: str = "") -> Iterator[LoadedModel]:
     """Loads a run, a checkpoint, or a directory of released weights, which is imported for the occasion.
 
     Args:
         checkpoint: its path.
         overrides: `section.key=value` on top of its configuration.
+        weights: type in which matrices are held, see `hold_weights`; empty: the checkpoint's.
 
     Raises:
         UserError: there is none, or a bad override.
     """
     path = Path(checkpoint)
     if not any((path / name).is_file() for name in RELEASED):
-        yield load_model(checkpoint, overrides, packed=False)
+        yield _held(load_model(checkpoint, overrides, packed=False), weights)
         return
     with tempfile.TemporaryDirectory(prefix="mixtral_jax_import_") as directory:
         imported = Path(directory) / "import"
         import_checkpoint(path, imported, overrides)
-        yield load_model(str(imported), overrides, packed=False)
+        yield _held(load_model(str(imported), overrides, packed=False), weights)
+
+
+def _held(loaded: LoadedModel, weights: str) -> LoadedModel:
+    if not weights:
+        return loaded
+    before = size_of(loaded.arrays)
+    held = dataclasses.replace(loaded, arrays=hold_weights(loaded.arrays, weights))
+    print(f"weights in {weights}: {size_of(held.arrays) / 1e9:.2f} GB, in the checkpoint {before / 1e9:.2f} GB",
+          file=sys.stderr)  # fmt: skip
+    return held

@@ -28,6 +28,7 @@ class Serving:
     queue: int = 64  # texts that may wait
     body: int = 1 << 20  # bytes of a request
     drain_seconds: int = 30  # that running answers have after SIGTERM
+    weights: str = ""  # type in which matrices are held; empty: the checkpoint's
 
     def __post_init__(self) -> None:
         """Raises `UserError` for a value out of range."""
@@ -48,7 +49,7 @@ def serve(checkpoint: str, serving: Serving, overrides: list[str]) -> None:
     Raises:
         UserError: a bad value or checkpoint, or an address that is not to be had.
     """
-    with bind(serving) as listener, open_model(checkpoint, overrides) as loaded:
+    with bind(serving) as listener, open_model(checkpoint, overrides, serving.weights) as loaded:
         context, _ = window_sizes(loaded.config.eval, loaded.config.data.seq_len)
         batch = RunningBatch(loaded.architecture, loaded.arrays, rows=serving.concurrency, context=context)
         engine = Engine(batch, loaded.tokenizer, queue=serving.queue)

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from sentencepiece import sentencepiece_model_pb2
 
-from mixtral_jax.config import ModelConfig, UserError
+from mixtral_jax.config import ModelConfig, RopeScalingConfig, UserError
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.model.mixtral import Arrays
+from mixtral_jax.model.rope_scaling import attention_factor
 from mixtral_jax.weights.chat_templates import chat_template
 from mixtral_jax.weights.destination import new_file
 from mixtral_jax.weights.exporting import Reader, check_exportable
@@ -96,11 +97,15 @@ def _describe(writer: gguf.GGUFWriter, config: ModelConfig, context: int, kind: 
     writer.add_expert_count(config.num_experts)
     writer.add_expert_used_count(config.num_experts_per_tok)
     scaling = config.rope_scaling
-    if scaling.kind == "linear":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+    if scaling.kind != "none":
+        writer.add_rope_scaling_type(gguf.RopeScalingType(scaling.kind))
         writer.add_rope_scaling_factor(scaling.factor)
-    elif scaling.kind != "none":
-        raise UserError(f"GGUF has no place for all of model.rope_scaling.kind={scaling.kind}: use --format hf")
+    if scaling.kind == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(scaling.original_context)
+        writer.add_rope_scaling_yarn_beta_fast(scaling.beta_fast)
+        writer.add_rope_scaling_yarn_beta_slow(scaling.beta_slow)
+        own = attention_factor(RopeScalingConfig("yarn", factor=scaling.factor))  # which llama.cpp multiplies with
+        writer.add_rope_scaling_attn_factors(attention_factor(scaling) / own)
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, model_bytes: bytes | None, rows: int) -> None:

@@ -32,6 +32,18 @@ def test_one_prompt_is_continued_as_the_json_says(trained, tmp_path, capsys):
     assert found["finish_reason"] in ("stop", "length")
 
 
+def test_weights_are_held_in_fewer_bits(trained, tmp_path, capsys):
+    found = {}
+    for weights in ("float32", "bfloat16", "int8"):
+        options = ["--weights", weights, "--max-new-tokens", "9", "--json", str(tmp_path / "g.json")]
+        verbs.generate([trained, "the river", *options])
+        (text,) = json.loads((tmp_path / "g.json").read_text())["texts"]
+        found[weights] = text["log_probs"][0]
+        assert capsys.readouterr().err.startswith(f"weights in {weights}: 0.00 GB, in the checkpoint 0.00 GB")
+    assert len(set(found.values())) == 3
+    assert max(found.values()) - min(found.values()) < 0.1
+
+
 def test_prompts_do_not_see_each_other(trained, tmp_path):
     (tmp_path / "prompts.txt").write_text("the river\nold trees were under a stone and\n\nlight\n")
     warm = ["--max-new-tokens", "12", "--temperature", "1", "--seed", "3"]

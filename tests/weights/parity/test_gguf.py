@@ -115,8 +115,17 @@ def test_greedy_texts_are_those_of_llama_cpp(tokenizer: bytes, tmp_path: Path) -
     assert [answered["__verbose"]["tokens"]] == ours(CONFIG, arrays, [prompt])
 
 
-def test_linear_scaling(tokenizer: bytes, tmp_path: Path) -> None:
-    config = dataclasses.replace(CONFIG, rope_scaling=RopeScalingConfig("linear", factor=4.0))
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        RopeScalingConfig("linear", factor=4.0),
+        RopeScalingConfig("yarn", factor=4.0, original_context=64),
+        RopeScalingConfig("yarn", 3.0, 64, beta_fast=6.0, beta_slow=1.5, attention_factor=1.5),
+    ],
+    ids=["linear", "yarn", "yarn with factors of its own"],
+)
+def test_scaled_positions(scaling: RopeScalingConfig, tokenizer: bytes, tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, rope_scaling=scaling)
     arrays = make_arrays(config)
     file = export_gguf(arrays, config, tmp_path / "model.gguf", context=CONTEXT, tokenizer=tokenizer)
     same_texts(config, arrays, file, count=4)
