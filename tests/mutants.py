@@ -134,7 +134,7 @@ TABLE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("fill_value=0) * row_weight[:, None]", "fill_value=0)"),
         ("jnp.sum(_choice(rows, row_of, j) * d_y", "jnp.sum(_choice(rows, row_of, 0) * d_y"),
     ],
-    ("data/files.py", "data/test_files.py"): [
+    ("data/files.py", "data/test_files.py data/test_sources.py::test_nothing_to_read_is_said"): [
         ("    if path.is_dir():\n        root", "    if False:\n        root"),
         ("    elif path.exists():", "    elif False:"),
         ("if entry.name.startswith(\".\"):", "if False:"),
@@ -143,14 +143,14 @@ TABLE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("if Path(entry).is_dir() and not", "if entry.is_dir(follow_symlinks=False) and not"),
         ("not parts[0].startswith(\".\")\n", "False\n"),
     ],
-    ("weights/released_config.py", "weights/test_released_config.py"): [
+    ("weights/released_config.py", "weights/test_released_config.py weights/test_bad_configurations.py"): [
         ("window < context)", "window > context)"),
         ("if isinstance(window, list):", "if False:"),
         ("load_balance / config.num_experts_per_tok", "load_balance"),
         ("1e4 if \"num_experts\" not in", "1e4 if \"num_experts\" in"),
         ("if any(value != values[0] for value in values):", "if False:"),
     ],
-    ("weights/released_keys.py", "weights/test_released_config.py"): [
+    ("weights/released_keys.py", "weights/test_released_config.py weights/test_bad_configurations.py"): [
         ("or key in HARMLESS or", "or True or"),
         ("    \"tied_embeddings\": (False,),", "    \"tied_embeddings\": (False, True),"),
         ("    \"activation\": (\"silu\",),", "    \"activation\": (\"silu\", \"gelu\"),"),
@@ -158,7 +158,7 @@ TABLE: dict[tuple[str, str], list[tuple[str, str]]] = {
     ],
     ("weights/destination.py", "weights/test_destinations.py"): [
         ("if directory.is_symlink() and not directory.exists():", "if False:"),
-        ("uuid.uuid4().hex[:8]", "\"x\""),
+        ("uuid.uuid4().hex[:8]", "'x'"),
         ("target == Path.cwd() or", "False and"),
         ("        shutil.rmtree(partial, ignore_errors=True)\n", ""),
     ],
