@@ -48,11 +48,11 @@ TABLE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("config.router_z * router_z", "config.load_balance * router_z"),
         ("loss + config.load_balance * load_balance", "loss + load_balance"),
     ],
-    ("training/step.py", f"{STEP}an_infinite_gradient_of_a_finite_loss_skips_the_update"): [
+    ("training/step.py", f"{STEP}an_infinite_gradient_or_loss_alone_skips_the_update"): [
         ("& jnp.isfinite(grad_norm)", "& True"),
+        ("jnp.isfinite(losses.total) &", "True &"),
     ],
     ("training/step.py", f"{STEP}a_non_finite_loss_skips_the_update_and_training_recovers"): [
-        ("jnp.isfinite(losses.total) &", "True &"),
         ("step=state.step + 1", "step=state.step + 1 - skip"),
         ("(state.skipped_in_a_row + 1) * skip", "state.skipped_in_a_row + skip"),
         ("state.skipped + skip", "skip"),

@@ -121,18 +121,21 @@ def test_the_norm_of_the_gradient_is_the_slope_along_it():
     assert metrics["grad_norm"] == pytest.approx((loss(0.01) - loss(-0.01)) / 0.02, rel=2e-3)
 
 
-def test_an_infinite_gradient_of_a_finite_loss_skips_the_update():
+@pytest.mark.parametrize("what", ["gradient", "loss"])
+def test_an_infinite_gradient_or_loss_alone_skips_the_update(what):
     class Infinite(Trainable):
         def _gradients(self, arrays, batch):
-            grads, *rest = super()._gradients(arrays, batch)
-            return {**grads, "lm_head": grads["lm_head"].at[0, 0].set(jnp.inf)}, *rest
+            grads, losses, *rest = super()._gradients(arrays, batch)
+            if what == "loss":
+                return grads, losses._replace(total=jnp.inf * losses.total), *rest
+            return {**grads, "lm_head": grads["lm_head"].at[0, 0].set(jnp.inf)}, losses, *rest
 
     config = tiny_config(*LOUD, "losses.selection_bias_rate=0.1")
     step = Infinite(tiny_architecture(config), config)
     before = host(begin(step))
     after, metrics = host(step.step(begin(step), step.put(tiny_batch(config))))
-    assert np.isfinite(metrics["loss"])
-    assert not np.isfinite(metrics["grad_norm"])
+    assert np.isfinite(metrics["loss"]) == (what == "gradient")
+    assert np.isfinite(metrics["grad_norm"]) == (what == "loss")
     assert (metrics["skipped_updates"], metrics["skipped_in_a_row"], after.step) == (1, 1, 1)
     for part in ("params", "opt_state", "selection_bias"):
         jax.tree.map(np.testing.assert_array_equal, getattr(after, part), getattr(before, part))
