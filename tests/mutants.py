@@ -58,13 +58,11 @@ TABLE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("state.skipped + skip", "skip"),
         ("bias = _choose(finite, self._move_bias", "bias = _choose(True, self._move_bias"),
     ],
-    ("training/step.py", f"{STEP}balancing_every_microbatch_asks_for_something_else"): [
-        ("config.losses.balance_over == \"batch\" and", "config.losses.balance_over != \"batch\" and"),
-    ],
     ("training/step.py", f"{STEP}the_bias_rises_for_idle_experts_and_falls_for_busy_ones"): [
         ("jnp.sign(1 / load.shape[-1] - load)", "jnp.sign(load - 1 / load.shape[-1])"),
     ],
-    ("training/step.py", f"{STEP}microbatches_give_the_same_update"): [
+    ("training/step.py", f"{STEP}microbatches_give_the_same_update[2-dropless]"): [
+        ("config.losses.balance_over == \"batch\" and", "config.losses.balance_over != \"batch\" and"),
         ("x.reshape(x.shape[0] // parts, parts", "x.reshape(parts, x.shape[0] // parts"),
     ],
     ("training/step.py", f"{STEP}the_losses_are_those_worked_out_by_hand"): [
