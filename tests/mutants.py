@@ -284,11 +284,7 @@ TABLE: dict[tuple[str, str], list[tuple[str, str]]] = {
     ],
     ("planning/estimate.py", "planning/test_search.py::test_memory_of_the_state_by_hand"): [
         ("own * (master + moment + WIDE)", "own * (master + WIDE)"),
-    ],
-    ("planning/estimate.py", "planning/test_search.py::test_memory_answers_to_every_lever"): [
         ("(WIDE if train.microbatches == 1 else WIDE + sums)", "WIDE"),
-    ],
-    ("planning/estimate.py", "planning/test_search.py::test_the_work_of_a_step_by_hand"): [
         ("+ 2 * vocab * d)", "+ vocab * d)"),
     ],
     ("planning/estimate.py", "planning/test_search.py::test_a_step_takes_the_longest_part_and_a_share_of_the_others"): [
