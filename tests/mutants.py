@@ -42,7 +42,7 @@ TABLE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("return num_experts * jnp.mean", "return jnp.mean"),
         ("jax.lax.stop_gradient(load) * probs", "load * probs"),
         ("router_z = jnp.mean(sums", "router_z = jnp.sum(sums"),
-        ("(each / jnp.maximum(counts.targets, 1)", "(each / jnp.maximum(counts.tokens, 1)"),
+        ("jnp.maximum(counts.targets, 1)\n", "jnp.maximum(counts.tokens, 1)\n"),
         ("jnp.mean(sums.logsumexp_squared) / jnp.maximum(counts.tokens, 1)",
          "jnp.mean(sums.logsumexp_squared) / jnp.maximum(counts.targets, 1)"),
         ("config.router_z * router_z", "config.load_balance * router_z"),
