@@ -5,6 +5,7 @@
 `small` is configs/small.yaml; `wide` has 32 experts of d_ff 448, the same parameters and half of the active ones. Peers
 are experts implementations of transformers, `+compile` adds torch.compile; without torch they are left out. Every
 contender does forward, backward, clipping by the global norm and AdamW on 4 x 512 tokens, with the load-balancing loss.
+A peer `lora16` is ours with adapters of rank 16.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from typing import Any
 from benchmarks.measure import Report
 from benchmarks.workers import median_seconds, race, ratio_to_first, serve
 from mixtral_jax.config import Config
-from mixtral_jax.config_loading import load_config
+from mixtral_jax.config_loading import load_config, replace
 from mixtral_jax.metrics import flops_per_token, parameter_counts
 
 SHAPES = {
@@ -44,10 +45,14 @@ def main() -> None:
     options = parser.parse_args()
     if options.worker:
         who, shape, dtype = options.worker
-        ours(config_of(shape, dtype)) if who == "mixtral_jax" else transformers(config_of(shape, dtype), who)
+        config = config_of(shape, dtype)
+        if who.startswith("lora"):
+            config = replace(config, init_from="a base", objective={"lora_rank": int(who.removeprefix("lora"))})
+        ours(config) if who == "mixtral_jax" or who.startswith("lora") else transformers(config, who)
         return
 
-    peers = options.peers if importlib.util.find_spec("transformers") and importlib.util.find_spec("torch") else []
+    has_torch = importlib.util.find_spec("transformers") and importlib.util.find_spec("torch")
+    peers = [peer for peer in options.peers if has_torch or peer.startswith("lora")]
     if len(peers) < len(options.peers):
         print("transformers and torch are not installed: no peers in this run", file=sys.stderr)
     report = Report(
@@ -91,8 +96,11 @@ def ours(config: Config) -> None:
 
     runtime = make_runtime(config)
     return_memory()
-    trainable = Trainable(Architecture(config.model, runtime), config)
-    state = trainable.start(trainable.architecture.init(0))
+    architecture = Architecture(config.model, runtime, config.objective)
+    trainable, arrays = Trainable(architecture, config), architecture.init(0)
+    if config.objective.lora_rank:
+        arrays["adapters"] = architecture.init_adapters(0)
+    state = trainable.start(arrays)
     shape = (config.train.batch_size, config.data.seq_len)
     text = np.random.default_rng(0).integers(config.model.vocab_size, size=(shape[0], shape[1] + 1)).astype(np.int32)
     batch = trainable.put(

@@ -191,6 +191,11 @@ class Architecture:
             shapes["adapters"] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x, FULL), factors, is_leaf=is_shape)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.shardings())
 
+    def stored(self) -> dict[str, PyTree]:
+        """Returns of `abstract` what the checkpoints of a run hold: with adapters, these take the parameters' place."""
+        arrays = self.abstract()
+        return {"params": arrays.get("adapters", arrays["params"]), "selection_bias": arrays["selection_bias"]}
+
     def axes(self) -> Arrays:
         """Returns the tree of logical axes."""
 

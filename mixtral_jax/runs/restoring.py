@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from mixtral_jax.config import UserError
 from mixtral_jax.config_loading import parse_config
@@ -82,8 +82,6 @@ def restore_adapters(checkpoints: Checkpoints, step: int, architecture: Architec
     """Restores what a checkpoint of adapters holds of a model, without `params`, and returns what they belong to."""
     config = parse_config(checkpoints.read_meta(step)["config"], [ANY_MESH], saved=True)
     own = Architecture(architecture.config, architecture.runtime, config.objective)
-    abstract = own.abstract()
-    parts: Any = {"params": abstract["adapters"], "selection_bias": abstract["selection_bias"]}
-    found = checkpoints.restore(step, parts)
+    found = checkpoints.restore(step, own.stored())
     arrays = {"adapters": found["params"], "selection_bias": found["selection_bias"]}
     return own, cast(Arrays, arrays)

@@ -11,6 +11,7 @@ from mixtral_jax.config_loading import parse_config
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.runs.checkpoint import META, Checkpoints, check_fits
+from mixtral_jax.runs.restoring import ADAPTERS, find_base
 from mixtral_jax.runs.streaming import read_blocks
 from mixtral_jax.runtime import make_runtime
 from mixtral_jax.sharding import ANY_MESH
@@ -71,5 +72,7 @@ def _check_model(checkpoints: Checkpoints, step: int) -> None:
     tokenizer = Tokenizer(checkpoints.read_file(step, "tokenizer.model"), f"the tokenizer in {bundle}")
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(f"its tokenizer has {tokenizer.vocab_size} pieces, its model {config.model.vocab_size}")
-    for name, part in Architecture(config.model, make_runtime(config)).abstract().items():
+    for name, part in Architecture(config.model, make_runtime(config), config.objective).stored().items():
         check_fits(checkpoints.directory / str(step), name, meta["arrays"].get(name, {}), part)
+    if ADAPTERS in meta:
+        find_base(checkpoints, step)

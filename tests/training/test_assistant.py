@@ -16,6 +16,7 @@ from mixtral_jax.data.tokenizer import load_tokenizer
 from mixtral_jax.evaluation.loading import load_model
 from mixtral_jax.evaluation.scoring import make_scorer
 from mixtral_jax.runs.checkpoint import find_checkpoint
+from mixtral_jax.runs.verify import verify
 from mixtral_jax.sharding import ANY_MESH
 from mixtral_jax.training.trainer import Trainer
 from mixtral_jax.weights.checkpoints import export_checkpoint
@@ -154,7 +155,7 @@ def test_adapters_learn_above_a_base_and_resume(adapted, tuned, place):
 
 
 def test_whatever_reads_a_run_of_adapters_reads_them_merged(adapted, place):
-    outcome = adapted[0]
+    outcome, said, _ = adapted
     loaded = load_model(str(place / "lora"), [ANY_MESH])
     expected = jax.tree.map(np.asarray, outcome.architecture.merge(jax.tree.map(jnp.copy, outcome.state.arrays)))
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, loaded.arrays), expected)
@@ -163,6 +164,8 @@ def test_whatever_reads_a_run_of_adapters_reads_them_merged(adapted, place):
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, merged.arrays), expected)
     assert merged.config.objective == replace(loaded.config.objective, lora_rank=0)
     assert merged.record is not None
+    for name in ("lora", "merged"):
+        verify(place / name, said.append)
     with pytest.raises(UserError, match=r"merged holds no adapters: use --format hf"):
         export_checkpoint(place / "merged", place / "peft", "peft")
 
@@ -191,6 +194,8 @@ def test_adapters_without_their_base_are_refused(adapted, place, tmp_path):
                 load_model(str(place / "lora"), options)
         with pytest.raises(UserError, match=lacks):
             export_checkpoint(place / "lora", tmp_path / "hf", "hf")
+        with pytest.raises(UserError, match=r"1 of 1 checkpoints in .* are not good"):
+            verify(place / "lora", lambda line: None)
         with pytest.raises(UserError, match=lacks):
             train(place, "lora", "chats.jsonl", "train.stop_at_step=8", f"init_from={place / 'merged'}", model="",
                   text=LORA)  # fmt: skip
@@ -198,7 +203,7 @@ def test_adapters_without_their_base_are_refused(adapted, place, tmp_path):
         export_checkpoint(place / "lora", tmp_path / "hf", "hf", init_from=str(tmp_path / "sft"))
     finally:
         (place / "away").rename(place / "sft")
-    assert not (tmp_path / "peft").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "lora", "sft"}
 
 
 def test_what_cannot_be_compared_is_refused(tuned, place, tmp_path):
