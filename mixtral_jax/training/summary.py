@@ -31,10 +31,12 @@ def summarize(config: Config, outcome: Outcome, console: Console) -> None:
         if config.objective.name != "preference":
             _show_perplexity(config, outcome, arrays, console)
         _show_sample(config, outcome, arrays, console)
+    talk = f"  talk to it      python -m mixtral_jax serve {config.run_dir}\n"
+    measure = f"  measure it      python eval.py {config.run_dir}\n"
     console.print(
         Text.assemble(
             ("the run lies in ", ""), (config.run_dir, "bold"), "\n",
-            f"  measure it      python eval.py {config.run_dir}\n",
+            {"pretrain": measure, "sft": measure + talk, "preference": talk}[config.objective.name],
             f"  look at it      tensorboard --logdir {config.run_dir}/tensorboard\n",
             f"  train longer    the same command with train.steps={2 * config.train.steps}",
         ),
