@@ -61,9 +61,11 @@ TABLE: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("training/step.py", f"{STEP}the_bias_rises_for_idle_experts_and_falls_for_busy_ones"): [
         ("jnp.sign(1 / load.shape[-1] - load)", "jnp.sign(load - 1 / load.shape[-1])"),
     ],
+    ("training/step.py", f"{STEP}a_batch_is_cut_into_parts_of_rows_that_lie_apart"): [
+        ("x.reshape(x.shape[0] // parts, parts", "x.reshape(parts, x.shape[0] // parts"),
+    ],
     ("training/step.py", f"{STEP}microbatches_give_the_same_update[2-dropless]"): [
         ("config.losses.balance_over == \"batch\" and", "config.losses.balance_over != \"batch\" and"),
-        ("x.reshape(x.shape[0] // parts, parts", "x.reshape(parts, x.shape[0] // parts"),
     ],
     ("training/step.py", f"{STEP}the_losses_are_those_worked_out_by_hand"): [
         ("jnp.mean(sums.entropy) /", "jnp.sum(sums.entropy) /"),

@@ -71,6 +71,12 @@ def test_microbatches_give_the_same_update(parts, dispatch):
         np.testing.assert_allclose(new, reference, rtol=0, atol=2.5e-7)  # two steps of float32 near 1
 
 
+def test_a_batch_is_cut_into_parts_of_rows_that_lie_apart():
+    """As many as asked for, each with rows of every device."""
+    parts = trainable(*LOUD, "train.microbatches=2")._split(jnp.arange(8)[:, None])
+    np.testing.assert_array_equal(parts[..., 0], [[0, 2, 4, 6], [1, 3, 5, 7]])
+
+
 def test_balancing_every_microbatch_asks_for_something_else():
     _, whole = one_step(*LOUD, "train.microbatches=4")
     _, apart = one_step(*LOUD, "train.microbatches=4", "losses.balance_over=microbatch")
