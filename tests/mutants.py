@@ -88,7 +88,7 @@ TABLE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("if key.startswith(\"model.\"):", "if key.startswith(\"data.\"):"),
     ],
     ("training/trainer.py", f"{BEGINNINGS}processes_must_agree_on_configuration_and_data"): [
-        ("processes.check_same(fingerprint, \"this", "str((fingerprint, \"this"),
+        ("processes.check_same(fingerprint, \"this", "str.format(\"\", fingerprint, \"this"),
     ],
     ("training/trainer.py", f"{LOOP}metrics_are_sent_for_ahead_where_they_will_be_read"): [
         ("or step in (1, self.config.train.steps)", ""),
