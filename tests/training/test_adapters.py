@@ -134,7 +134,14 @@ def test_routers_stay_unless_asked_for():
 
 def test_of_the_layers_matrices_only_one_layer_s_exist_at_once():
     """The sums, and their gradients, of all layers would be as large as the model."""
-    size = ("model.num_layers=8", "model.num_experts=8", "model.d_ff=256", "train.batch_size=2", "data.seq_len=8")
+    size = (
+        "kernels.experts=grouped_blocks",
+        "model.num_layers=8",
+        "model.num_experts=8",
+        "model.d_ff=256",
+        "train.batch_size=2",
+        "data.seq_len=8",
+    )
     trainable = adapted(*size)
     state = trainable.abstract()
     memory = trainable.step.lower(state, trainable.abstract_batch()).compile().memory_analysis()
