@@ -1,11 +1,12 @@
 """The last lines of a run name commands that take it."""
 
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from rich.console import Console
 
 from mixtral_jax.training.summary import summarize
+from mixtral_jax.training.trainer import Outcome
 from tests.tiny import tiny_config
 
 
@@ -20,7 +21,7 @@ from tests.tiny import tiny_config
 def test_the_next_commands_take_the_run(objective, measured, served):
     config = tiny_config(f"objective={objective}")
     console = Console(record=True, width=200)
-    summarize(config, SimpleNamespace(finished=True, heldout=[]), console)
+    summarize(config, Mock(Outcome, finished=True, heldout=[]), console)
     said = console.export_text()
     assert (f"python eval.py {config.run_dir}" in said) == measured  # it refuses runs that learnt preferences
     assert (f"python -m mixtral_jax serve {config.run_dir}" in said) == served
