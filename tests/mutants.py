@@ -245,7 +245,7 @@ TABLE: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("model/routing.py", f"{MOE}capacity_is_the_balanced_load_times_the_factor"): [
         ("math.ceil(factor * seq_len * k / num_experts)", "math.ceil(factor * seq_len / num_experts)"),
     ],
-    ("model/moe.py", f"{MOE}padding_returns_zero_and_its_content_reaches_nothing"): [
+    ("model/moe.py", f"{EXCHANGES}capacity_drops_the_same_on_every_exchange[gather-padding]"): [
         ("jnp.where(valid[..., None], indices, config.num_experts)", "indices + 0"),
     ],
     ("model/moe.py", f"{EXCHANGES}dropless_drops_nothing[gather-3-padding]"): [
