@@ -104,15 +104,10 @@ TABLE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("self.data.tokens_seen(step),", "self.data.tokens_seen(step + 1),"),
         ("memory_in_use() | self.data.progress(step)", "memory_in_use() | self.data.progress(step - 1)"),
     ],
-    ("model/expert_parallel.py", f"{EXCHANGES}dropless_drops_nothing[gather-3-random]"): [
-        ("(mine >= 0) & (mine < group.local_experts)", "(mine >= 0) & (mine <= group.local_experts)"),
-    ],
     ("model/expert_parallel.py", f"{EXCHANGES}capacity_drops_the_same_on_every_exchange[padded-random]"): [
         ("(plan.row_of >= plan.source.size)", "(plan.row_of > plan.source.size)"),
-        ("group.devices * sent.group_sizes[: group", "sent.group_sizes[: group"),
     ],
     ("model/expert_parallel.py", f"{EXCHANGES}dropless_drops_nothing[padded-3-random]"): [
-        ("filled = row % block < sizes", "filled = row % block <= sizes"),
         ("begins[row // block] + row % block, 0)", "begins[row // block], 0)"),
     ],
     ("model/expert_parallel.py", f"{EXCHANGES}dropless_drops_nothing[ragged-3-random]"): [
