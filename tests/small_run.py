@@ -68,7 +68,7 @@ def start(script: str, *arguments: object, **variables: str | None) -> subproces
     """Starts an entry script on one CPU device, with more environment variables."""
     return subprocess.Popen(
         [sys.executable, str(ROOT / script), *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(XLA_FLAGS="", **variables),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(**{"XLA_FLAGS": "", **variables}),
     )  # fmt: skip
 
 

@@ -133,7 +133,7 @@ def test_what_overflows_a_buffer_is_dropped_and_counted(exchange, k, factor, sce
 @pytest.mark.parametrize(("k", "rows"), [(1, 10), (2, 20), (3, 20)])
 def test_a_device_has_room_for_what_can_come(k, rows):
     """A token chooses an expert once, so of ten tokens at most two times ten rows go to a device with two experts."""
-    assert device_quota(10, k, EXPERTS, 4, 0) == device_quota(10, k, EXPERTS, 4, 99.0) == rows
+    assert device_quota(10, k, EXPERTS, 4, 0.0) == device_quota(10, k, EXPERTS, 4, 99.0) == rows
 
 
 def test_a_roomy_buffer_drops_nothing():

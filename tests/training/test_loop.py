@@ -119,6 +119,7 @@ def test_every_figure_of_the_log_is_worked_out_by_hand(trainer):
         "epoch/words": 8 / trainer.data._rows[0].count,
     }
     assert norm == pytest.approx(min(line.pop("grad_norm"), config.optimizer.clip_norm), rel=1e-5)
+    assert 0 < line.pop("goodput") < 1
     memory = {name: line.pop(name) for name in list(line) if name.startswith("memory")}
     assert all(0 < value < 1000 for value in memory.values())
     assert set(line) == set(expected)  # rates: tests/training/test_step_clock.py
