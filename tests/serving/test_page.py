@@ -1,5 +1,6 @@
 """The page as a person uses it, in a real browser."""
 
+import json
 import re
 import shutil
 
@@ -10,7 +11,10 @@ from tests.serving.chromium import opened
 from tests.serving.server import CONFIG, serving, slowly
 
 CHROMIUM = shutil.which("chromium")
-SEND = "document.getElementById('text').value = 'the river'; document.getElementById('length').value = {length};"
+SEND = (
+    "document.getElementById('text').value = 'the river'; document.getElementById('length').value = {length};"
+    "document.getElementById('temperature').value = 0;"
+)
 STOPPED = "document.getElementById('stop').disabled"
 
 
@@ -61,3 +65,13 @@ def test_a_person_chats_sees_the_experts_and_stops(monkeypatch):
         page.run(SEND.format(length=9999) + "document.getElementById('length').removeAttribute('max');"
                  "document.getElementById('ask').requestSubmit();")  # fmt: skip
         page.wait("document.querySelector('.error')?.textContent.includes('do not fit the context')")
+
+        # An answer that ends inside of a character, whose last token still has its experts.
+        experts = [[0, 1]] * CONFIG.model.num_layers
+        cut = {"delta": {"content": "\ufffd"}, "experts": [{"bytes": [0xE2, 0x82], "experts": experts}]}
+        event = json.dumps(f"data: {json.dumps({'choices': [cut]})}\n\ndata: [DONE]\n\n")
+        page.run(f"window.fetch = async () => new Response({event});")
+        page.run(SEND.format(length=9) + "document.getElementById('ask').requestSubmit();")
+        page.wait(f"document.querySelectorAll('.answer').length > 2 && {STOPPED}")
+        spans = page.run("return [...document.querySelectorAll('.answer span')].map(s => [s.textContent, s.experts])")
+        assert spans[-1] == ["\ufffd", experts]
