@@ -66,9 +66,10 @@ def environment(**variables: str | None) -> dict[str, str]:
 
 def start(script: str, *arguments: object, **variables: str | None) -> subprocess.Popen[str]:
     """Starts an entry script on one CPU device, with more environment variables."""
+    variables = {"XLA_FLAGS": "--xla_backend_optimization_level=0", **variables}
     return subprocess.Popen(
         [sys.executable, str(ROOT / script), *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(**{"XLA_FLAGS": "", **variables}),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(**variables),
     )  # fmt: skip
 
 

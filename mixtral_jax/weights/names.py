@@ -4,6 +4,7 @@ A tensor is described by its axes: `(heads head_dim) d_model` is a matrix whose 
 over head_dim. Shapes, transposes, slices and their inverses all follow from the two descriptions of a row.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -256,10 +257,10 @@ def external_tensors(layout: Format, config: ModelConfig) -> Iterator[ExternalTe
         by_key.setdefault(row.key, []).append(row)
     in_layers = [key for key in by_key if "{layer}" in key]
     ends = [key for key in by_key if "{layer}" not in key]
-    order = [(key, 0) for key in ends if by_key[key][0].path == "embedding"]
-    order += [(key, layer) for layer in range(config.num_layers) for key in in_layers]
-    order += [(key, config.num_layers - 1) for key in ends if by_key[key][0].path != "embedding"]
-    for key, layer in order:
+    first = ((key, 0) for key in ends if by_key[key][0].path == "embedding")
+    layers = ((key, layer) for layer in range(config.num_layers) for key in in_layers)
+    last = ((key, config.num_layers - 1) for key in ends if by_key[key][0].path != "embedding")
+    for key, layer in itertools.chain(first, layers, last):  # a configuration may ask for more layers than fit a list
         rows = tuple(by_key[key])
         shape = tuple(math.prod(sizes[axis] for axis in dimension) for dimension in groups(rows[0].axes))
         for expert in range(config.num_experts) if "{expert}" in key else (None,):
