@@ -10,14 +10,15 @@ import sentencepiece
 import torch
 from transformers import AutoModelForCausalLM
 
+from eval import main as evaluate
+from mixtral_jax import verbs
 from tests.small_run import run, write_config
 
 pytestmark = pytest.mark.slow
-VERBS = "mixtral_jax/__main__.py"
 
 
-def succeed(*command: Any) -> None:
-    result = run(*command)
+def train(*arguments: Any) -> None:
+    result = run("train.py", *arguments)
     assert result.returncode == 0, result.stderr
 
 
@@ -37,23 +38,21 @@ def theirs(release: Path, documents: list[str]) -> float:
 
 def ours(checkpoint: Path, text: Path) -> float:
     result = text.with_suffix(".out")
-    succeed(
-        "eval.py", checkpoint, "--json", result, f"data.sources=[{{name: x, path: {text}}}]",
-        "eval.mode=document", "eval.context=512",
-    )  # fmt: skip
+    evaluate([str(checkpoint), "--json", str(result), f"data.sources=[{{name: x, path: {text}}}]",
+              "eval.mode=document", "eval.context=512"])  # fmt: skip
     return json.loads(result.read_text())["total"]["perplexity"]
 
 
 def test_continued_and_released(tmp_path: Path) -> None:
     config = write_config(tmp_path)
     quiet = ("train.eval_every=0",)
-    succeed("train.py", config, *quiet)
+    train(config, *quiet)
     new, other, old = tmp_path / "new.jsonl", tmp_path / "other.jsonl", tmp_path / "text.jsonl"
     for file, words in ((new, ["one", "two", "ten"]), (other, ["two", "one", "ten"])):  # the other is measured whole
         documents = [" ".join(f"{word} {i * j % 7}" for j, word in enumerate(words)) for i in range(60)]
         file.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-    succeed(VERBS, "export", tmp_path / "run", tmp_path / "released", "--format", "mistral")
-    succeed(VERBS, "import", tmp_path / "released", tmp_path / "import", f"data.cache_dir={tmp_path / 'cache'}")
+    verbs.export([str(tmp_path / "run"), str(tmp_path / "released"), "--format", "mistral"])
+    verbs.import_([str(tmp_path / "released"), str(tmp_path / "import"), f"data.cache_dir={tmp_path / 'cache'}"])
     before, old_before = ours(tmp_path / "import", other), ours(tmp_path / "import", old)
 
     tokenizer = tmp_path / "released" / "tokenizer.model"
@@ -61,8 +60,8 @@ def test_continued_and_released(tmp_path: Path) -> None:
         f"init_from={tmp_path / 'import'}", f"run_dir={tmp_path / 'more'}", f"data.tokenizer={tokenizer}",
         f"data.sources=[{{name: new, path: {new}}}]", "train.steps=30",
     )  # fmt: skip
-    succeed("train.py", config, *quiet, *continued)
-    succeed(VERBS, "export", tmp_path / "more", tmp_path / "again", "--format", "hf")
+    train(config, *quiet, *continued)
+    verbs.export([str(tmp_path / "more"), str(tmp_path / "again"), "--format", "hf"])
     after, old_after = ours(tmp_path / "more", other), ours(tmp_path / "more", old)
     print(f"other text {before:.3f} -> {after:.3f}, old text {old_before:.3f} -> {old_after:.3f}")
     assert after < 0.8 * before
