@@ -66,7 +66,7 @@ def environment(**variables: str | None) -> dict[str, str]:
 
 def start(script: str, *arguments: object, **variables: str | None) -> subprocess.Popen[str]:
     """Starts an entry script on one CPU device, with more environment variables."""
-    variables = {"XLA_FLAGS": "--xla_backend_optimization_level=0", **variables}
+    variables = {"XLA_FLAGS": "", **variables}
     return subprocess.Popen(
         [sys.executable, str(ROOT / script), *map(str, arguments)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(**variables),
