@@ -148,28 +148,37 @@ def ours(config: Config, pairs: Pairs, directory: str) -> None:
     serve(step, about)
 
 
-def trl(directory: str, config: Config, pairs: Pairs, *, lean: bool) -> None:
-    """The step of TRL's DPOTrainer."""
-    import torch
+def trl_trainer(model: Any, pairs: Pairs, directory: str, ref_model: Any = None, **settings: Any) -> tuple[Any, Any]:
+    """TRL's DPOTrainer as a user on a CPU makes it, and the pairs as its step takes them."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models
-    from transformers import MixtralForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
     from trl import DPOConfig, DPOTrainer
 
-    model: Any = MixtralForCausalLM.from_pretrained(f"{directory}/model", dtype=torch.float32)
-    model.set_experts_implementation("grouped_mm")
     asked = DPOConfig(
-        output_dir=f"{directory}/trl", use_cpu=True, bf16=False, report_to="none", beta=BETA, max_length=None,
-        gradient_checkpointing=not lean, precompute_ref_log_probs=lean, per_device_train_batch_size=1,
-        disable_tqdm=True,
+        output_dir=f"{directory}/trl", use_cpu=True, bf16=False, report_to="none", max_length=None, disable_tqdm=True,
+        **settings,
     )  # fmt: skip
     words = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])  # the pairs come as tokens below
     known = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 2}, unk_token="<unk>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=known, unk_token="<unk>", eos_token="</s>")
-    trainer = DPOTrainer(model, args=asked, train_dataset=words, processing_class=tokenizer)
+    trainer: Any = DPOTrainer(model, ref_model, args=asked, train_dataset=words, processing_class=tokenizer)
     trainer.current_gradient_accumulation_steps = 1  # as its loop sets it
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
-    inputs = trainer.data_collator([dict(zip(names, pair, strict=True)) for pair in pairs])
+    return trainer, trainer.data_collator([dict(zip(names, pair, strict=True)) for pair in pairs])
+
+
+def trl(directory: str, config: Config, pairs: Pairs, *, lean: bool) -> None:
+    """The step of TRL's DPOTrainer."""
+    import torch
+    from transformers import MixtralForCausalLM
+
+    model: Any = MixtralForCausalLM.from_pretrained(f"{directory}/model", dtype=torch.float32)
+    model.set_experts_implementation("grouped_mm")
+    trainer, inputs = trl_trainer(
+        model, pairs, directory, beta=BETA,
+        gradient_checkpointing=not lean, precompute_ref_log_probs=lean, per_device_train_batch_size=1,
+    )  # fmt: skip
     if lean:
         sums = trainer.compute_ref_log_probs(model, inputs)
         inputs |= {f"ref_{kind}_logps": each for kind, each in zip(("chosen", "rejected"), sums, strict=True)}

@@ -54,17 +54,8 @@ def main(arguments: list[str] | None = None) -> None:
 @contextlib.contextmanager
 def serving(checkpoint: str, streams: int) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """Runs a server; its address and its process."""
-    command = [
-        sys.executable,
-        "-m",
-        "mixtral_jax",
-        "serve",
-        checkpoint,
-        "--port",
-        "0",
-        "--max-concurrency",
-        str(streams),
-    ]
+    options = ["--port", "0", "--max-concurrency", str(streams)]
+    command = [sys.executable, "-m", "mixtral_jax", "serve", checkpoint, *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

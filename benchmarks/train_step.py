@@ -47,8 +47,11 @@ def main() -> None:
         who, shape, dtype = options.worker
         config = config_of(shape, dtype)
         if who.startswith("lora"):
-            config = replace(config, init_from="a base", objective={"lora_rank": int(who.removeprefix("lora"))})
-        ours(config) if who == "mixtral_jax" or who.startswith("lora") else transformers(config, who)
+            ours(replace(config, init_from="a base", objective={"lora_rank": int(who.removeprefix("lora"))}))
+        elif who == "mixtral_jax":
+            ours(config)
+        else:
+            transformers(config, who)
         return
 
     has_torch = importlib.util.find_spec("transformers") and importlib.util.find_spec("torch")

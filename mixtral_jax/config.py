@@ -6,6 +6,7 @@ from typing import Literal
 from omegaconf import MISSING
 
 FloatName = Literal["float32", "bfloat16"]
+TRAINED = ("train", "train-v3")  # what `tokenizer` may be where it is trained on the text first
 
 
 class UserError(Exception):

@@ -14,7 +14,7 @@ from mixtral_jax import cli
 from mixtral_jax.config import DistributedConfig
 from mixtral_jax.console import ProgressLine, make_console, two_lines
 from mixtral_jax.kernels.cpu import intrinsics
-from tests.small_run import ROOT, run, write_config
+from tests.small_run import ROOT, environment, run, write_config
 
 NAMES = ["wiki[en]", "wiki[/en]", "[bold]", "[/]", ":smile:", "[link=x]y[/link]"]
 PRINTS = """
@@ -39,10 +39,9 @@ cli.run(main)
 
 
 def printing(done: Path, stdout: int | None, **variables: str) -> tuple[subprocess.Popen[bytes], Path]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
     closing = None if stdout is not None else lambda: os.close(1)
-    command = [sys.executable, "-c", PRINTS, str(done)]
-    return subprocess.Popen(command, stdout=stdout, stderr=subprocess.PIPE, env=environment, preexec_fn=closing), done
+    command, env = [sys.executable, "-c", PRINTS, str(done)], environment(**variables)
+    return subprocess.Popen(command, stdout=stdout, stderr=subprocess.PIPE, env=env, preexec_fn=closing), done
 
 
 def ended(process: subprocess.Popen[bytes]) -> str:
@@ -143,11 +142,10 @@ STARTS = ("cli.run(lambda _: None)", "import benchmarks")
 def test_the_platform_is_chosen_where_there_is_nothing_to_choose(
     devices: tuple[str, ...], given: str | None, platform: str
 ) -> None:
-    environment = {key: value for key, value in os.environ.items() if key != "JAX_PLATFORMS"}
-    environment |= {"PYTHONPATH": str(ROOT), **({"JAX_PLATFORMS": given} if given else {})}
     for start in STARTS:
         code = PLATFORM.format(devices, start)
-        out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        command = [sys.executable, "-c", code]
+        out = subprocess.run(command, env=environment(JAX_PLATFORMS=given), capture_output=True, text=True)
         assert (out.stdout.strip(), out.stderr) == (platform, "")
 
 
@@ -177,9 +175,8 @@ finally:
     ids=str,
 )  # fmt: skip
 def test_help_and_mistakes_are_told_before_anything_heavy_is_loaded(words: list[str], code: int) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLIBC_TUNABLES": ""}
     out = subprocess.run(
-        [sys.executable, "-c", WATCHED, *words], env=environment, capture_output=True, cwd=ROOT, text=True
+        [sys.executable, "-c", WATCHED, *words], env=environment(), capture_output=True, cwd=ROOT, text=True
     )
     assert (out.returncode, out.stderr.count("\n")) == (code, bool(code)), out.stderr
     assert out.stdout.splitlines()[-1] == "[]"

@@ -12,14 +12,13 @@ import sentencepiece
 from jaxtyping import Bool, Int32, Int64, Integer
 from sentencepiece import sentencepiece_model_pb2
 
-from mixtral_jax.config import DataConfig, UserError
+from mixtral_jax.config import TRAINED, DataConfig, UserError
 from mixtral_jax.data.cache_files import write_file
 from mixtral_jax.data.tokenizer_training import train_model
 
 SPACE = "\u2581"  # how sentencepiece writes a space
 # Files inside the wheel of mistral-common.
 BUNDLED = {"mixtral": "tokenizer.model.v1", "mixtral-v3": "mistral_instruct_tokenizer_240323.model.v3"}
-TRAINED = ("train", "train-v3")
 CHUNK = 1 << 14  # characters of a long document that are encoded at once
 GROUP = 256  # chunks whose tokens are Python numbers at the same time
 LONE_SPACE = re.compile(rf"(?<=[^\s{SPACE}]) (?=\w)")

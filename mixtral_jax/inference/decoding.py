@@ -110,25 +110,18 @@ def extend(
 
 def _projections(model: Mixtral) -> Callable[[Array, Sequence[str], Attention, Array], list[Array]]:
     """Makes a function that multiplies with some of a layer's attention matrices."""
-    config, runtime = model.config, model.runtime
-    shapes = {
-        "wq": (1, (config.num_heads, config.head_dim)),
-        "wk": (1, (config.num_kv_heads, config.head_dim)),
-        "wv": (1, (config.num_kv_heads, config.head_dim)),
-        "wo": (2, (config.d_model,)),
-    }
+    runtime = model.runtime
 
     def sliced(x: Array, names: Sequence[str], layer: Attention, number: Array) -> list[Array]:
         weights = [getattr(layer, name)[...].astype(runtime.precision.compute) for name in names]
-        return [jnp.tensordot(x, w, shapes[name][0]) for name, w in zip(names, weights, strict=True)]
+        return [jnp.tensordot(x, w, x.ndim - 2) for w in weights]
 
     def stored(x: Array, names: Sequence[str], layer: Attention, number: Array) -> list[Array]:
-        (axes,) = {shapes[name][0] for name in names}
-        rows = x.reshape(-1, math.prod(x.shape[-axes:]))
-        attention = model.layers.attention
-        stacks = [matrices(getattr(attention, name)[...], experts=1, inner=rows.shape[1]) for name in names]
-        products = multiply_stored(rows, number, *stacks)
-        return [out.reshape(*x.shape[:2], *shapes[name][1]) for name, out in zip(names, products, strict=True)]
+        rows = x.reshape(-1, math.prod(x.shape[2:]))
+        held = [getattr(model.layers.attention, name)[...] for name in names]
+        products = multiply_stored(rows, number, *(matrices(w, experts=1, inner=rows.shape[1]) for w in held))
+        outer = [jax.tree.leaves(w)[0].shape[x.ndim - 1 :] for w in held]
+        return [out.reshape(*x.shape[:2], *shape) for out, shape in zip(products, outer, strict=True)]
 
     return stored if runtime.decoding == "stored" else sliced
 

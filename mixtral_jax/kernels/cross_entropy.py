@@ -56,7 +56,6 @@ def cross_entropy_statistics(
         The sum of losses in nats, which alone is differentiable; the sum of the predictions' entropies in nats; how
         many targets were the likeliest token.
     """
-
     nats, entropy, greedy = _sums(x, head, targets, mask, mesh, chunk, backend, True)
     return nats, entropy, greedy
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from omegaconf import MISSING
 
-from mixtral_jax.config import UserError
+from mixtral_jax.config import TRAINED, UserError
 from mixtral_jax.config_loading import parse_structured, read_config_file
 
 
@@ -247,8 +247,10 @@ def validate(config: PrepareConfig) -> None:
         for share in value.values() if isinstance(value, dict) else [value]:
             _require(0 <= share <= 1, f"{name} is {value}: it is a share from 0 to 1")
     _require(config.executor.workers >= 0, f"executor.workers is {config.executor.workers}: it must be 0 or more")
-    trained = config.tokenizer in ("train", "train-v3")
-    _require(not trained, f"tokenizer={config.tokenizer} is not for prepare: it names mixtral, mixtral-v3 or a file")
+    _require(
+        config.tokenizer not in TRAINED,
+        f"tokenizer={config.tokenizer} is not for prepare: it names mixtral, mixtral-v3 or a file",
+    )
     if config.executor.kind == "slurm":
         _require(bool(config.executor.partition), "executor.partition is empty: name a partition of the cluster")
 

@@ -15,16 +15,16 @@ from mixtral_jax.runs.manifest import write_atomically
 FILE = "goodput.json"
 PERIOD = 10.0  # seconds between two writes; what a kill leaves unwritten is `down`
 MARKS = 100  # checkpoints of which is known how much of the steps lay before them
-PARTS = {
-    "steps": "steps that count",
-    "start": "from the process's beginning to the first step, without its compilation",
-    "compile": "of the first step",
-    "data": "the loop waited for a batch",
-    "evaluation": "of held-out text",
-    "saves": "the loop waited for a checkpoint",
-    "lost": "steps after the checkpoint from which the next start went on",
-    "down": "between a start's last words and the next start",
-}
+PARTS = (
+    "steps",  # that count
+    "start",  # from the process's beginning to the first step, without its compilation
+    "compile",  # of the first step
+    "data",  # the loop waited for a batch
+    "evaluation",  # of held-out text
+    "saves",  # the loop waited for a checkpoint
+    "lost",  # steps after the checkpoint from which the next start went on
+    "down",  # between a start's last words and the next start
+)
 
 Item = TypeVar("Item")
 

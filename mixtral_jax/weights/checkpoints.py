@@ -10,10 +10,10 @@ from typing import Any, Literal, cast
 import jax
 import yaml
 
-from mixtral_jax.config import CheckpointConfig, Config, UserError
+from mixtral_jax.config import TRAINED, CheckpointConfig, Config, UserError
 from mixtral_jax.config_loading import parse_config, replace, to_yaml
 from mixtral_jax.data.record import FILE as RECORD
-from mixtral_jax.data.tokenizer import TRAINED, Tokenizer, load_tokenizer
+from mixtral_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mixtral_jax.model.mixtral import Architecture, Arrays
 from mixtral_jax.runs.checkpoint import Checkpoints, find_checkpoint
 from mixtral_jax.runs.restoring import ADAPTERS, restore_adapters, restore_model

@@ -40,7 +40,7 @@ def test_sum_and_gradients_equal_the_reference(mesh, backend, chunk):
     )
     assert abs(value / expected - 1) < LIMITS[backend]
     assert max(oracles.error(a, b) for a, b in zip(grads, expected_grads, strict=True)) < LIMITS[backend]
-    # Without a gradient another path computes the value.
+    # Without a gradient it is a program of its own.
     assert abs(3 * jax.jit(total)(x, head, targets, mask) / expected - 1) < LIMITS[backend]
 
 

@@ -7,13 +7,10 @@ import jax
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from safetensors.numpy import load_file
-from tokenizers import Tokenizer, models
-from transformers import MixtralForCausalLM, PreTrainedTokenizerFast
-from trl import DPOConfig, DPOTrainer
+from transformers import MixtralForCausalLM
 
-from benchmarks.preferences import make_pairs, rows_of
+from benchmarks.preferences import make_pairs, rows_of, trl_trainer
 from mixtral_jax.config_loading import replace
 from mixtral_jax.evaluation.scoring import make_scorer
 from mixtral_jax.model.mixtral import Architecture
@@ -36,17 +33,9 @@ def export(arrays, config, directory):
 def theirs(directory, reference, pairs):
     """TRL's loss and gradients by name; the reference is another model."""
     model, other = (MixtralForCausalLM.from_pretrained(where, dtype=torch.float32) for where in (directory, reference))
-    asked = DPOConfig(
-        output_dir=f"{directory}/trl", use_cpu=True, bf16=False, report_to="none", beta=BETA, loss_type=LOSSES,
-        gradient_checkpointing=False, max_length=None, disable_tqdm=True,
-    )  # fmt: skip
-    known = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 2}, unk_token="<unk>"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=known, unk_token="<unk>", eos_token="</s>")
-    words = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])  # the pairs come as tokens below
-    trainer = DPOTrainer(model, ref_model=other, args=asked, train_dataset=words, processing_class=tokenizer)
-    trainer.current_gradient_accumulation_steps = 1  # as its loop sets it
-    names = ("prompt_ids", "chosen_ids", "rejected_ids")
-    inputs = trainer.data_collator([dict(zip(names, pair, strict=True)) for pair in pairs])
+    trainer, inputs = trl_trainer(
+        model, pairs, directory, other, beta=BETA, loss_type=LOSSES, gradient_checkpointing=False
+    )
     loss = trainer.compute_loss(model.train(), inputs)
     loss.backward()
     return loss.item(), {name: weight.grad.numpy() for name, weight in model.named_parameters()}
