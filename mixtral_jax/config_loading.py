@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import json
 import os
 import re
@@ -150,14 +151,9 @@ def parse_structured(
             nested = {part: nested}
         trees.append((key, nested))
 
-    def merge(base: Any) -> Any:
-        for source, given in trees:
-            base = _merge(base, given, source, schema)
-        return base
-
-    merged = merge(OmegaConf.structured(schema))
+    merged = _merged(schema, trees)
     if below and (first := below(merged)):
-        merged = merge(_merge(OmegaConf.structured(schema), first, where, schema))
+        merged = _merged(schema, [(where, first), *trees])
     try:
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
@@ -210,11 +206,20 @@ def _as_written(text: str) -> Any:
     return None if node is None else build(node)
 
 
-def _merge(base: Any, tree: dict[str, Any], where: str, schema: type) -> Any:
-    try:
-        return OmegaConf.merge(base, OmegaConf.create(tree))
-    except (OmegaConfBaseException, TypeError, ValueError) as error:
-        raise UserError(f"{where}: {_sentence(error, schema, where)}") from None
+@functools.cache
+def _defaults(schema: type) -> Any:
+    return OmegaConf.structured(schema)
+
+
+def _merged(schema: type, trees: list[tuple[str, dict[str, Any]]]) -> Any:
+    """Lays trees over the defaults, one after the other; each has a name for an error."""
+    merged: Any = _defaults(schema)
+    for where, tree in trees:
+        try:
+            merged = OmegaConf.merge(merged, OmegaConf.create(tree))
+        except (OmegaConfBaseException, TypeError, ValueError) as error:
+            raise UserError(f"{where}: {_sentence(error, schema, where)}") from None
+    return merged
 
 
 def _sentence(error: Exception, schema: type, where: str = "") -> str:

@@ -1,6 +1,7 @@
 """A model small enough to compile in seconds, batches for it, and the way to a training step on any mesh."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -68,7 +69,12 @@ optimizer: {learning_rate: 1e-2, warmup_steps: 5}
 
 def tiny_config(*overrides: str, **changes: Any) -> Config:
     """The tiny configuration with changes: `tiny_config("train.steps=5", model={"num_layers": 1})`."""
-    return replace(parse_config(TINY, list(overrides)), **changes)
+    return replace(_parsed(overrides), **changes)
+
+
+@functools.cache
+def _parsed(overrides: tuple[str, ...]) -> Config:
+    return parse_config(TINY, list(overrides))
 
 
 def mesh_of(**sizes: int) -> Mesh:

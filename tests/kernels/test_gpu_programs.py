@@ -104,8 +104,8 @@ def test_attention_of_packed_rows_is_flash_and_linear_in_memory(seq_len):
     assert all("{3,2,1,0}" in layout and "{3,1,2,0}" not in layout for layout in layouts)
 
 
-@functools.cache
-def step(remat: str):
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_the_step_uses_the_kernels_alone_and_moves_rows_by_ragged_exchanges_and_gathers(remat):
     """The whole training step for 8 H100, every size another one."""
     config = tiny_config(
         model={"d_model": 256, "d_ff": 640, "num_heads": 2, "num_kv_heads": 1, "head_dim": 128, "num_layers": 3},
@@ -117,7 +117,31 @@ def step(remat: str):
     program = compile_step(config, describe_topology("h100:1x8"))
     runtime = program.runtime
     assert (runtime.attention, runtime.experts, runtime.exchange) == ("cudnn", "triton", "ragged")
-    return config, program.text, parse(program.text)
+    module = parse(program.text)
+    layers, again = config.model.num_layers, remat == "full"
+    called = kernels(module)
+    assert products_of(called) == (layers * (6 + 3 * again), layers * 3)
+    assert called["__cudnn$fmhaSoftmax"] == layers * (1 + again)
+    assert called["__cudnn$fmhaSoftmaxBackward"] == layers
+    assert not re.search(rf"\[[\d,]*{config.data.seq_len},{config.data.seq_len}[\d,]*\]", program.text)
+    products = [
+        instruction.shapes[0].dims
+        for name, computation in module.computations.items()
+        if module.runs[name]
+        for instruction in computation.values()
+        if instruction.opcode == "dot"
+    ]
+    assert products
+    assert not [dims for dims in products if config.model.d_ff in dims], "a product of experts besides the kernels"
+
+    runs = collections.Counter()
+    for name, computation in module.computations.items():
+        for instruction in computation.values():
+            runs[instruction.opcode.removesuffix("-start")] += module.runs[name]
+            if instruction.opcode == "scatter" and module.runs[name] and instruction.shapes[0].dtype != "s32":
+                assert config.model.vocab_size in instruction.shapes[0].dims, "rows are summed by scattering"
+    # There and back; forward, backward, and what is computed again.
+    assert runs["ragged-all-to-all"] == config.model.num_layers * (4 + 2 * (remat == "full"))
 
 
 def test_one_gpu_reads_the_experts_where_they_lie_and_writes_the_layers_out():
@@ -155,36 +179,3 @@ def test_the_step_compiles_for_every_generation(gpu, experts):
     called = kernels(parse(program.text))
     assert products_of(called) == (6, 3)
     assert called["__cudnn$fmhaScaleBiasSoftmaxBackward" if gpu == "a100" else "__cudnn$fmhaSoftmaxBackward"] == 1
-
-
-@pytest.mark.parametrize("remat", ["none", "full"])
-def test_the_step_uses_the_kernels_alone(remat):
-    config, text, module = step(remat)
-    layers, again = config.model.num_layers, remat == "full"
-    called = kernels(module)
-    assert products_of(called) == (layers * (6 + 3 * again), layers * 3)
-    assert called["__cudnn$fmhaSoftmax"] == layers * (1 + again)
-    assert called["__cudnn$fmhaSoftmaxBackward"] == layers
-    assert not re.search(rf"\[[\d,]*{config.data.seq_len},{config.data.seq_len}[\d,]*\]", text)
-    products = [
-        instruction.shapes[0].dims
-        for name, computation in module.computations.items()
-        if module.runs[name]
-        for instruction in computation.values()
-        if instruction.opcode == "dot"
-    ]
-    assert products
-    assert not [dims for dims in products if config.model.d_ff in dims], "a product of experts besides the kernels"
-
-
-@pytest.mark.parametrize("remat", ["none", "full"])
-def test_rows_move_by_ragged_exchanges_and_gathers(remat):
-    config, _, module = step(remat)
-    runs = collections.Counter()
-    for name, computation in module.computations.items():
-        for instruction in computation.values():
-            runs[instruction.opcode.removesuffix("-start")] += module.runs[name]
-            if instruction.opcode == "scatter" and module.runs[name] and instruction.shapes[0].dtype != "s32":
-                assert config.model.vocab_size in instruction.shapes[0].dims, "rows are summed by scattering"
-    # There and back; forward, backward, and what is computed again.
-    assert runs["ragged-all-to-all"] == config.model.num_layers * (4 + 2 * (remat == "full"))
