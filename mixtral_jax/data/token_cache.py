@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from mixtral_jax.config import SourceConfig, UserError
 from mixtral_jax.console import make_console
-from mixtral_jax.data.answers import ANSWER, Kind, format_of, marked_records
+from mixtral_jax.data.answers import ANSWER, Kind, format_of
 from mixtral_jax.data.cache_files import altered_file, building, locked
 from mixtral_jax.data.sources import iter_documents, source_fingerprint, total_bytes
 from mixtral_jax.data.tokenizer import Tokenizer
@@ -161,9 +161,7 @@ def _build(source: SourceConfig, tokenizer: Tokenizer, directory: Path, key: str
 
         write("document_starts", np.zeros(1, "<i8"))
         texts = format == "text"
-        for piece in (
-            _texts(source, tokenizer, progress) if texts else _chats(source, kind, format, tokenizer, progress)
-        ):
+        for piece in _texts(source, tokenizer, progress) if texts else _chats(source, format, tokenizer, progress):
             ends = num_tokens + np.cumsum(piece.lengths)
             write("tokens", piece.tokens.astype(dtype))
             write("document_starts", ends.astype("<i8"))
@@ -184,9 +182,13 @@ def _texts(source: SourceConfig, tokenizer: Tokenizer, progress: Progress) -> It
         yield _Piece(np.concatenate(parts), [len(ids) + 2 for ids in encoded], sizes, None)
 
 
-def _chats(source: SourceConfig, kind: Kind, format: str, tokenizer: Tokenizer, progress: Progress) -> Iterator[_Piece]:
+def _chats(source: SourceConfig, format: str, tokenizer: Tokenizer, progress: Progress) -> Iterator[_Piece]:
+    from mixtral_jax.data.marked_records import (
+        marked_records,
+    )  # mistral-common takes a second, which text does not need
+
     task = progress.task_ids[0]
-    for record in marked_records(source, kind, format, tokenizer, lambda count: progress.advance(task, count)):
+    for record in marked_records(source, format, tokenizer, lambda count: progress.advance(task, count)):
         said = record.tokens[record.marks & ANSWER > 0]
         yield _Piece(record.tokens, [len(record.tokens)], [int(tokenizer.token_bytes[said].sum())], record.marks)
 
