@@ -94,6 +94,13 @@ def make_pairs(vocab_size: int, count: int) -> Pairs:
 
 def rows_of(pairs: Pairs, seq_len: int) -> RecordRows:
     """The rows that hold the pairs, as training packs them."""
+    rows = RecordRows(documents_of(pairs), seq_len)
+    assert not rows.dropped, "a pair is longer than a row"
+    return rows
+
+
+def documents_of(pairs: Pairs) -> Documents:
+    """The pairs as a source holds them."""
     tokens: list[int] = []
     marks: list[int] = []
     ends = [0]
@@ -102,14 +109,11 @@ def rows_of(pairs: Pairs, seq_len: int) -> RecordRows:
             tokens += [*prompt, *answer]
             marks += [side] * len(prompt) + [side + ANSWER] * len(answer)
         ends.append(len(tokens))
-    documents = Documents(
+    return Documents(
         name="pairs", buffer=np.array(tokens, np.int32), starts=np.array(ends[:-1]), offsets=np.array(ends),
         byte_counts=np.zeros(len(pairs), np.int64), bos_id=1, fingerprint="", format="pairs",
         marks=np.array(marks, np.uint8),
     )  # fmt: skip
-    rows = RecordRows(documents, seq_len)
-    assert not rows.dropped, "a pair is longer than a row"
-    return rows
 
 
 def ours(config: Config, pairs: Pairs, directory: str) -> None:
@@ -148,24 +152,34 @@ def ours(config: Config, pairs: Pairs, directory: str) -> None:
     serve(step, about)
 
 
-def trl_trainer(model: Any, pairs: Pairs, directory: str, ref_model: Any = None, **settings: Any) -> tuple[Any, Any]:
-    """TRL's DPOTrainer as a user on a CPU makes it, and the pairs as its step takes them."""
+def trl_trainer(
+    model: Any, records: list[dict[str, Any]], directory: str, ref_model: Any = None, **settings: Any
+) -> tuple[Any, Any]:
+    """TRL's trainer as a user on a CPU makes it, DPO's or for labels KTO's, and the records as its step takes them."""
+    import trl
     from datasets import Dataset
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
-    from trl import DPOConfig, DPOTrainer
 
-    asked = DPOConfig(
+    kind = "KTO" if "label" in records[0] else "DPO"
+    asked = getattr(trl, f"{kind}Config")(
         output_dir=f"{directory}/trl", use_cpu=True, bf16=False, report_to="none", max_length=None, disable_tqdm=True,
         **settings,
     )  # fmt: skip
-    words = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])  # the pairs come as tokens below
+    words = {"prompt": "a", "chosen": "b", "rejected": "c"}  # the records come as tokens
     known = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 2}, unk_token="<unk>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=known, unk_token="<unk>", eos_token="</s>")
-    trainer: Any = DPOTrainer(model, ref_model, args=asked, train_dataset=words, processing_class=tokenizer)
+    trainer: Any = getattr(trl, f"{kind}Trainer")(
+        model, ref_model, args=asked, train_dataset=Dataset.from_list([words] * 2), processing_class=tokenizer
+    )
     trainer.current_gradient_accumulation_steps = 1  # as its loop sets it
+    return trainer, trainer.data_collator(records)
+
+
+def trl_records(pairs: Pairs) -> list[dict[str, Any]]:
+    """The pairs with TRL's names."""
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
-    return trainer, trainer.data_collator([dict(zip(names, pair, strict=True)) for pair in pairs])
+    return [dict(zip(names, pair, strict=True)) for pair in pairs]
 
 
 def trl(directory: str, config: Config, pairs: Pairs, *, lean: bool) -> None:
@@ -176,7 +190,7 @@ def trl(directory: str, config: Config, pairs: Pairs, *, lean: bool) -> None:
     model: Any = MixtralForCausalLM.from_pretrained(f"{directory}/model", dtype=torch.float32)
     model.set_experts_implementation("grouped_mm")
     trainer, inputs = trl_trainer(
-        model, pairs, directory, beta=BETA,
+        model, trl_records(pairs), directory, beta=BETA,
         gradient_checkpointing=not lean, precompute_ref_log_probs=lean, per_device_train_batch_size=1,
     )  # fmt: skip
     if lean:

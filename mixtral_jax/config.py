@@ -169,6 +169,11 @@ class ObjectiveConfig:
     lora_alpha: float = 16.0  # the matrices are W + lora_alpha / lora_rank * A B
     lora_router: bool = False  # adapt the routers too, which stay as they are otherwise
 
+    @property
+    def needs_mismatched(self) -> bool:
+        """Whether a loss asks what prompts say of the answers to others."""
+        return self.name == "preference" and any(loss.name == "kto" for loss in self.losses)
+
 
 @dataclass(frozen=True)
 class DcnConfig:

@@ -1,6 +1,7 @@
 """What a model and its losses read of a batch, and its way onto the devices."""
 
 import dataclasses
+import operator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -9,6 +10,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Bool, Float32, Int32
 
+from mixtral_jax.config import ObjectiveConfig
 from mixtral_jax.pytree import pytree
 from mixtral_jax.zigzag import column_order
 
@@ -27,21 +29,33 @@ class Batch(Generic[A]):
     loss_mask: Bool[A, "batch seq"]  # whether the target counts
     # Of judged answers, the reference model's log-probability of the target in nats; see `RecordRows` for segment_ids.
     reference: Float32[A, "batch seq"] | None = None
+    mismatched: "Batch[A] | None" = None  # for KTO: the prompts of these rows, each with the answer to another
 
 
 HostBatch = Batch[np.ndarray]
 
 
-def padding(rows: int, seq_len: int, *, reference: bool = False) -> HostBatch:
-    """Makes a batch of nothing but padding, to be filled; of judged answers with a `reference`."""
+def padding(rows: int, seq_len: int, objective: ObjectiveConfig | None = None) -> HostBatch:
+    """Makes a batch of nothing but padding, to be filled, with what an objective's losses read."""
     tokens, targets, segment_ids, positions = np.zeros((4, rows, seq_len), np.int32)
-    nats = np.zeros((rows, seq_len), np.float32) if reference else None
-    return Batch(tokens, targets, segment_ids, positions, np.zeros((rows, seq_len), bool), nats)
+    judged = objective is not None and objective.name == "preference"
+    nats = np.zeros((rows, seq_len), np.float32) if judged else None
+    batch = Batch(tokens, targets, segment_ids, positions, np.zeros((rows, seq_len), bool), nats)
+    if objective and objective.needs_mismatched:
+        return dataclasses.replace(batch, mismatched=jax.tree.map(np.copy, batch))
+    return batch
 
 
-def abstract_batch(rows: int, seq_len: int, sharding: NamedSharding, *, reference: bool = False) -> Batch[Any]:
+def fill(batch: HostBatch, rows: Any, part: HostBatch) -> None:
+    """Writes a part into some rows of a batch."""
+    jax.tree.map(lambda whole, own: operator.setitem(whole, rows, own), batch, part)
+
+
+def abstract_batch(
+    rows: int, seq_len: int, sharding: NamedSharding, objective: ObjectiveConfig | None = None
+) -> Batch[Any]:
     """Describes a batch by shape, type and sharding."""
-    batch = padding(rows, seq_len, reference=reference)
+    batch = padding(rows, seq_len, objective)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch)
 
 
@@ -68,5 +82,4 @@ def put_batch(batch: HostBatch, sharding: NamedSharding, total: int | None = Non
         return jax.make_array_from_callback((rows, *array.shape[1:]), sharding, part)
 
     given: dict[str, Any] = {field.name: getattr(batch, field.name) for field in dataclasses.fields(Batch)}
-    placed: dict[str, Any] = {name: None if array is None else put(array) for name, array in given.items()}
-    return Batch(**placed)
+    return Batch(**jax.tree.map(put, given))

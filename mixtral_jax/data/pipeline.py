@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from mixtral_jax.config import Config, DataConfig, UserError
-from mixtral_jax.data.batch import HostBatch, padding
+from mixtral_jax.data.batch import HostBatch, fill, padding
 from mixtral_jax.data.cache_files import cache_directory
 from mixtral_jax.data.fingerprints import fingerprints
 from mixtral_jax.data.packing import TextRows
@@ -91,7 +91,7 @@ def rows_of(config: Config, documents: list[Documents]) -> Sequence[TextRows | R
     if config.objective.name == "pretrain":
         return [TextRows(view, config.data.seq_len) for view in documents]
     return [
-        RecordRows(view, config.data.seq_len, source.too_long)
+        RecordRows(view, config.data.seq_len, source.too_long, mismatched=config.objective.needs_mismatched)
         for view, source in zip(documents, config.data.sources, strict=True)
     ]
 
@@ -116,8 +116,7 @@ class TrainingData:
         self._seq_len = config.data.seq_len
         self._batch_size = config.train.batch_size
         self._seed = config.seed
-        self._judged = config.objective.name == "preference"
-        self._answers = config.objective.name != "pretrain"
+        self._objective = config.objective
         self._rows = rows_of(config, documents)
         self.source_names = [view.name for view in documents]
         # Targets of an epoch, by source.
@@ -155,13 +154,11 @@ class TrainingData:
             rows: which rows of the batch; all of them if None.
         """
         sources, places = self.sources(step, rows)
-        batch = padding(len(sources), self._seq_len, reference=self._judged)
+        batch = padding(len(sources), self._seq_len, self._objective)
         for source in np.unique(sources):
             here, own = sources == source, self._rows[source]
             numbers = shuffled_rows(places[here], own.count, self._seed, int(source))
-            for name, part in vars(own.pack(numbers)).items():
-                if part is not None:
-                    getattr(batch, name)[here] = part
+            fill(batch, here, own.pack(numbers))
         return batch
 
     def tokens_seen(self, steps: int) -> int:
@@ -198,19 +195,17 @@ class TrainingData:
                 f"share/{name}": tokens[source] / max(1, sum(tokens)),
                 f"epoch/{name}": dealt[source] * self._rows[source].copies / self._rows[source].count,
             }
-        return seen | ({"num_tokens": sum(tokens)} if self._answers else {})
+        return seen | ({"num_tokens": sum(tokens)} if self._objective.name != "pretrain" else {})
 
 
 def held_out_batches(config: Config, documents: list[Documents]) -> list[HostBatch]:
     """Packs held-out records into batches of the size of training's, up to `train.eval_batches` a source."""
     batches = []
-    size, judged = config.train.batch_size, config.objective.name == "preference"
+    size = config.train.batch_size
     for rows in rows_of(config, documents):
         for first in range(0, min(rows.count, config.train.eval_batches * size), size):
-            batch = padding(size, config.data.seq_len, reference=judged)
+            batch = padding(size, config.data.seq_len, config.objective)
             numbers = np.arange(first, min(first + size, rows.count))
-            for name, part in vars(rows.pack(numbers)).items():
-                if part is not None:
-                    getattr(batch, name)[: len(numbers)] = part
+            fill(batch, slice(len(numbers)), rows.pack(numbers))
             batches.append(batch)
     return batches

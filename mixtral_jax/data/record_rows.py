@@ -1,15 +1,20 @@
 """Rows of whole records: chats, or pairs of them, put where they fit best; attention never goes from one to another."""
 
 import bisect
+import dataclasses
 from typing import Literal
 
 import numpy as np
 from jaxtyping import Int64
 
+from mixtral_jax.config import ObjectiveConfig
 from mixtral_jax.data.answers import ANSWER, WORSE
 from mixtral_jax.data.batch import HostBatch, padding
 from mixtral_jax.data.row_order import shuffled_rows
 from mixtral_jax.data.splits import Documents
+
+JUDGED = ObjectiveConfig(name="preference")
+Places = Int64[np.ndarray, "_"]  # of tokens in the source
 
 
 class RecordRows:
@@ -19,12 +24,20 @@ class RecordRows:
     is segment u + 1; of judged answers, the better one to prompt u is segment 2u + 1 and the worse one 2u + 2.
     """
 
-    def __init__(self, documents: Documents, seq_len: int, too_long: Literal["drop", "cut"] = "drop"):
+    def __init__(
+        self,
+        documents: Documents,
+        seq_len: int,
+        too_long: Literal["drop", "cut"] = "drop",
+        *,
+        mismatched: bool = False,
+    ):
         """Lays out the rows; only the marks of pairs, and what is cut, are read."""
         assert documents.marks is not None
         self._documents, self._marks = documents, documents.marks
         self._seq_len = seq_len
         self.format = documents.format
+        self._mismatched = mismatched
         self._judged = documents.format in ("pairs", "labels")
         self.dropped = self.cut = 0
         units: list[list[tuple[int, int]]] = []  # of each record, its conversations: place and tokens
@@ -66,22 +79,25 @@ class RecordRows:
 
     def pack(self, rows: Int64[np.ndarray, "rows"]) -> HostBatch:
         """Builds rows as `pack_rows` does; targets that count are the answers' tokens, with the EOS that ends them."""
+        batch = self._pack(rows)
+        return dataclasses.replace(batch, mismatched=self._pack(rows, mismatched=True)) if self._mismatched else batch
+
+    def _pack(self, rows: Int64[np.ndarray, "rows"], *, mismatched: bool = False) -> HostBatch:
         documents = self._documents
-        batch = padding(len(rows), self._seq_len, reference=self._judged)
+        batch = padding(len(rows), self._seq_len, JUDGED if self._judged else None)
         for row, number in enumerate(rows):
             start = 0
-            for unit, parts in enumerate(self._rows[number]):
-                for place, length in parts:
-                    here, end = slice(start, start + length - 1), place + length
-                    tokens = documents.buffer[place:end].astype(np.int32)
-                    worse = int(self._marks[place] & WORSE > 0)
-                    batch.tokens[row, here], batch.targets[row, here] = tokens[:-1], tokens[1:]
-                    batch.segment_ids[row, here] = 2 * unit + 1 + worse if self._judged else unit + 1
-                    batch.positions[row, here] = np.arange(length - 1)
-                    batch.loss_mask[row, here] = self._marks[place + 1 : end] & ANSWER > 0
-                    if batch.reference is not None and documents.reference is not None:
-                        batch.reference[row, here] = documents.reference[place + 1 : end]
-                    start += length - 1
+            for conversation, places in enumerate(self.conversations(int(number), mismatched=mismatched)):
+                here, tokens = slice(start, start + len(places) - 1), documents.buffer[places].astype(np.int32)
+                worse = int(self._marks[places[0]] & WORSE > 0)
+                unit = conversation // (2 if self.format == "pairs" else 1)
+                batch.tokens[row, here], batch.targets[row, here] = tokens[:-1], tokens[1:]
+                batch.segment_ids[row, here] = 2 * unit + 1 + worse if self._judged else unit + 1
+                batch.positions[row, here] = np.arange(len(places) - 1)
+                batch.loss_mask[row, here] = self._marks[places[1:]] & ANSWER > 0
+                if batch.reference is not None and documents.reference is not None:
+                    batch.reference[row, here] = documents.reference[int(mismatched), places[1:]]
+                start += len(places) - 1
         return batch
 
     def tokens_of(self, dealt: int, seed: int, source: int) -> int:
@@ -90,9 +106,32 @@ class RecordRows:
         order = shuffled_rows(np.arange(begun) + epochs * self.count, self.count, seed, source)
         return epochs * int(self._row_tokens.sum()) + int(self._row_tokens[order].sum())
 
-    def places(self, row: int) -> list[tuple[int, int]]:
-        """Where the conversations of a row lie in the source, in the order of the row: place and number of tokens."""
-        return [part for parts in self._rows[row] for part in parts]
+    def conversations(self, row: int, *, mismatched: bool = False) -> list[Places]:
+        """Finds where in the source the tokens of a row's conversations lie, in the order of the row.
+
+        Args:
+            row: its number.
+            mismatched: every prompt gets the answer to the one before it, the first of all the last answer of all. One
+                that comes from the row before is cut to the room that there is.
+        """
+        units = self._rows[row]
+        if not mismatched:
+            return [np.arange(place, place + length) for parts in units for place, length in parts]
+        answers = [[self._halves(*part)[1] for part in parts] for parts in (self._rows[row - 1][-1], *units)]
+        room = self._seq_len - int(self._row_tokens[row])
+        for place, (comes, leaves) in enumerate(zip(answers[0], answers[-1], strict=True)):
+            answers[0][place] = comes[: len(leaves) + room]
+            room += len(leaves) - len(answers[0][place])
+        return [
+            np.append(self._halves(*part)[0], answer)
+            for parts, others in zip(units, answers[:-1], strict=True)
+            for part, answer in zip(parts, others, strict=True)
+        ]
+
+    def _halves(self, place: int, length: int) -> list[Places]:
+        """Where the prompt and the answer to judge lie."""
+        begin = int(np.argmax(self._marks[place : place + length] & ANSWER > 0))
+        return np.split(np.arange(place, place + length), [begin])
 
 
 def best_fit(sizes: list[int], room: int) -> list[list[int]]:

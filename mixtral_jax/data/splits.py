@@ -32,7 +32,8 @@ class Documents:
     fingerprint: str
     format: str = "text"
     marks: UInt8[np.ndarray, "tokens"] | None = None  # of what lies in `buffer`
-    reference: Float32[np.ndarray, "tokens"] | None = None  # log-probabilities of it, in nats
+    # Log-probabilities of it in nats, and for KTO those of the answers after the prompts that `RecordRows` gives them.
+    reference: Float32[np.ndarray, "one_or_two tokens"] | None = None
 
     @property
     def num_documents(self) -> int:

@@ -17,7 +17,7 @@ from mixtral_jax.kernels.cross_entropy import cross_entropy_statistics, cross_en
 from mixtral_jax.model.mixtral import Mixtral
 from mixtral_jax.model.moe import RouterOutput
 from mixtral_jax.precision import EXACT_PRODUCT, FULL
-from mixtral_jax.training.preferences import AnswerCounts, compare_answers, count_answers
+from mixtral_jax.training.preferences import AnswerCounts, compare_answers, count_answers, reference_point
 
 PRETRAIN = ObjectiveConfig()
 
@@ -135,7 +135,14 @@ def _learnt(
         mean_logits = jax.lax.stop_gradient(
             jnp.einsum("bsd,d->bs", x, jnp.mean(head, axis=1), preferred_element_type=FULL)
         )
-        loss, metrics = compare_answers(-nats, mean_logits, batch, counts.answers, objective.losses, runtime.mesh)
+        point = None
+        if batch.mismatched is not None:
+            other, frozen = batch.mismatched, jax.lax.stop_gradient(model)
+            said, _ = frozen(other.tokens, other.segment_ids, other.positions)
+            other_nats, _ = token_losses(said, frozen.head(), other.targets, backend=runtime.matmul, **where)
+            point = reference_point(-other_nats, other, runtime.mesh)
+        answers = (-nats, mean_logits, batch, counts.answers)
+        loss, metrics = compare_answers(*answers, objective.losses, runtime.mesh, point)
         better = jnp.where(batch.loss_mask & (batch.segment_ids % 2 == 1), jax.lax.stop_gradient(nats), 0)
         return loss, jnp.sum(better) / jnp.maximum(counts.answers.better_tokens, 1), metrics
     predicted, targets = (x, head, batch.targets, batch.loss_mask), jnp.maximum(counts.targets, 1)

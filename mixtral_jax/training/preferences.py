@@ -27,6 +27,7 @@ class Side(NamedTuple):
     log_probs: Float[Array, "rows answers"]  # sum over the answer's tokens, nats
     reference: Float[Array, "rows answers"]  # the same of the reference model
     tokens: Float[Array, "rows answers"]
+    point: Float[Array, ""] | float = 0.0  # what KTO compares ratios with, of both sides together
 
     @property
     def there(self) -> Array:
@@ -104,14 +105,9 @@ def _below_zero(side: Side) -> Array:
 
 
 def kto_loss(better: Side, worse: Side, counts: AnswerCounts, config: LossConfig) -> Array:
-    """KTO: arXiv 2402.01306, equations 7 and 8; each kind's point of reference is the other kind's mean ratio here."""
-
-    def reference_point(side: Side) -> Array:
-        mean = jnp.sum(side.ratio) / jnp.maximum(jnp.sum(side.there), 1)
-        return jax.lax.stop_gradient(relu(mean))
-
-    good = config.good_weight * (1 - sigmoid(config.beta * (better.ratio - reference_point(worse))))
-    bad = config.bad_weight * (1 - sigmoid(config.beta * (reference_point(better) - worse.ratio)))
+    """KTO: arXiv 2402.01306, equations 7 and 8."""
+    good = config.good_weight * (1 - sigmoid(config.beta * (better.ratio - better.point)))
+    bad = config.bad_weight * (1 - sigmoid(config.beta * (worse.point - worse.ratio)))
     total = jnp.sum(jnp.where(better.there, good, 0)) + jnp.sum(jnp.where(worse.there, bad, 0))
     return total / jnp.maximum(counts.better + counts.worse, 1)
 
@@ -161,6 +157,19 @@ def count_answers(batch: Batch, mesh: jax.sharding.Mesh) -> AnswerCounts:
     return AnswerCounts(pairs, each[0], each[1], jnp.sum(better), jnp.sum(worse))
 
 
+def reference_point(
+    log_probs: Float[Array, "batch seq"], mismatched: Batch, mesh: jax.sharding.Mesh
+) -> Float[Array, ""]:
+    """Computes KTO's z: how much likelier than the reference the model finds answers after others' prompts, or 0.
+
+    Source: arXiv 2402.01306, section 4.1; which answers and prompts meet is said in `RecordRows.conversations`.
+    """
+    assert mismatched.reference is not None
+    counts = count_answers(mismatched, mesh)
+    gained = jnp.sum(jnp.where(mismatched.loss_mask, log_probs - mismatched.reference, 0))
+    return relu(gained / jnp.maximum(counts.better + counts.worse, 1))
+
+
 def compare_answers(
     log_probs: Float[Array, "batch seq"],
     mean_logits: Float[Array, "batch seq"],
@@ -168,6 +177,7 @@ def compare_answers(
     counts: AnswerCounts,
     losses: list[LossConfig],
     mesh: jax.sharding.Mesh,
+    point: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Computes this part of the batch's share of the losses' weighted sum, and of what is reported of the answers.
 
@@ -178,11 +188,12 @@ def compare_answers(
         counts: of the whole batch.
         losses: the terms.
         mesh: where the arrays lie.
+        point: KTO's z, if it is among the losses.
     """
     assert batch.reference is not None
     ones = jnp.ones_like(log_probs)
     sides = zip(*(per_answer(values, batch, mesh) for values in (log_probs, batch.reference, ones)), strict=True)
-    better, worse = (Side(*values) for values in sides)
+    better, worse = (Side(*values, *([] if point is None else [point])) for values in sides)
     loss = sum((term.weight * TERMS[term.name](better, worse, counts, term) for term in losses), jnp.zeros((), FULL))
     rewards = [losses[0].beta * side.ratio for side in (better, worse)]
     logits = per_answer(mean_logits, batch, mesh)
@@ -197,4 +208,7 @@ def compare_answers(
     }
     metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
     metrics["rewards/accuracies"] = _over_pairs(1.0 * (rewards[0] > rewards[1]), better, worse, counts)
+    if point is not None:  # a mean over the parts of the batch
+        answers = jnp.sum(better.there, dtype=FULL) + jnp.sum(worse.there, dtype=FULL)
+        metrics["kl"] = point * answers / jnp.maximum(counts.better + counts.worse, 1)
     return loss, jax.lax.stop_gradient(metrics)

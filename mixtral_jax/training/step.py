@@ -95,7 +95,7 @@ class Trainable:
     def abstract_batch(self) -> Batch[Any]:
         """Describes a global batch by shape, type and sharding."""
         shape = self.config.train.batch_size, self.config.data.seq_len
-        return abstract_batch(*shape, self.batch_sharding, reference=self.config.objective.name == "preference")
+        return abstract_batch(*shape, self.batch_sharding, self.config.objective)
 
     def host_rows(self) -> slice:
         """Returns the part of a global batch, from the first row to the last, that this host's devices need."""

@@ -150,6 +150,31 @@ def test_both_answers_to_a_prompt_lie_in_one_row_with_neighbouring_odd_and_even_
     assert sum(segment % 2 for _, _, segment in found) == sum(record["label"] for record in LABELS)
 
 
+@pytest.mark.parametrize(("records", "answers"), [(LABELS, 1), (PAIRS, 2)], ids=["labels", "pairs"])
+def test_every_prompt_gets_the_answer_to_the_one_before_it(tmp_path, records, answers):
+    _, text = text_of(tmp_path, records, "preference")
+    (documents,) = text.training
+    rows = RecordRows(documents, 64, mismatched=True)
+    batch = rows.pack(np.arange(rows.count))
+    assert rows.count > 2
+
+    def halves(batch):
+        """Prompts, and answers as they are counted, of all rows."""
+        found = conversations_of(batch)
+        begins = [1 + mask.index(True) for _, mask, _ in found]
+        assert all(all(mask[begin - 1 :]) for (_, mask, _), begin in zip(found, begins, strict=True))
+        pieces = [(tokens[:begin], tokens[begin:]) for (tokens, _, _), begin in zip(found, begins, strict=True)]
+        return [list(half) for half in zip(*pieces, strict=True)]
+
+    (prompts, said), (same, others) = halves(batch), halves(batch.mismatched)
+    assert prompts == same
+    cut = sum(other != answer for other, answer in zip(others, said[-answers:] + said, strict=False))
+    assert all(other == answer[: len(other)] for other, answer in zip(others, said[-answers:] + said, strict=False))
+    assert cut <= 2 * rows.count, "what comes from the row before alone is cut, and only where it must"
+    full = (batch.mismatched.segment_ids > 0).all(axis=1).sum()
+    assert cut <= answers * full
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_best_fit_fills_boxes_well_and_none_too_full(seed):
     rng = np.random.default_rng(seed)

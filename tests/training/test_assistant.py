@@ -1,5 +1,6 @@
 """From chats to answers and preferences, as a person runs it: whole runs in this process, on the simulated devices."""
 
+import dataclasses
 import json
 import random
 import shutil
@@ -12,6 +13,7 @@ import pytest
 from mixtral_jax.config import DataConfig, SourceConfig, UserError
 from mixtral_jax.config_loading import load_config, replace
 from mixtral_jax.data.batch import Batch
+from mixtral_jax.data.pipeline import TrainingData
 from mixtral_jax.data.tokenizer import load_tokenizer
 from mixtral_jax.evaluation.loading import load_model
 from mixtral_jax.evaluation.scoring import make_scorer
@@ -126,6 +128,25 @@ def test_the_better_answers_win_and_the_reference_is_asked_once(tuned, place):
     _, said, _ = train(place, "dpo", "pairs.jsonl", reference, model="", text=PREFERENCE)
     assert any("computing what" in line for line in said)
     assert files[0].read_bytes() == before
+
+
+def test_what_the_reference_says_of_others_answers_is_kept_too(tuned, place):
+    label = lambda record, good: {"prompt": record["prompt"], "completion": record["chosen" if good else "rejected"],  # noqa: E731
+                                  "label": good}  # fmt: skip
+    pairs = map(json.loads, (place / "pairs.jsonl").read_text().splitlines())
+    records = [json.dumps(label(pair, number % 2 > 0)) for number, pair in enumerate(pairs)]
+    (place / "judged.jsonl").write_text("\n".join(records))
+    text = "objective: {name: preference, losses: [{name: kto, beta: 0.5}]}\n"
+    options = [f"init_from={place / 'sft'}", "train.steps=2", "train.eval_every=0"]
+    outcome, _, lines = train(place, "kto", "judged.jsonl", *options, model="", text=text)
+    steps = [line for line in lines if "loss" in line]
+    routers = 0.02 * steps[0]["load_balance_loss"] + 1e-3 * steps[0]["router_z_loss"]
+    assert steps[0]["loss"] - routers == pytest.approx(0.5, abs=1e-5)  # the model is the reference
+    assert steps[0]["kl"] == pytest.approx(0, abs=1e-5)
+    batch = TrainingData(load_config(place / "kto.yaml", options), outcome.training).batch(0)
+    score = make_scorer(tuned[0].architecture)(tuned[0].state.arrays)
+    for part in (dataclasses.replace(batch, mismatched=None), batch.mismatched):
+        np.testing.assert_allclose(-score(part).nats[part.loss_mask], part.reference[part.loss_mask], atol=1e-5)
 
 
 LORA = "objective: {name: sft, lora_rank: 2}\n"

@@ -1,5 +1,7 @@
 """Losses on answers against formulas in float64; gradients of the production path against an oracle."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +20,7 @@ SETTINGS = {"beta": 0.3, "label_smoothing": 0.1, "margin": 0.7, "good_weight": 1
 BETTER = np.array([[-3.0, -9.5, -1.2, 0.0], [-4.4, -2.0, 0.0, 0.0]])  # sums of log-probabilities; 0: no answer
 WORSE = np.array([[-5.0, -4.0, 0.0, -2.5], [-3.9, -8.0, 0.0, 0.0]])
 BETTER_REF, WORSE_REF = BETTER * 1.3 + 0.4 * (BETTER < 0), WORSE * 0.8 - 0.2 * (WORSE < 0)
+POINT = 0.8  # of KTO
 BETTER_TOKENS = np.array([[3, 5, 2, 0], [4, 1, 0, 0]])
 WORSE_TOKENS = np.array([[2, 4, 0, 3], [6, 5, 0, 0]])
 COUNTS = AnswerCounts(*(jnp.float32(n) for n in (4, 5, 5, BETTER_TOKENS.sum(), WORSE_TOKENS.sum())))
@@ -26,7 +29,7 @@ COUNTS = AnswerCounts(*(jnp.float32(n) for n in (4, 5, 5, BETTER_TOKENS.sum(), W
 def by_hand(name: str) -> float:
     """One loss of the answers above, in float64 and loops."""
     beta, values = SETTINGS["beta"], []
-    ratios = {side: [] for side in ("better", "worse")}
+    ratios: dict[str, list[float]] = {"better": [], "worse": []}
     for b, w, b_ref, w_ref, b_n, w_n in zip(
         *(a.ravel() for a in (BETTER, WORSE, BETTER_REF, WORSE_REF, BETTER_TOKENS, WORSE_TOKENS)), strict=True
     ):
@@ -51,9 +54,8 @@ def by_hand(name: str) -> float:
     if name == "sft":
         return nats
     if name == "kto":
-        points = {side: max(0, np.mean(ratio)) for side, ratio in ratios.items()}
-        good = [1.5 * (1 - expit(beta * (r - points["worse"]))) for r in ratios["better"]]
-        bad = [0.5 * (1 - expit(beta * (points["better"] - r))) for r in ratios["worse"]]
+        good = [1.5 * (1 - expit(beta * (r - POINT))) for r in ratios["better"]]
+        bad = [0.5 * (1 - expit(beta * (POINT - r))) for r in ratios["worse"]]
         return np.mean(good + bad)
     return np.mean(values) + (nats if name == "orpo" else 0)
 
@@ -61,7 +63,7 @@ def by_hand(name: str) -> float:
 @pytest.mark.parametrize("name", TERMS)
 def test_a_loss_is_its_formula(name):
     sides = [
-        Side(*(jnp.asarray(a, jnp.float32) for a in arrays))
+        Side(*(jnp.asarray(a, jnp.float32) for a in arrays), POINT)
         for arrays in ((BETTER, BETTER_REF, BETTER_TOKENS), (WORSE, WORSE_REF, WORSE_TOKENS))
     ]
     config = LossConfig(name=name, **SETTINGS)
@@ -88,7 +90,8 @@ def judged_batch(rows: int = 4, seq: int = 32, vocab: int = 64) -> Batch:
             mask[row, start + 2 : start + length] = True
             reference[row, here] = -4 - rng.random(length)
             start += length
-    return Batch(tokens, targets, ids, positions, mask, reference)
+    batch = Batch(tokens, targets, ids, positions, mask, reference)
+    return dataclasses.replace(batch, mismatched=dataclasses.replace(batch, tokens=targets, reference=reference * 1.1))
 
 
 TERMS_SUMMED = [
@@ -99,9 +102,16 @@ TERMS_SUMMED = [
 
 def oracle(architecture, arrays, batch, losses):
     """The loss by whole logits and one answer after the other; differentiable."""
-    x, _ = architecture.bind(arrays)(*map(jnp.asarray, (batch.tokens, batch.segment_ids, batch.positions)))
-    logits = jax.nn.log_softmax(x @ architecture.bind(arrays).head())
-    log_probs = jnp.take_along_axis(logits, jnp.asarray(batch.targets)[..., None], -1)[..., 0]
+
+    def said(batch):
+        x, _ = architecture.bind(arrays)(*map(jnp.asarray, (batch.tokens, batch.segment_ids, batch.positions)))
+        logits = jax.nn.log_softmax(x @ architecture.bind(arrays).head())
+        return jnp.take_along_axis(logits, jnp.asarray(batch.targets)[..., None], -1)[..., 0]
+
+    log_probs, other = said(batch), batch.mismatched
+    gains = jnp.where(other.loss_mask, said(other) - other.reference, 0)
+    answers = sum(len(set(ids[mask])) for ids, mask in zip(other.segment_ids, other.loss_mask, strict=True))
+    point = jnp.maximum(0, jax.lax.stop_gradient(gains.sum()) / answers)
     columns = {"better": [], "worse": []}
     for row in range(len(batch.tokens)):
         for unit in range(3):
@@ -112,7 +122,7 @@ def oracle(architecture, arrays, batch, losses):
                 )
     stacked = ([jnp.stack([jnp.asarray(v) for v in column])[None] for column in zip(*columns[side], strict=True)]
                for side in columns)  # fmt: skip
-    sides = [Side(*each) for each in stacked]
+    sides = [Side(*each, point) for each in stacked]
     there = [side.tokens > 0 for side in sides]
     counts = AnswerCounts(
         jnp.sum(there[0] & there[1]), jnp.sum(there[0]), jnp.sum(there[1]), *(jnp.sum(side.tokens) for side in sides)
@@ -160,7 +170,9 @@ def test_metrics_have_trl_s_names_and_meanings_on_a_mesh():
         "rewards/accuracies": (rewards[0] > rewards[1])[both].mean(),
         "logps/chosen": np.asarray(better.log_probs)[there[0]].mean(),
         "logps/rejected": np.asarray(worse.log_probs)[there[1]].mean(),
+        "kl": better.point,
     }
+    assert better.point > 0
     for name, value in expected.items():
         assert found[name] == pytest.approx(float(value), rel=2e-4), name
     assert set(found) - set(expected) == {"logits/chosen", "logits/rejected"}

@@ -56,7 +56,7 @@ def theirs(example, losses):
     return loss.item(), policy.grad.numpy(), {name: values[0] for name, values in trainer._metrics["train"].items()}
 
 
-def ours(example, losses):
+def ours(example, losses, point=None):
     """Each pair in a row of its own, the chosen answer first."""
     policy, reference, logits, mask = (np.concatenate([x[:PAIRS], x[PAIRS:]], axis=1) for x in example)
     ids = np.repeat([[1, 2]], LENGTH, axis=1).repeat(PAIRS, axis=0).astype(np.int32)
@@ -65,7 +65,7 @@ def ours(example, losses):
     mesh = mesh_of()
 
     def loss(policy):
-        return compare_answers(policy, jnp.asarray(logits), batch, count_answers(batch, mesh), losses, mesh)
+        return compare_answers(policy, jnp.asarray(logits), batch, count_answers(batch, mesh), losses, mesh, point)
 
     (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(policy))
     return float(value), np.concatenate(np.split(np.asarray(grads), 2, axis=1)), metrics
@@ -92,11 +92,12 @@ def sums_and_counts(example):
     return policy, sums, sums / mask.sum(dim=1)
 
 
-def compare(example, name, value, policy):
+def compare(example, name, value, policy, point=None):
     value.backward()
-    our_value, our_grads, _ = ours(example, [LossConfig(name=name, beta=BETA)])
+    our_value, our_grads, metrics = ours(example, [LossConfig(name=name, beta=BETA)], point)
     assert our_value == pytest.approx(value.item(), rel=1e-5)
     np.testing.assert_allclose(our_grads, policy.grad.numpy() * example[3], rtol=1e-4, atol=1e-7)
+    return metrics
 
 
 def test_simpo(example):
@@ -114,25 +115,27 @@ def test_orpo(example):
     compare(example, "orpo", chosen_nats - odds.mean(), policy)
 
 
-def test_kto_where_the_point_of_reference_is_zero(example):
-    """TRL takes it from mismatched answers, we from the other side's; below the reference both are zero."""
-    policy, _, logits, mask = example
-    example = policy, policy * 0.5 * mask, logits, mask
-    policy, sums, _ = sums_and_counts(example)
+@pytest.mark.parametrize("gain", [2.5, -1.0])
+def test_kto(example, gain):
+    """Its formula; test_whole_model_against_trl has TRL run the model over mismatched answers, too."""
+    policy = torch.tensor(example[0], requires_grad=True)
     outputs = SimpleNamespace(
-        log_probs=policy, mean_logits=torch.tensor(logits), entropy=torch.zeros_like(policy),
+        log_probs=policy, mean_logits=torch.tensor(example[2]), entropy=torch.zeros_like(policy),
         is_top1=torch.zeros_like(policy, dtype=torch.bool),
     )  # fmt: skip
     trainer = SimpleNamespace(
         model=SimpleNamespace(training=True), accelerator=CPU, aux_loss_enabled=False, precompute_ref_logps=True,
-        calculate_KL=True, _compute_kl_logps=lambda *_: sums.detach(), loss_type="kto", beta=BETA, desirable_weight=1.0,
-        undesirable_weight=1.0, _metrics={"train": defaultdict(list)}, _total_train_tokens=0, _tp_size=1,
+        calculate_KL=True, _compute_kl_logps=lambda *_: torch.full((2 * PAIRS,), gain), loss_type="kto", beta=BETA,
+        desirable_weight=1.0, undesirable_weight=1.0, _metrics={"train": defaultdict(list)}, _total_train_tokens=0,
+        _tp_size=1,
     )  # fmt: skip
     inputs = {
         "input_ids": torch.zeros(2 * PAIRS, LENGTH + 1, dtype=torch.long),
         "attention_mask": torch.ones(2 * PAIRS, LENGTH + 1, dtype=torch.long),
-        "completion_mask": torch.nn.functional.pad(torch.tensor(mask).long(), (1, 0)),
+        "completion_mask": torch.nn.functional.pad(torch.tensor(example[3]).long(), (1, 0)),
         "label": torch.arange(2 * PAIRS) < PAIRS,
         "ref_logps": torch.tensor(example[1]).sum(dim=1), "ref_KL_logps": torch.zeros(2 * PAIRS),
     }  # fmt: skip
-    compare(example, "kto", KTOTrainer._compute_loss(trainer, lambda **_: outputs, inputs, False), policy)
+    value = KTOTrainer._compute_loss(trainer, lambda **_: outputs, inputs, False)
+    metrics = compare(example, "kto", value, policy, jnp.float32(max(gain, 0)))
+    assert float(metrics["kl"]) == trainer._metrics["train"]["kl"][0]
