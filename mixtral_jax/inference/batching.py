@@ -204,22 +204,20 @@ def _programs(
         slots: of the cache.
     """
     mesh, config = architecture.runtime.mesh, architecture.config
-    compute = architecture.runtime.precision.compute
     shardings = tuple(named_sharding(mesh, axes) for axes in (SLOTS, LAST, SEEN))
     replicated = NamedSharding(mesh, PartitionSpec())
 
     @partial(jax.jit, out_shardings=shardings)
     def start() -> State:
-        shape = (config.num_layers, rows, slots, config.num_kv_heads, config.head_dim)
-        cache = Cache(jnp.zeros(shape, compute), jnp.zeros(shape, compute))
-        return cache, jnp.zeros((rows, 1, config.d_model), compute), jnp.zeros((rows, config.vocab_size), bool)
+        last = jnp.zeros((rows, 1, config.d_model), architecture.runtime.precision.compute)
+        return Cache.empty(architecture, rows, slots), last, jnp.zeros((rows, config.vocab_size), bool)
 
     @partial(jax.jit, static_argnums=1, donate_argnums=2, out_shardings=shardings)
     def prefill(arrays: Any, view: int, state: State, rows: Array, tokens: Array, start: Array, count: Array) -> State:
         cache, last, seen = state
-        part = Cache(*(constrain(x[:, rows, :view], mesh, SLOTS) for x in cache))
+        part = Cache(*(constrain(x[:, rows, :, :view], mesh, SLOTS) for x in cache))
         part, x, _ = extend(architecture.bind(arrays), part, tokens, start, count)
-        cache = Cache(*(whole.at[:, rows, :view].set(new) for whole, new in zip(cache, part, strict=True)))
+        cache = Cache(*(whole.at[:, rows, :, :view].set(new) for whole, new in zip(cache, part, strict=True)))
         before = seen[rows] & ((start > 0) | (count == 0))[:, None]
         valid = jnp.arange(CHUNK) < count[:, None]
         seen = seen.at[rows].set(before.at[jnp.arange(len(rows))[:, None], tokens].max(valid))
@@ -237,9 +235,9 @@ def _programs(
             best = jax.lax.cond(wanted, _likeliest, _nothing, drawn.logits)
             return state, (drawn.tokens, drawn.log_probs, drawn.experts, *best)
 
-        part = Cache(*(x[:, :, :view] for x in cache))
+        part = Cache(*(x[:, :, :, :view] for x in cache))
         (part, last, seen), drawn = jax.lax.scan(step, (part, last, seen), jnp.arange(STEPS, dtype=jnp.int32))
-        cache = Cache(*(whole.at[:, :, :view].set(new) for whole, new in zip(cache, part, strict=True)))
+        cache = Cache(*(whole.at[:, :, :, :view].set(new) for whole, new in zip(cache, part, strict=True)))
         return (cache, last, seen), drawn
 
     return start, prefill, draw

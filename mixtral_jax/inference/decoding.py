@@ -19,16 +19,18 @@ from jaxtyping import Array, Bool, Float, Int
 from mixtral_jax.config import UserError
 from mixtral_jax.inference.sampling import Sampling, SamplingArrays, choose_tokens, stack
 from mixtral_jax.kernels.stored import matrices, multiply_stored
-from mixtral_jax.model.attention import KV_HEADS, Attention
+from mixtral_jax.model.attention import Attention
 from mixtral_jax.model.layers import embed, rotary_tables, rotate
 from mixtral_jax.model.mixtral import Architecture, Arrays, Mixtral
 from mixtral_jax.precision import FULL
 from mixtral_jax.sharding import axis_size, constrain, named_sharding
 
 CHUNK = 64  # tokens of a prompt that run at once
+SHORT = 16  # of prompts that are all as short as this
 STEPS = 16  # tokens that are drawn before the host looks at them
 MASKED = -1e30
-SLOTS = (None, "batch", None, "kv_heads", None)
+SLOTS = (None, "batch", "kv_heads", None, None)
+LAYER_SLOTS = SLOTS[1:]
 LAST = ("batch", None, None)
 SEEN = ("batch", None)
 
@@ -36,8 +38,15 @@ SEEN = ("batch", None)
 class Cache(NamedTuple):
     """Keys and values of every layer; slots are positions."""
 
-    keys: Float[Array, "layers batch slots kv_heads head_dim"]
-    values: Float[Array, "layers batch slots kv_heads head_dim"]
+    keys: Float[Array, "layers batch kv_heads slots head_dim"]
+    values: Float[Array, "layers batch kv_heads slots head_dim"]
+
+    @classmethod
+    def empty(cls, architecture: Architecture, rows: int, slots: int) -> "Cache":
+        """Makes room for so many texts of so many tokens."""
+        config, compute = architecture.config, architecture.runtime.precision.compute
+        shape = (config.num_layers, rows, config.num_kv_heads, slots, config.head_dim)
+        return cls(jnp.zeros(shape, compute), jnp.zeros(shape, compute))
 
 
 class Drawn(NamedTuple):
@@ -87,7 +96,7 @@ def extend(
     positions = start[:, None] + offsets
     valid = offsets < count[:, None]
     rotary = rotary_tables(positions, config)
-    visible = jnp.arange(cache.keys.shape[2]) <= positions[..., None]
+    visible = jnp.arange(cache.keys.shape[3]) <= positions[..., None]
     graph, stacked = nnx.split(model.layers)
     stack_of, project = model.expert_stacks(decoding=True), _projections(model)
 
@@ -97,7 +106,7 @@ def extend(
         q, k, v = project(layer.attention_norm(x), ("wq", "wk", "wv"), layer.attention, number)
         new = Cache(rotate(k, *rotary), v)
         cache = Cache(*(_write(old, entries, number, start) for old, entries in zip(cache, new, strict=True)))
-        keys, values = (constrain(all_[number], runtime.mesh, KV_HEADS) for all_ in cache)
+        keys, values = (constrain(all_[number], runtime.mesh, LAYER_SLOTS) for all_ in cache)
         out = _attend(rotate(q, *rotary), keys, values, visible)
         x = x + project(out, ("wo",), layer.attention, number)[0]
         y, router = layer.moe(layer.moe_norm(x), valid, stack_of(number))
@@ -131,13 +140,13 @@ def _write(cache: Array, new: Array, layer: Array, start: Array) -> Array:
     numbers = jax.lax.ScatterDimensionNumbers(
         update_window_dims=(1, 2, 3),
         inserted_window_dims=(0,),
-        scatter_dims_to_operand_dims=(0, 2),
+        scatter_dims_to_operand_dims=(0, 3),
         operand_batching_dims=(1,),
         scatter_indices_batching_dims=(0,),
     )
     places = jnp.stack([jnp.full_like(start, layer), start], axis=1)
     mode = jax.lax.GatherScatterMode.CLIP
-    return jax.lax.scatter(cache, places, new, numbers, unique_indices=True, mode=mode)
+    return jax.lax.scatter(cache, places, new.swapaxes(1, 2), numbers, unique_indices=True, mode=mode)
 
 
 def last_of_chunk(x: Float[Array, "batch seq d_model"], count: Int[Array, " batch"], last: Array) -> Array:
@@ -183,11 +192,11 @@ def draw_token(
 def _attend(q: Array, keys: Array, values: Array, visible: Array) -> Array:
     """Attends from [batch, seq, heads, head_dim] to the visible slots."""
     batch, seq, heads, head_dim = q.shape
-    kv_heads = keys.shape[2]
+    kv_heads = keys.shape[1]
     q = q.reshape(batch, seq, kv_heads, heads // kv_heads, head_dim)
-    scores = jnp.einsum("bskgh,btkh->bkgst", q, keys, preferred_element_type=FULL) * head_dim**-0.5
+    scores = jnp.einsum("bskgh,bkth->bkgst", q, keys, preferred_element_type=FULL) * head_dim**-0.5
     weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, MASKED), axis=-1)
-    out = jnp.einsum("bkgst,btkh->bskgh", weights.astype(values.dtype), values, preferred_element_type=FULL)
+    out = jnp.einsum("bkgst,bkth->bskgh", weights.astype(values.dtype), values, preferred_element_type=FULL)
     return out.reshape(batch, seq, heads, head_dim).astype(q.dtype)
 
 
@@ -215,10 +224,8 @@ def make_generator(architecture: Architecture) -> Callable[[Arrays], Generate]:
         jax.jit, static_argnums=(0, 1), out_shardings=tuple(named_sharding(mesh, axes) for axes in (SLOTS, LAST, SEEN))
     )
     def start(rows: int, slots: int, seen: Array) -> tuple[Cache, Array, Array]:
-        config, compute = architecture.config, architecture.runtime.precision.compute
-        shape = (config.num_layers, rows, slots, config.num_kv_heads, config.head_dim)
-        cache = Cache(jnp.zeros(shape, compute), jnp.zeros(shape, compute))
-        return cache, jnp.zeros((rows, 1, config.d_model), compute), seen
+        last = jnp.zeros((rows, 1, architecture.config.d_model), architecture.runtime.precision.compute)
+        return Cache.empty(architecture, rows, slots), last, seen
 
     @partial(jax.jit, donate_argnums=1)
     def prefill(arrays: Any, cache: Cache, last: Array, tokens: Array, start: Array, count: Array) -> Any:
@@ -277,17 +284,18 @@ def _generate(
     rows += -rows % multiple
     idle = rows - len(prompts)
     lengths = np.array([len(prompt) for prompt in prompts] + [1] * idle, np.int32)
-    slots += -slots % CHUNK + STEPS  # what is written beyond a text must not be moved back into it
+    chunk = SHORT if lengths.max() <= SHORT else CHUNK
+    slots += -slots % chunk + STEPS  # what is written beyond a text must not be moved back into it
     padded = np.zeros((rows, slots), np.int32)
     seen = np.zeros((rows, vocab_size), bool)
     for row, prompt in enumerate(prompts):
         padded[row, : len(prompt)] = prompt
         seen[row, list(prompt)] = True
     cache, last, seen = start(rows, slots, seen)
-    for place in range(0, int(lengths.max()), CHUNK):
-        count = np.clip(lengths - place, 0, CHUNK).astype(np.int32)
-        chunk = padded[:, place : place + CHUNK]
-        cache, last = prefill(cache, last, chunk, np.full(rows, place, np.int32), count)
+    for place in range(0, int(lengths.max()), chunk):
+        count = np.clip(lengths - place, 0, chunk).astype(np.int32)
+        tokens = padded[:, place : place + chunk]
+        cache, last = prefill(cache, last, tokens, np.full(rows, place, np.int32), count)
     sampling = stack([*samplings, *[Sampling()] * idle])
     while lengths.max() + STEPS <= slots:
         cache, last, seen, tokens, log_probs = draw(cache, last, seen, lengths, sampling)

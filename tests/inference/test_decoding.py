@@ -104,7 +104,7 @@ def test_no_experts_are_cut_out_or_converted():
     """An instruction whose result is as large as a layer's experts would read all of them."""
     architecture = tiny_architecture(CONFIG)
     one = jnp.ones(1, jnp.int32)
-    cache = Cache(*[jnp.zeros((2, 1, 64, 2, 8))] * 2)
+    cache = Cache.empty(architecture, 1, 64)
     step = jax.jit(lambda arrays, cache: extend(architecture.bind(arrays), cache, one[:, None], one, one))
     program = step.lower(architecture.abstract(), cache).compile().as_text()
     experts = architecture.config.num_experts * architecture.config.d_model * architecture.config.d_ff

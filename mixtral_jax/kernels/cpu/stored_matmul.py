@@ -2,7 +2,8 @@
 
 For decoding, where a few rows meet many weights and reading these is all the work. A thread takes some columns of a
 matrix and goes down them, DEPTH rows of weights at a time, which then wait in its cache for the next rows of factors.
-Sums are float32 and in the order of the weights, whoever computes them and whatever other rows there are.
+Many rows meet panels of the matrix, see `stored_panel`. Sums are float32 and in the order of the weights, whoever
+computes them and whatever other rows there are.
 """
 
 from collections.abc import Sequence
@@ -11,11 +12,9 @@ from typing import Any, no_type_check
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
-from llvmlite import ir
 from numba.core import cgutils
 
 from mixtral_jax.kernels.cpu.intrinsics import (
-    I32,
     I64,
     STORED,
     THREADS,
@@ -35,13 +34,22 @@ from mixtral_jax.kernels.cpu.matmul import SIZE, Layer
 from mixtral_jax.kernels.cpu.simd import (
     FLOAT,
     FLOATS,
-    INTS,
     call,
     chunks_of,
     load_masked,
-    splat,
     spread,
     store_masked,
+)
+from mixtral_jax.kernels.cpu.stored_panel import (
+    DEEP,
+    EIGHTH,
+    HALF,
+    WIDE,
+    fill_panel,
+    first_lanes,
+    load_weights,
+    multiply_panel,
+    prefetch,
 )
 from mixtral_jax.kernels.cpu.swiglu import swiglu
 from mixtral_jax.kernels.cpu.thread_pool import (
@@ -70,7 +78,7 @@ from mixtral_jax.precision import FULL
 DEPTH, HEIGHT = 8, 4  # rows of weights and of factors that are multiplied together
 WIDEST, NARROWEST = 512, 64  # columns that a thread takes
 TABLE, ENTRIES = ARGUMENTS + 64, 7
-WIDE, HALF, EIGHTH = 4, 2, 1  # kinds of weights, by the bytes of one: float32, bfloat16, int8
+FEW = {WIDE: 12, HALF: 4, EIGHTH: 4}  # rows that meet weights where these lie; more meet a panel of them
 
 
 def multiply_stored(
@@ -103,24 +111,6 @@ def stored_ffn(
     return out.astype(rows.dtype)
 
 
-def _weights(b: Builder, address: Value, kind: int, there: Value | None) -> Value:
-    """Reads 16 weights, or those that exist, as float32."""
-    if kind == WIDE:
-        if there is None:
-            return b.load(pointer(b, address, FLOATS), align=4)
-        return load_masked(b, address, there, 0.0)
-    stored = ir.VectorType(ir.IntType(8 * kind), 16)
-    if there is None:
-        raw = b.load(pointer(b, address, stored), align=kind)
-    else:
-        masked = ir.FunctionType(stored, [stored.as_pointer(), there.type, stored])
-        read_some = cgutils.get_or_insert_function(b.module, masked, f"llvm.masked.load.v16i{8 * kind}.p0")
-        raw = b.call(read_some, [pointer(b, address, stored), there, splat(stored, 0)])
-    if kind == HALF:
-        return b.bitcast(b.shl(b.zext(raw, INTS), splat(INTS, 16)), FLOATS)
-    return b.sitofp(b.sext(raw, INTS), FLOATS)
-
-
 @emits()
 def _add_products(
     b: Builder, out: Value, x: Value, inner: Value, w: Value, outer: Value, columns: Value,
@@ -136,8 +126,6 @@ def _add_products(
         for row in range(rows)
     ]  # fmt: skip
     weights, results = [place(w, of_w, k) for k in range(depth)], [place(out, of_out, row) for row in range(rows)]
-    kind_of_prefetch = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), I32, I32, I32])
-    prefetch = cgutils.get_or_insert_function(b.module, kind_of_prefetch, "llvm.prefetch.p0")
 
     def add(offset: Value, there: Value | None) -> None:
         totals = [
@@ -147,9 +135,9 @@ def _add_products(
         ]  # fmt: skip
         for k in range(depth):
             address = b.add(weights[k], b.lshr(offset, I64({WIDE: 0, HALF: 1, EIGHTH: 2}[kind])))
-            own = _weights(b, address, kind, there)
-            if there is None:  # what comes next; an address that is none is no harm
-                b.call(prefetch, [pointer(b, place(address, of_w, depth)), I32(0), I32(3), I32(1)])
+            own = load_weights(b, address, kind, there)
+            if there is None:
+                prefetch(b, place(address, of_w, depth))
             totals = [call(b, "fma", own, factors[row][k], total) for row, total in enumerate(totals)]
         for total, of_row in zip(totals, results, strict=True):
             if there is None:
@@ -162,8 +150,7 @@ def _add_products(
         add(b.shl(loop.index, I64(6)), None)
     left = b.and_(columns, I64(15))
     with b.if_then(b.icmp_signed(">", left, I64(0))):
-        lanes = ir.Constant(INTS, list(range(16)))
-        add(b.shl(whole, I64(6)), b.icmp_signed("<", lanes, spread(b, b.trunc(left, I32), INTS)))
+        add(b.shl(whole, I64(6)), first_lanes(b, left))
 
 
 @emits()
@@ -177,16 +164,22 @@ def _scale(b: Builder, out: Value, scale: Value, columns: Value) -> None:
 
 def _column_block(kind: int) -> Any:
     """Makes the function for weights of one kind."""
+    few = FEW[kind]
 
     @compiled
     @no_type_check
-    def compute(place: int, left: int, columns: int) -> None:
+    def compute(place: int, left: int, columns: int, panel: int) -> None:
         """Computes some columns of a product of the table."""
         w, scale, x, out = read(place), read(place + 8), read(place + 16), read(place + 24) + SIZE * left
         rows, outer, inner = read(place + 32), read(place + 40), read(place + 48)
         for row in range(rows):
             fill(out + SIZE * row * outer, 0, SIZE * columns)
         k = 0
+        while rows > few and k < inner:
+            depth, own = min(DEEP, inner - k), w + kind * (k * outer + left)
+            fill_panel(panel, own, outer, depth, columns, kind)
+            multiply_panel(panel, place, left, columns, k, own, kind)
+            k += depth
         while k < inner:
             deep, own, row = inner - k >= DEPTH, w + kind * (k * outer + left), 0
             while row < rows:
@@ -269,11 +262,11 @@ def _task(job: int) -> int:
         place, left = job + TABLE + 8 * ENTRIES * product, (block - passed) * width
         columns = min(width, outer - left)
         if kind == WIDE:
-            _wide(place, left, columns)
+            _wide(place, left, columns, workspace)
         elif kind == HALF:
-            _half(place, left, columns)
+            _half(place, left, columns, workspace)
         else:
-            _eighth(place, left, columns)
+            _eighth(place, left, columns, workspace)
     end(job, workspace)
     return 0
 
