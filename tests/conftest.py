@@ -2,9 +2,11 @@
 optimisations and the emitters of fused loops, which take longer than the tests save by them. Set before JAX starts."""
 
 import atexit
+import functools
 import importlib.metadata
 import os
 import shutil
+import sysconfig
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -26,6 +28,9 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["PROGRAMS_OF_TESTS"]
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import pytest
+
+# datatrove opens a log for every task, and loguru asks each time anew where libraries lie: half of a small `prepare`.
+sysconfig.get_path = functools.cache(sysconfig.get_path)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

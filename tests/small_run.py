@@ -1,8 +1,10 @@
 """A run that takes seconds: its config file, its text, and the command that starts it."""
 
+import fcntl
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -78,3 +80,17 @@ def run(script: str, *arguments: object, **variables: str | None) -> subprocess.
     process = start(script, *arguments, **variables)
     out, err = process.communicate(timeout=300)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def trained() -> Path:
+    """A directory with a config and its run to the end, of one program for all tests of a session: to be read alone."""
+    directory = Path(os.environ["PROGRAMS_OF_TESTS"], "trained")
+    with open(f"{directory}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the first worker trains, the others wait
+        if not (directory / "done").exists():
+            shutil.rmtree(directory, ignore_errors=True)
+            directory.mkdir()
+            result = run("train.py", write_config(directory))
+            assert result.returncode == 0, result.stderr
+            (directory / "done").touch()
+    return directory

@@ -48,7 +48,7 @@ def test_operations_do_not_multiply_with_experts():
     assert kinds(step(experts=4, fsdp=4, expert=2)[0]) == kinds(step(experts=8, fsdp=4, expert=2)[0])
 
 
-@named
+@pytest.mark.parametrize("sizes", MESHES[2:], ids=str)
 def test_bytes_grow_by_the_same_for_every_layer(sizes):
     moved = [sum(c.runs * c.moved for c in step(layers=layers, **sizes)[0]) for layers in (2, 5, 8)]
     assert moved[1] - moved[0] > 0

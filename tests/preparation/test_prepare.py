@@ -262,26 +262,28 @@ def test_decontamination_drops_what_holds_a_test(tmp_path):
     assert report["contamination"] == {"eval.jsonl": {"texts": 2, "too_short": 1}}
 
 
-@pytest.mark.parametrize("section", ["gopher_quality", "gopher_repetition", "c4", "url_filter"])
-def test_each_rule_can_be_switched_off(tmp_path, section):
+def test_each_rule_can_be_switched_off(tmp_path):
+    """With one rule alone its document goes and a good one stays; without any all stay."""
     bad = {
         "gopher_quality": "The cat and the dog sat on it. We like that. They ran off. She saw. He did too, with us.",
         "gopher_repetition": " ".join(["The town and the river have been with that people for years now."] * 9),
         "c4": prose("en", 5) + " {",
         "url_filter": prose("en", 6),
-    }[section]
-    (tmp_path / "a.jsonl").write_text(json.dumps({"text": bad, "url": "http://casino.example.net/x"}))
-    others = [
-        f"{name}.enabled=false"
-        for name in ("gopher_quality", "gopher_repetition", "c4", "url_filter")
-        if name != section
+    }
+    records = [
+        {"text": text, "url": f"http://{'casino' if rule == 'url_filter' else 'plain'}.example.net/{rule}"}
+        for rule, text in (bad | {"none": prose("en", 7)}).items()
     ]
-    settings = ["url_filter.words=[casino]", "fineweb.enabled=false", *others]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     source = f"  - {{name: a, path: {tmp_path}/a.jsonl, language: en}}\n"
-    run(config_for(tmp_path, source, *settings))
-    run(config_for(tmp_path, source, *settings, f"{section}.enabled=false", output="off"))
-    assert len(documents(tmp_path / "out")) == 0
-    assert len(documents(tmp_path / "off")) == 1
+    for rule in (*bad, "none"):
+        off = [f"{other}.enabled=false" for other in bad if other != rule]
+        settings = ["url_filter.words=[casino]", "fineweb.enabled=false", *off]
+        run(config_for(tmp_path, source, *settings, output=rule))
+        kept = {document["url"].rsplit("/", 1)[1] for document in documents(tmp_path / rule)}
+        assert "none" in kept
+        assert rule not in kept & {*bad}
+    assert kept == {*bad, "none"}
 
 
 def test_other_settings_or_input_in_the_same_output_are_refused(tmp_path):

@@ -89,16 +89,6 @@ def test_answers_to_questions_never_seen_become_likelier(tuned):
     assert all(line["load_balance_loss"] > 0 for line in steps)
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(tuned, place):
-    figures = lambda lines: [(e["step"], e["loss"], e["grad_norm"]) for e in lines if "loss" in e]  # noqa: E731
-    text = "objective: {name: sft}\n"
-    train(place, "again", "chats.jsonl", "train.stop_at_step=3", text=text)
-    outcome, said, lines = train(place, "again", "chats.jsonl", text=text)
-    assert any("resumed from step 3" in line for line in said)
-    assert outcome.finished
-    assert figures(lines) == figures(tuned[2])
-
-
 PREFERENCE = "objective: {name: preference, losses: [{name: sigmoid, beta: 0.5}]}\n"
 
 

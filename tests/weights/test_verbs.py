@@ -9,7 +9,8 @@ import pytest
 
 from mixtral_jax.__main__ import main
 from mixtral_jax.config import UserError
-from tests.small_run import WORDS, run, write_config
+from tests import small_run
+from tests.small_run import WORDS, run
 from tests.weights.models import small
 from tests.weights.synthetic import classic, write
 
@@ -17,10 +18,8 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("trained")
-    assert run("train.py", write_config(directory), "train.eval_every=0").returncode == 0
-    return directory
+def trained() -> Path:
+    return small_run.trained()
 
 
 def perplexity(checkpoint: Path, directory: Path, *overrides: str) -> dict[str, dict[str, float]]:
