@@ -97,8 +97,8 @@ def target(platform: str, devices: int, precision: Precision, head_dim: int = 0,
     )
 
 
-def target_of(config: Config, device: Any, devices: int, *, expert: int, tensor: int) -> Target:
-    """Says what the choice depends on, but for `matmul`; given devices, in all and along two axes of the mesh.
+def target_of(config: Config, device: Any, devices: int, *, expert: int, tensor: int, fsdp: int = 1) -> Target:
+    """Says what the choice depends on, but for `matmul`; given devices, in all and along axes of the mesh.
 
     `device` is one of JAX's, or one that only tells what it is.
     """
@@ -108,6 +108,7 @@ def target_of(config: Config, device: Any, devices: int, *, expert: int, tensor:
         capability=float(getattr(device, "compute_capability", 0)),
         d_model=model.d_model,
         expert_devices=expert,
+        expert_parts=fsdp,
         d_ff=model.d_ff // tensor,
     )
 
@@ -120,7 +121,7 @@ def make_runtime(config: Config, mesh: Mesh | None = None) -> Runtime:
     """
     mesh = make_mesh(config.mesh) if mesh is None else mesh
     precision, kernels, model = make_precision(config.precision), config.kernels, config.model
-    sizes = {axis: mesh.shape[axis] for axis in ("expert", "tensor")}
+    sizes = {axis: mesh.shape[axis] for axis in ("expert", "tensor", "fsdp")}
     place = target_of(config, mesh.devices.flat[0], mesh.size, **sizes)
     place = replace(place, matmul=choose("matmul", kernels.matmul, place))
     check_divides(mesh, "d_model", "model.d_model", model.d_model)

@@ -98,7 +98,7 @@ def extend(
     rotary = rotary_tables(positions, config)
     visible = jnp.arange(cache.keys.shape[3]) <= positions[..., None]
     graph, stacked = nnx.split(model.layers)
-    stack_of, project = model.expert_stacks(decoding=True), _projections(model)
+    stack_of, project = model.expert_stacks(tokens.size), _projections(model)
 
     def body(carry: tuple[Array, Cache], inputs: tuple[Any, Array]) -> tuple[tuple[Array, Cache], Array]:
         (x, cache), (state, number) = carry, inputs
@@ -238,7 +238,7 @@ def make_generator(architecture: Architecture) -> Callable[[Arrays], Generate]:
         arrays: Any, cache: Cache, last: Array, seen: Array, lengths: Array, sampling: SamplingArrays
     ) -> tuple[Any, ...]:
         model = architecture.bind(arrays)
-        active = jnp.ones(lengths.shape, bool)
+        active = lengths > 0  # others, which make up the number of rows, reach no expert
 
         def step(state: State, i: Array) -> tuple[State, tuple[Array, Array]]:
             state, drawn = draw_token(model, state, lengths + i, active, sampling)
@@ -283,7 +283,7 @@ def _generate(
     start, prefill, draw = programs
     rows += -rows % multiple
     idle = rows - len(prompts)
-    lengths = np.array([len(prompt) for prompt in prompts] + [1] * idle, np.int32)
+    lengths = np.array([len(prompt) for prompt in prompts] + [0] * idle, np.int32)
     chunk = SHORT if lengths.max() <= SHORT else CHUNK
     slots += -slots % chunk + STEPS  # what is written beyond a text must not be moved back into it
     padded = np.zeros((rows, slots), np.int32)
@@ -299,6 +299,6 @@ def _generate(
     sampling = stack([*samplings, *[Sampling()] * idle])
     while lengths.max() + STEPS <= slots:
         cache, last, seen, tokens, log_probs = draw(cache, last, seen, lengths, sampling)
-        lengths = lengths + STEPS
+        lengths = np.where(lengths > 0, lengths + STEPS, 0)
         found = zip(np.asarray(tokens).tolist(), np.asarray(log_probs).tolist(), strict=True)
         yield [Drawn(*pair) for pair, _ in zip(found, prompts, strict=False)]

@@ -31,6 +31,7 @@ class Target:
     eight_bit: bool = False  # the experts' factors
     capability: float = 0.0  # compute capability of a GPU
     expert_devices: int = 1  # that exchange rows
+    expert_parts: int = 1  # that an expert's matrices are gathered from
     head_dim: int = 0
     d_model: int = 0  # and the next one: of the experts on one device
     d_ff: int = 0
@@ -109,6 +110,9 @@ NO_EXCHANGE = Need(
     "set mesh.expert=1",
     "no exchange of rows",
 )
+WHOLE_EXPERTS = Need(
+    lambda t: t.expert_parts == 1, "cannot gather the weights of some experts", "set mesh.fsdp=1", "mesh.fsdp=1"
+)
 AMX = Need(lambda _: available("amx"), "needs a processor with AMX, Linux, and pip install numba", short="AMX")
 NUMBA = Need(lambda _: on_x86(), "needs Linux on x86 and pip install numba", short="package numba")
 MKL = Need(lambda _: available("mkl"), "needs packages: pip install mkl numba", short="package mkl")
@@ -159,6 +163,8 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
     "decoding": (
         Backend("stored", CPU, "cpu.stored_matmul", "the weights of chosen experts, read once as they are stored",
                 (Need(lambda t: t.devices == 1, "is for one device", short="one device"), NOT_8_BIT, NUMBA)),
+        Backend("chosen", ALL, "chosen_experts", "for a few tokens the weights of chosen experts, for more as `xla`",
+                (NOT_8_BIT, WHOLE_EXPERTS)),
         Backend("xla", ALL, "expert_ffn", "what evaluation takes"),
     ),
     "adamw": (

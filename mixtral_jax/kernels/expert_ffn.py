@@ -49,6 +49,7 @@ def expert_ffn(
     block_sizes: tuple[int, ...] = (),
     interpret: bool = False,
     eight_bit: DTypeLike | None = None,
+    decoding: str = "stored",
 ) -> Float[Array, "rows d_model"]:
     """Computes w_down(silu(w_gate x) * w_up x) with each row's expert.
 
@@ -59,6 +60,7 @@ def expert_ffn(
         backend: of the table, but for `StoredExperts`; or `equal`, which requires groups of rows / experts each.
         block_sizes: rows of the blocks of `grouped_blocks`, largest first; see `choose_block_sizes`.
         interpret: run a kernel of the platform step by step, on a CPU.
+        decoding: backend for `StoredExperts`.
         eight_bit: type that the products' factors are rounded to, see `quantized`; None: none.
 
     Returns:
@@ -67,7 +69,7 @@ def expert_ffn(
     sizes = group_sizes.astype(jnp.int32)
     w_gate, w_up, w_down, stack = weights
     if isinstance(stack, StoredExperts):
-        return load("decoding", "stored").stored_ffn(rows, sizes, stack)  # type: ignore[no-any-return]
+        return load("decoding", decoding).stored_ffn(rows, sizes, stack)  # type: ignore[no-any-return]
     if eight_bit is not None:
         product = EightBitProduct(eight_bit, backend, block_sizes[0] if block_sizes else 0, interpret)
         return quantized_ffn(rows, sizes, w_gate, w_up, w_down, product)

@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
 from mixtral_jax.config import ModelConfig, ObjectiveConfig
+from mixtral_jax.kernels.chosen_experts import few
 from mixtral_jax.kernels.expert_ffn import ExpertStack
 from mixtral_jax.kernels.stored import EightBitWeights, StoredExperts, matrices
 from mixtral_jax.model import adapters
@@ -111,12 +112,18 @@ class Mixtral(nnx.Module):
         x, router = jax.lax.scan(body, x, (numbers, params, dict(self.adapters)), unroll=unroll)
         return self.final_norm(x), router
 
-    def expert_stacks(self, *, decoding: bool = False) -> Callable[[Int[Array, ""]], Any]:
-        """Returns where a layer finds its experts among those of all layers, for a backend that reads them there."""
-        moe, runtime = self.layers.moe, self.runtime
+    def expert_stacks(self, decoding: int = 0) -> Callable[[Int[Array, ""]], Any]:
+        """Returns where a layer finds its experts among those of all layers, for a backend that reads them there.
+
+        Args:
+            decoding: tokens that run, without gradients; 0: this is no decoding.
+        """
+        moe, runtime, config = self.layers.moe, self.runtime, self.config
         experts = [w[...] for w in (moe.w_gate, moe.w_up, moe.w_down)]
-        if decoding and runtime.decoding == "stored":
-            held: Any = [matrices(w, experts=self.config.num_experts) for w in experts]
+        assignments = decoding * config.num_experts_per_tok // runtime.mesh.shape["data"]
+        chosen = runtime.decoding == "chosen" and not runtime.reads_stack and few(assignments, config.num_experts)
+        if decoding and (chosen or runtime.decoding == "stored"):
+            held: Any = [matrices(w, experts=config.num_experts) for w in experts]
             return partial(StoredExperts, *held)
         if not runtime.reads_stack or self.adapters or isinstance(experts[0], EightBitWeights):
             return lambda layer: None

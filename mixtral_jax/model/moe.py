@@ -80,13 +80,12 @@ class MoE(nnx.Module):
         w_gate, w_up, w_down = (w[...].astype(compute) for w in (self.w_gate, self.w_up, self.w_down))
         tokens = spec(("batch", "sequence", None))
         w_in, w_out = spec(("experts", "expert_d_model", "d_ff")), spec(("experts", "d_ff", "expert_d_model"))
-        in_stack = jax.tree.map(lambda part: ONE_DEVICE if part.ndim else PartitionSpec(), stack)
         split = axis_size(mesh, "expert_d_model") > 1
         local: Any = self._local
         y, indices, dropped = by_device(
             jax.checkpoint(local, policy=_all_but_whole_weights, prevent_cse=False) if split else local,
             mesh,
-            (tokens, tokens, spec(("batch", "sequence")), PartitionSpec(), (w_in, w_in, w_out), in_stack),
+            (tokens, tokens, spec(("batch", "sequence")), PartitionSpec(), (w_in, w_in, w_out), _in_stack(stack)),
             (tokens, tokens, PartitionSpec()),
         )(x, logits, valid, self.selection_bias[...], (w_gate, w_up, w_down), stack)
         return y, RouterOutput(logits, indices, dropped)
@@ -154,8 +153,21 @@ class MoE(nnx.Module):
             block_sizes=runtime.block_sizes or choose_block_sizes(load, group.local_experts),
             interpret=runtime.interpret,
             eight_bit=runtime.precision.experts,
+            decoding=runtime.decoding,
         )
         return routed._replace(rows=rows)
+
+
+def _in_stack(stack: ExpertStack | StoredExperts | None) -> Any:
+    """Says how the experts of all layers are split: those that one device reads not at all."""
+    if not isinstance(stack, StoredExperts):
+        return jax.tree.map(lambda part: ONE_DEVICE if part.ndim else PartitionSpec(), stack)
+    wide = spec((None, "experts", None, "d_ff"))
+    deep, scale = spec((None, "experts", "d_ff")), spec((None, "experts"))
+    down = jax.tree.map(lambda part: scale if part.shape[2] == 1 else deep, stack.w_down)
+    gate, up = (jax.tree.map(lambda _: wide, w) for w in (stack.w_gate, stack.w_up))
+    whole: Any = PartitionSpec()
+    return StoredExperts(gate, up, down, whole)
 
 
 def _all_but_whole_weights(primitive: Any, *_: Any, **parameters: Any) -> bool:

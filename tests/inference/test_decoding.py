@@ -1,5 +1,6 @@
 """Decoding with a cache against running the whole text again for every token."""
 
+import functools
 import math
 import re
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from mixtral_jax.config import UserError
-from mixtral_jax.inference.decoding import CHUNK, STEPS, Cache, extend, make_generator
+from mixtral_jax.inference.decoding import CHUNK, STEPS, Cache, _generate, extend, make_generator
 from mixtral_jax.inference.sampling import Sampling
 from mixtral_jax.kernels.backends import on_x86
 from tests.tiny import mesh_of, tiny_architecture, tiny_config
@@ -99,18 +100,68 @@ def test_cold_is_greedy(expected):
     assert drawn == [expected[1][:20]] * 4
 
 
-@pytest.mark.skipif(not on_x86(), reason="the engine is for x86")
-def test_no_experts_are_cut_out_or_converted():
+MESH = {"data": 2, "expert": 2, "tensor": 2}
+MESHES = [
+    pytest.param({}, id="one device", marks=pytest.mark.skipif(not on_x86(), reason="the engine is for x86")),
+    pytest.param(MESH, id="mesh"),
+]
+
+
+@functools.cache
+def one_token(**mesh):
+    """A program for final activations and chosen experts of a text's first token, beside rows without a text."""
+    architecture = tiny_architecture(CONFIG, mesh_of(**mesh))
+
+    @jax.jit
+    def step(arrays):
+        token, start = jnp.full((4, 1), 7), jnp.zeros(4, jnp.int32)
+        cache = Cache.empty(architecture, 4, 16)
+        _, x, experts = extend(architecture.bind(arrays), cache, token, start, jnp.array([1, 0, 0, 0]))
+        return x[0, 0], experts[:, 0, 0]
+
+    arrays = architecture.init(1)
+    return architecture, arrays, step.lower(arrays).compile()
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_weights_of_chosen_experts_alone_are_read(mesh):
     """An instruction whose result is as large as a layer's experts would read all of them."""
-    architecture = tiny_architecture(CONFIG)
-    one = jnp.ones(1, jnp.int32)
-    cache = Cache.empty(architecture, 1, 64)
-    step = jax.jit(lambda arrays, cache: extend(architecture.bind(arrays), cache, one[:, None], one, one))
-    program = step.lower(architecture.abstract(), cache).compile().as_text()
-    experts = architecture.config.num_experts * architecture.config.d_model * architecture.config.d_ff
-    made = re.findall(r"= f32\[([\d,]+)\]\S* ([\w-]+)\(", program)
-    large = {name for shape, name in made if math.prod(map(int, shape.split(","))) >= experts}
+    architecture, arrays, step = one_token(**mesh)
+    config, shape = architecture.config, architecture.runtime.mesh.shape
+    experts = config.num_experts * config.d_model * config.d_ff // (shape["expert"] * shape["tensor"])
+    made = re.findall(r"= f32\[([\d,]+)\]\S* ([\w-]+)\(", step.as_text())
+    large = {name for size, name in made if math.prod(map(int, size.split(","))) >= experts}
     assert large <= {"parameter", "get-tuple-element", "bitcast"}
+
+    expected, chosen = step(arrays)
+    assert np.isfinite(expected).all()
+    moe = dict(arrays["params"]["layers"]["moe"])
+    others = np.ones((config.num_layers, config.num_experts), bool)
+    np.put_along_axis(others, np.asarray(chosen), values=False, axis=1)
+    for name in ("w_gate", "w_up", "w_down"):
+        moe[name] = jax.device_put(jnp.where(others[..., None, None], jnp.nan, moe[name]), moe[name].sharding)
+    params = arrays["params"]
+    broken = {**arrays, "params": {**params, "layers": {**params["layers"], "moe": moe}}}
+    np.testing.assert_array_equal(step(broken)[0], expected)
+
+
+def test_chosen_experts_on_a_mesh_give_what_one_device_gives():
+    (_, arrays, one), (_, on_mesh, several) = one_token(), one_token(**MESH)
+    np.testing.assert_allclose(one(arrays)[0], several(on_mesh)[0], atol=1e-5)
+    np.testing.assert_array_equal(one(arrays)[1], several(on_mesh)[1])
+
+
+def test_rows_without_a_text_stay_empty():
+    """An empty row is active in no program, so that it reaches no expert."""
+    seen = []
+
+    def draw(cache, last, seen_tokens, lengths, sampling):
+        seen.append(lengths.tolist())
+        return cache, last, seen_tokens, np.zeros((4, STEPS), np.int32), np.zeros((4, STEPS), np.float32)
+
+    programs = (lambda rows, slots, seen: (None, None, seen)), (lambda cache, last, *_: (cache, last)), draw
+    steps = list(_generate(4, 64, programs, [[1, 5], [1]], [Sampling()] * 2, rows=2, slots=40))
+    assert seen == [[2 + STEPS * i, 1 + STEPS * i, 0, 0] for i in range(len(steps))]
 
 
 def test_what_decoding_cannot_do_is_said():

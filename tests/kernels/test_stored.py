@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mixtral_jax.kernels import chosen_experts
 from mixtral_jax.kernels.stored import EightBitWeights, Matrices, StoredExperts, matrices
 from tests import oracles
 from tests.tiny import host_threads
@@ -49,12 +50,13 @@ def test_every_length_and_load(kind, inner, outer, sizes):
     assert oracles.error(found[:-padding], expected) < 1e-6 if len(expected) else True
 
 
+@pytest.mark.parametrize("engine", [engine, chosen_experts], ids=["stored", "chosen"])
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
-def test_experts_equal_those_of_dequantized_weights(kind):
+def test_experts_equal_those_of_dequantized_weights(kind, engine):
     rng = np.random.default_rng(0)
     gate, up = (rng.standard_normal((1, 3, 24, 40), np.float32) for _ in range(2))
     stacks = [held(w, kind) for w in (gate, up, rng.standard_normal((1, 3, 40, 24), np.float32))]
-    x, sizes = rng.standard_normal((7, 24), np.float32), np.array([3, 0, 4], np.int32)
+    x, sizes = rng.standard_normal((21, 24), np.float32), np.array([3, 0, 18], np.int32)
     found = jax.jit(engine.stored_ffn)(x, sizes, StoredExperts(*stacks, layer=jnp.int32(0)))
     w_gate, w_up, w_down = (wide(stack)[0][np.repeat(np.arange(3), sizes)] for stack in stacks)
     a, b = (np.einsum("rd,rdf->rf", x.astype(np.float64), w) for w in (w_gate, w_up))
