@@ -63,11 +63,12 @@ def test_experts_equal_those_of_dequantized_weights(kind, engine):
     assert oracles.error(found, np.einsum("rf,rfd->rd", a / (1 + np.exp(-a)) * b, w_down)) < 1e-6
 
 
-def test_a_row_gets_the_same_bits_whatever_rows_there_are():
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_a_row_gets_the_same_bits_whatever_rows_there_are(kind):
     rng = np.random.default_rng(1)
     x, weights = rng.standard_normal((23, 150), np.float32), rng.standard_normal((1, 1, 150, 90), np.float32)
     multiply = jax.jit(
-        lambda x: engine.multiply_stored(x, jnp.array([len(x)]), np.zeros_like(ONE), [Matrices(weights)])[0]
+        lambda x: engine.multiply_stored(x, jnp.array([len(x)]), np.zeros_like(ONE), [held(weights, kind)])[0]
     )
     together = multiply(x)  # from a panel; fewer rows from where the weights lie
     for first, last in ((0, 1), (6, 9), (18, 23), (22, 23)):

@@ -37,16 +37,21 @@ from mixtral_jax.kernels.cpu.simd import (
     call,
     chunks_of,
     load_masked,
+    load_vector,
+    shuffle,
     spread,
     store_masked,
+    store_vector,
 )
 from mixtral_jax.kernels.cpu.stored_panel import (
     DEEP,
     EIGHTH,
     HALF,
+    ORDER,
     WIDE,
     fill_panel,
     first_lanes,
+    load_pairs,
     load_weights,
     multiply_panel,
     prefetch,
@@ -113,10 +118,13 @@ def stored_ffn(
 
 @emits()
 def _add_products(
-    b: Builder, out: Value, x: Value, inner: Value, w: Value, outer: Value, columns: Value,
+    b: Builder, out: Value, x: Value, inner: Value, w: Value, outer: Value, columns: Value, ahead: Value,
     kind: int, rows: int, depth: int,
 ) -> None:  # fmt: skip
-    """Adds products of some rows of factors with some rows of weights to some columns of the results."""
+    """Adds products of some rows of factors with some rows of weights to some columns of the results.
+
+    Meanwhile it fetches memory `ahead` bytes behind the weights. Of bfloat16 the results are in the order of `ORDER`.
+    """
     of_x, of_w, of_out = b.shl(inner, I64(2)), b.mul(outer, I64(kind)), b.shl(outer, I64(2))
     place = lambda start, stride, i: b.add(start, b.mul(stride, I64(i)))  # noqa: E731
     factors = [
@@ -135,9 +143,9 @@ def _add_products(
         ]  # fmt: skip
         for k in range(depth):
             address = b.add(weights[k], b.lshr(offset, I64({WIDE: 0, HALF: 1, EIGHTH: 2}[kind])))
-            own = load_weights(b, address, kind, there)
+            own = load_pairs(b, address) if kind == HALF and there is None else load_weights(b, address, kind, there)
             if there is None:
-                prefetch(b, place(address, of_w, depth))
+                prefetch(b, b.add(address, ahead))
             totals = [call(b, "fma", own, factors[row][k], total) for row, total in enumerate(totals)]
         for total, of_row in zip(totals, results, strict=True):
             if there is None:
@@ -151,6 +159,15 @@ def _add_products(
     left = b.and_(columns, I64(15))
     with b.if_then(b.icmp_signed(">", left, I64(0))):
         add(b.shl(whole, I64(6)), first_lanes(b, left))
+
+
+@emits()
+def _put_in_order(b: Builder, out: Value, columns: Value) -> None:
+    """Brings a row of results from the order of `ORDER` to their own; those of a last part are in it."""
+    with cgutils.for_range(b, b.lshr(columns, I64(4))) as loop:
+        place = b.add(out, b.shl(loop.index, I64(6)))
+        values = load_vector(b, place)
+        store_vector(b, shuffle(b, values, values, [ORDER.index(i) for i in range(16)]), place)
 
 
 @emits()
@@ -182,21 +199,25 @@ def _column_block(kind: int) -> Any:
             k += depth
         while k < inner:
             deep, own, row = inner - k >= DEPTH, w + kind * (k * outer + left), 0
+            ahead = kind * outer * DEPTH if inner - k > DEPTH else 0  # to ask for what is no memory takes long
             while row < rows:
                 of_out, of_x = out + SIZE * row * outer, x + SIZE * (row * inner + k)
                 if not deep:
-                    _add_products(of_out, of_x, inner, own, outer, columns, kind, 1, 1)
+                    _add_products(of_out, of_x, inner, own, outer, columns, ahead, kind, 1, 1)
                     row += 1
                 elif rows - row >= HEIGHT:
-                    _add_products(of_out, of_x, inner, own, outer, columns, kind, HEIGHT, DEPTH)
+                    _add_products(of_out, of_x, inner, own, outer, columns, ahead, kind, HEIGHT, DEPTH)
                     row += HEIGHT
                 elif rows - row > 1:
-                    _add_products(of_out, of_x, inner, own, outer, columns, kind, 2, DEPTH)
+                    _add_products(of_out, of_x, inner, own, outer, columns, ahead, kind, 2, DEPTH)
                     row += 2
                 else:
-                    _add_products(of_out, of_x, inner, own, outer, columns, kind, 1, DEPTH)
+                    _add_products(of_out, of_x, inner, own, outer, columns, ahead, kind, 1, DEPTH)
                     row += 1
             k += DEPTH if deep else 1
+        if kind == HALF and rows <= few:
+            for row in range(rows):
+                _put_in_order(out + SIZE * row * outer, columns)
         if scale:
             for row in range(rows):
                 _scale(out + SIZE * row * outer, scale + SIZE * left, columns)

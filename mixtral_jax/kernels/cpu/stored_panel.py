@@ -17,6 +17,7 @@ from mixtral_jax.kernels.cpu.simd import (
     call,
     load_masked,
     load_vector,
+    shuffle,
     splat,
     spread,
     store_masked,
@@ -25,6 +26,7 @@ from mixtral_jax.kernels.cpu.simd import (
 )
 
 WIDE, HALF, EIGHTH = 4, 2, 1  # kinds of weights, by the bytes of one: float32, bfloat16, int8
+ORDER = [*range(0, 16, 2), *range(1, 16, 2)]  # of 16 weights of two bytes which are taken apart without shuffles
 DEEP = 64  # rows of a panel
 STRIP = 64 * DEEP + 64  # bytes from one strip to the next: a power of two would be the same places of a cache
 
@@ -45,6 +47,14 @@ def load_weights(b: Builder, address: Value, kind: int, there: Value | None) -> 
     if kind == HALF:
         return b.bitcast(b.shl(b.zext(raw, INTS), splat(INTS, 16)), FLOATS)
     return b.sitofp(b.sext(raw, INTS), FLOATS)
+
+
+def load_pairs(b: Builder, address: Value) -> Value:
+    """Reads 16 weights of bfloat16 as float32, in the order of `ORDER`."""
+    kind = ir.VectorType(I32, 8)
+    pairs = b.load(pointer(b, address, kind), align=2)
+    halves = b.shl(pairs, splat(kind, 16)), b.and_(pairs, splat(kind, -(1 << 16)))
+    return b.bitcast(shuffle(b, *halves, [*range(16)]), FLOATS)
 
 
 def first_lanes(b: Builder, count: Value) -> Value:
