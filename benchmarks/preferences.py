@@ -1,6 +1,6 @@
 """A step of DPO beside TRL on the same machine, with the same model, reference and pairs, in turn.
 
-    python -m benchmarks.preferences [--pairs 8] [--rounds 3] [--config configs/small.yaml]
+    python -m benchmarks.preferences [--pairs 8] [--rounds 3] [--config configs/small.yaml] [model.num_layers=4 ...]
 
 `trl` is its trainer as it comes (reference model in memory, activations computed again), `trl-lean` has what we have:
 log-probabilities of the reference computed before, activations kept. All are in float32 with the load-balancing loss,
@@ -38,17 +38,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--config", default=str(SMALL), help="whose model is taken")
     parser.add_argument("--seq-len", type=int, default=1024, help="of our rows")
     parser.add_argument("--peers", nargs="*", default=["trl", "trl-lean"])
-    parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", help="key=value on top of the configuration")
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.worker:
-        who, directory, *sizes = options.worker
-        options.config, options.pairs, options.seq_len = sizes[0], int(sizes[1]), int(sizes[2])
+    who, directory = options.worker or ("", "")
     config = load_config(
         options.config,
         [
             f"objective={{name: preference, losses: [{{name: sigmoid, beta: {BETA}}}]}}", "losses.router_z=0",
             f"data.seq_len={options.seq_len}", "optimizer.schedule=constant", "optimizer.warmup_steps=0",
-            f"optimizer.learning_rate={LEARNING_RATE}",
+            f"optimizer.learning_rate={LEARNING_RATE}", *options.overrides,
         ],
     )  # fmt: skip
     pairs = make_pairs(config.model.vocab_size, options.pairs)
@@ -69,7 +68,8 @@ def main(arguments: list[str] | None = None) -> None:
         "many steps each",
     )
     with tempfile.TemporaryDirectory() as directory:
-        shared = [directory, options.config, str(options.pairs), str(options.seq_len)]
+        sizes = ["--config", options.config, "--pairs", str(options.pairs), "--seq-len", str(options.seq_len)]
+        shared = [directory, *sizes, *options.overrides]
         if peers and "failed" in (exported := race("benchmarks.preferences", [["export", *shared]], 0)[0]):
             raise SystemExit(f"the export failed: {exported['failed']}")
         names = ["mixtral_jax", *peers]

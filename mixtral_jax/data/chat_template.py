@@ -83,7 +83,9 @@ class ChatTemplate:
                         message, normal.available_tools, number == last, number == first, normal.system_prompt
                     )
                     parts.append((user, False))
-        except (MistralCommonException, ValidationError, ValueError, KeyError) as error:
+        except KeyError as error:
+            raise RecordError(f"a message lacks {error}") from None
+        except (MistralCommonException, ValidationError, ValueError) as error:
             raise RecordError(" ".join(str(error).split())) from None
         tokens = np.concatenate([np.array(part, np.int32) for part, _ in parts])
         return Encoded(tokens, np.repeat([said for _, said in parts], [len(part) for part, _ in parts]))

@@ -25,6 +25,19 @@ class Prompt:
     continues: bool = True  # the text goes on where the prompt ends; False: it is an answer of its own
 
 
+def begin_text(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Encodes a text that is to be continued.
+
+    Raises:
+        UserError: half of a surrogate pair in it, which JSON and terminals can bring and no text has.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"prompt: character {error.start + 1} is none of Unicode: give the text in UTF-8") from None
+    return [tokenizer.bos_id, *tokenizer.encode(text)]
+
+
 @dataclass
 class Continuation:
     """One text as far as it has come."""

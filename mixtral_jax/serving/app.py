@@ -103,6 +103,8 @@ def make_app(service: Service) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def tell(_: Request, error: HTTPException) -> Response:
+        if error.status_code == 400 and not isinstance(error, ApiError):  # FastAPI's, of a body it cannot parse
+            return respond(ApiError(400, "the body cannot be read: send a JSON object in UTF-8"))
         return respond(error)
 
     @app.exception_handler(Exception)

@@ -1,5 +1,6 @@
 """Errors as OpenAI's API writes them: never a stack."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
@@ -34,10 +35,27 @@ def respond(error: HTTPException) -> JSONResponse:
     return JSONResponse(body, error.status_code, error.headers)
 
 
+def _names(error: dict[str, Any]) -> list[str | int]:
+    """Where a mistake is, without the types that pydantic names of several that a value may have."""
+    return [part for part in error["loc"][1:] if isinstance(part, int) or not (part == "str" or "[" in part)]
+
+
+def _nearest(errors: Sequence[Any]) -> dict[str, Any]:
+    """The first mistake; where a value may have several types, that of the type which it comes nearest to."""
+    found: dict[str, Any] = errors[0]
+    if (names := _names(found)) == list(found["loc"][1:]):
+        return found
+    group = [error for error in errors if _names(error)[: len(names)] == names]
+    best: dict[str, Any] = max(group, key=lambda error: (len(_names(error)), not error["type"].endswith("_type")))
+    if best["type"].endswith("_type") and _names(best) == names:
+        return {**best, "msg": ", or ".join(dict.fromkeys(error["msg"] for error in group))}
+    return best
+
+
 def refusal(error: RequestValidationError) -> ApiError:
     """Says in one sentence what is wrong with a request."""
-    first = error.errors()[0]
-    path = ".".join(str(part) for part in first["loc"][1:])
+    first = _nearest(error.errors())
+    path = ".".join(str(part) for part in _names(first))
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "unsupported":
         name = f"{path}.{first['ctx']['name']}".lstrip(".")

@@ -14,7 +14,7 @@ from mixtral_jax.evaluation.outputs import write_json
 from mixtral_jax.evaluation.windows import window_sizes
 from mixtral_jax.inference.decoding import make_generator
 from mixtral_jax.inference.sampling import Sampling
-from mixtral_jax.inference.text import Continuation, Prompt, continue_texts
+from mixtral_jax.inference.text import Continuation, Prompt, begin_text, continue_texts
 from mixtral_jax.serving.opening import open_model
 
 
@@ -72,7 +72,7 @@ def generate(
 
 def _encoder(tokenizer: Tokenizer, wish: Wish) -> Any:
     if not wish.chat:
-        return lambda text: [tokenizer.bos_id, *tokenizer.encode(text)]
+        return lambda text: begin_text(text, tokenizer)
     template = ChatTemplate(tokenizer)
     system = [{"role": "system", "content": wish.system}] if wish.system else []
 

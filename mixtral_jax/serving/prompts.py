@@ -10,7 +10,7 @@ from mixtral_jax.data.chat_records import Chat, RecordError
 from mixtral_jax.data.chat_template import ChatTemplate
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.inference.sampling import Sampling
-from mixtral_jax.inference.text import Prompt
+from mixtral_jax.inference.text import Prompt, begin_text
 from mixtral_jax.serving.answers import ChatChoice, Choice
 from mixtral_jax.serving.errors import ApiError
 from mixtral_jax.serving.requests import ChatRequest, CompletionRequest, Request
@@ -73,9 +73,10 @@ class Reader:
         parts: list[Any] = (
             given if isinstance(given, list) and not all(isinstance(part, int) for part in given) else [given]
         )
-        texts = [
-            [self.tokenizer.bos_id, *self.tokenizer.encode(part)] if isinstance(part, str) else part for part in parts
-        ]
+        try:
+            texts = [begin_text(part, self.tokenizer) if isinstance(part, str) else part for part in parts]
+        except UserError as error:
+            raise ApiError(400, str(error), param="prompt") from None
         if not all(texts):
             raise ApiError(400, "prompt: a list of tokens may not be empty", param="prompt")
         if any(not 0 <= token < self.vocab_size for text in texts for token in text):

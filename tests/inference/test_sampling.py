@@ -66,8 +66,9 @@ def test_greedy_heeds_the_penalty_alone():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("temperature", -0.1), ("temperature", float("nan")), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1),
-     ("min_p", -0.1), ("repetition_penalty", 0.0), ("seed", -1), ("seed", 1 << 32)],
+    [("temperature", -0.1), ("temperature", float("nan")), ("temperature", 1e300), ("temperature", 1e-40),
+     ("top_k", -1), ("top_k", 1 << 31), ("top_p", 0.0), ("top_p", 1.1), ("min_p", -0.1), ("repetition_penalty", 0.0),
+     ("repetition_penalty", 1e30), ("seed", -1), ("seed", 1 << 32)],
 )  # fmt: skip
 def test_a_value_out_of_range_is_named(name, value):
     with pytest.raises(UserError, match=f"^{name} is "):

@@ -27,8 +27,11 @@ def server():
 
 
 BAD = [
-    ({**CHAT, "temperature": -1}, "temperature", "must be 0 or more"),
+    ({**CHAT, "temperature": -1}, "temperature", "must be 0 or from"),
     ({**CHAT, "temperature": "warm"}, "temperature", "valid number"),
+    ({**CHAT, "temperature": 1e300}, "temperature", "from 1e-6 to 1e6"),
+    ({**CHAT, "repetition_penalty": 1e-30}, "repetition_penalty", "from 0.001 to 1000"),
+    ({**CHAT, "top_k": 1 << 70}, "top_k", "from 0 (all) to 2^31 - 1"),
     ({**CHAT, "top_p": 0}, "top_p", "above 0"),
     ({**CHAT, "max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
     ({**CHAT, "max_tokens": CONTEXT}, "max_tokens", f"do not fit the context of {CONTEXT}"),
@@ -46,6 +49,10 @@ BAD = [
     ({**CHAT, "messages": [{"role": "tool", "content": "x", "tool_call_id": "y"}]}, "messages", "messages: "),
     ({**CHAT, "tool_choice": "any"}, "tool_choice", "there are no tools"),
     ({**CHAT, "tools": [{"function": {"name": "not a name", "parameters": {}}}]}, "messages", "name"),
+    ({**CHAT, "messages": [CHAT["messages"][0], {"role": "tool", "content": "x"}]}, "messages", "lacks 'tool_call_id'"),
+    ({**CHAT, "messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0.type", "text"),
+    ({**CHAT, "stop": ["a"] * 17}, "stop", "at most 16"),
+    ({**TEXT, "prompt": 5}, "prompt", "valid string, or Input should be a valid list"),
     ({**TEXT, "prompt": []}, "prompt", "may not be empty"),
     ({**TEXT, "prompt": [[]]}, "prompt", "may not be empty"),
     ({**TEXT, "prompt": [5, 384]}, "prompt", "from 0 to 383"),
@@ -66,11 +73,14 @@ def test_a_bad_request_is_told_what_is_wrong(server, body, param, sentence):
     assert "\n" not in error["message"]
 
 
-@pytest.mark.parametrize("body", [b"\xff\xfe{", b"{", b"", b"[" * 4000, b'{"prompt": NaN}', b'"text"', b"{}"])
+@pytest.mark.parametrize(
+    "body", [b"\xff\xfe{", b"{", b"", b"[" * 4000, b'{"prompt": NaN}', b'"text"', b"{}", b'{"prompt": "\\ud800"}']
+)
 def test_what_is_no_json_is_refused(server, body):
     response = server.client.post("/v1/completions", content=body, headers={"content-type": "application/json"})
     assert response.status_code == 400
     assert response.json()["error"]["type"] == "invalid_request_error"
+    assert any(word in response.json()["error"]["message"] for word in ("JSON", "prompt"))
 
 
 def test_other_mistakes_have_the_same_format(server):
