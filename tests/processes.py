@@ -1,15 +1,25 @@
-"""Several processes of an entry script on this machine, as a launcher starts them."""
+"""Processes on this machine: an entry script's, as a launcher starts them, or a function's, with a life of its own.
 
+Python's fork server has imported what all of them would import first. `test_runs` and the script for SLURM start
+programs as a person does.
+"""
+
+import multiprocessing
+import os
 import re
+import runpy
 import socket
-import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tests.small_run import environment
 
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["tests.processes", "mixtral_jax.training.trainer", "mixtral_jax.training.summary"])
 PATIENCE = 300  # seconds, for what takes a few on an idle machine
 HEARTBEAT = 6  # seconds
 
@@ -27,10 +37,35 @@ class Ended:
     err: str
 
 
-def on_devices(devices: int = 1, **more: str) -> dict[str, str]:
+def on_devices(devices: int = 1, **more: str) -> dict[str, Any]:
     """The environment of a process with so many simulated devices."""
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    return environment(XLA_FLAGS=flags, **more)
+    return environment(XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}", **more)
+
+
+def fork(target: Callable[..., Any], *arguments: Any, **variables: str | None) -> Any:
+    """Starts a function in a process of its own, with these environment variables; it is killed with this one.
+
+    Returns:
+        The process, as `multiprocessing` knows it.
+    """
+    process = SERVER.Process(target=_run, args=(target, arguments, environment(**variables)), daemon=True)
+    process.start()
+    return process
+
+
+def _run(target: Callable[..., Any], arguments: tuple[Any, ...], variables: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(variables)
+    multiprocessing.process.current_process()._config["daemon"] = False  # which would forbid it children
+    target(*arguments)
+
+
+def run_script(out: Path, err: Path, command: list[str]) -> None:
+    """Runs a script with its arguments as `python SCRIPT ...` does, with its output in files."""
+    for number, file in ((1, out), (2, err)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
+    sys.argv = command
+    runpy.run_path(command[0], run_name="__main__")
 
 
 class Processes:
@@ -55,11 +90,8 @@ class Processes:
             keys["heartbeat_timeout"] = HEARTBEAT
             joining = [f"distributed.{key}={value}" for key, value in keys.items()] if count > 1 else []
             arguments = [*map(str, command), *joining, *(each or {}).get(number, [])]
-            with self.file(number, "out").open("w") as out, self.file(number, "err").open("w") as err:
-                process = subprocess.Popen(
-                    [sys.executable, *arguments], stdout=out, stderr=err, env=on_devices(devices)
-                )
-            self.all.append(process)
+            files = (self.file(number, "out"), self.file(number, "err"))
+            self.all.append(fork(run_script, *files, arguments, **on_devices(devices)))
 
     def file(self, number: int, name: str) -> Path:
         return self.directory / f"{number}.{name}"
@@ -67,28 +99,26 @@ class Processes:
     def report(self) -> str:
         return "\n".join(f"{path.name}: {path.read_text()[-2000:]}" for path in sorted(self.directory.iterdir()))
 
-    def wait_for(self, sign) -> None:
+    def wait_for(self, sign: Callable[[], object], pause: float = 0.05) -> None:
         """Waits until `sign()` is true while all processes live."""
         deadline = time.monotonic() + PATIENCE
         while not sign():
-            assert all(process.poll() is None for process in self.all), self.report()
+            assert all(process.exitcode is None for process in self.all), self.report()
             assert time.monotonic() < deadline, self.report()
-            time.sleep(0.05)
+            time.sleep(pause)
 
     def end(self, within: float = PATIENCE) -> list[Ended]:
         """Waits for the end of all; kills and fails when one takes longer than so many seconds."""
         deadline = time.monotonic() + within
-        try:
-            for process in self.all:
-                process.wait(max(0.1, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            raise AssertionError(f"a process goes on after {within} seconds:\n{self.report()}") from None
-        finally:
-            for process in self.all:
-                process.kill()
-                process.wait()
+        for process in self.all:
+            process.join(max(0.1, deadline - time.monotonic()))
+        late = [process for process in self.all if process.exitcode is None]
+        for process in late:
+            process.kill()
+            process.join()
+        assert not late, f"a process goes on after {within} seconds:\n{self.report()}"
         texts = [[self.file(number, name).read_text() for name in ("out", "err")] for number in range(len(self.all))]
-        return [Ended(process.returncode, *text) for process, text in zip(self.all, texts, strict=True)]
+        return [Ended(process.exitcode, *text) for process, text in zip(self.all, texts, strict=True)]
 
 
 def without_noise(text: str) -> str:

@@ -51,6 +51,7 @@ def ended(process: subprocess.Popen[bytes]) -> str:
     return err
 
 
+@pytest.mark.drills
 def test_a_reader_that_has_seen_enough_ends_nothing(tmp_path: Path) -> None:
     process, done = printing(tmp_path / "done", subprocess.PIPE)
     assert process.stdout
@@ -60,6 +61,7 @@ def test_a_reader_that_has_seen_enough_ends_nothing(tmp_path: Path) -> None:
     assert done.read_text() == "done"
 
 
+@pytest.mark.drills
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
 def test_a_full_disk_under_standard_output_ends_nothing(tmp_path: Path) -> None:
     with Path("/dev/full").open("w") as full:
@@ -68,6 +70,7 @@ def test_a_full_disk_under_standard_output_ends_nothing(tmp_path: Path) -> None:
     assert done.read_text() == "done"
 
 
+@pytest.mark.drills
 def test_a_closed_standard_output_ends_nothing(tmp_path: Path) -> None:
     process, done = printing(tmp_path / "done", None)
     assert ended(process) == ""

@@ -51,6 +51,7 @@ def test_what_the_user_told_jax_stays(jax_of_a_user, tmp_path):
     assert jax.config.jax_compilation_cache_dir is None
 
 
+@pytest.mark.drills
 def test_a_directory_that_cannot_be_made_or_written_is_left_alone(jax_of_a_user, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     keep_compiled(str(tmp_path / "file"))

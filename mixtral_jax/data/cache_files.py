@@ -47,11 +47,12 @@ def locked(target: Path) -> Iterator[None]:
     with explained(target.parent):
         lock = open(target.with_name(target.name + ".lock"), "w")  # noqa: SIM115
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.warning("waiting for another process that builds %s", target)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with explained(target.parent):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.warning("waiting for another process that builds %s", target)
+                fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 

@@ -118,6 +118,7 @@ class TrainingData:
         self._seed = config.seed
         self._objective = config.objective
         self._rows = rows_of(config, documents)
+        self._checks = [view.check_unchanged for view in documents]
         self.source_names = [view.name for view in documents]
         # Targets of an epoch, by source.
         self.tokens_per_epoch = {view.name: rows.targets for view, rows in zip(documents, self._rows, strict=True)}
@@ -152,7 +153,12 @@ class TrainingData:
         Args:
             step: number of the step, from 0 on.
             rows: which rows of the batch; all of them if None.
+
+        Raises:
+            UserError: a file that is mapped was written to.
         """
+        for check in self._checks:
+            check()
         sources, places = self.sources(step, rows)
         batch = padding(len(sources), self._seq_len, self._objective)
         for source in np.unique(sources):

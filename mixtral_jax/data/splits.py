@@ -1,6 +1,7 @@
 """Views of a token cache: the documents for training, those held out, and those to measure a model on."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -32,6 +33,7 @@ class Documents:
     fingerprint: str
     format: str = "text"
     marks: UInt8[np.ndarray, "tokens"] | None = None  # of what lies in `buffer`
+    check_unchanged: Callable[[], None] = lambda: None  # raises `UserError` where the files below were written to
     # Log-probabilities of it in nats, and for KTO those of the answers after the prompts that `RecordRows` gives them.
     reference: Float32[np.ndarray, "one_or_two tokens"] | None = None
 
@@ -148,4 +150,5 @@ class Split:
         starts = self._cache.document_starts[:-1] + skipped
         offsets = np.concatenate([[0], np.cumsum(lengths[chosen])]).astype(np.int64)
         return Documents(self._cache.name, self._cache.tokens, starts[chosen], offsets, sizes[chosen],
-                         self._bos_id, self._fingerprint, self._cache.format, self._cache.marks)  # fmt: skip
+                         self._bos_id, self._fingerprint, self._cache.format, self._cache.marks,
+                         self._cache.check_unchanged)  # fmt: skip

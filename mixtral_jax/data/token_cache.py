@@ -47,10 +47,29 @@ class TokenCache:
         self.document_bytes: Int64[np.ndarray, documents] = np.memmap(directory / "document_bytes", "<i8", "r")
         marked = self.format != "text"
         self.marks: UInt8[np.ndarray, tokens] | None = np.memmap(directory / "marks", "u1", "r") if marked else None
+        self._status = {directory / file: _status(directory / file) for file in index["sizes"]}
+
+    def check_unchanged(self) -> None:
+        """Raises `UserError` if a mapped file was written to since: the system ends who reads past its new end.
+
+        One that was removed or replaced is still there for whoever has mapped it.
+        """
+        for file, before in self._status.items():
+            with contextlib.suppress(FileNotFoundError):
+                if (now := _status(file)) != before and now[0] == before[0]:
+                    raise UserError(
+                        f"{file} of source '{self.name}' was changed while the run reads it: leave the cache alone and "
+                        "start the same command again, it is checked and made anew"
+                    )
 
     def document(self, index: int) -> Integer[np.ndarray, "_"]:
         """The tokens of a document, BOS and EOS included, as they lie on the disk."""
         return self.tokens[self.document_starts[index] : self.document_starts[index + 1]]
+
+
+def _status(file: Path) -> tuple[int, int, int]:
+    found = file.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def open_or_build(source: SourceConfig, tokenizer: Tokenizer, cache_dir: Path, kind: Kind = "pretrain") -> TokenCache:

@@ -14,6 +14,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -272,6 +273,58 @@ def from_main(compute: Callable[[], T]) -> T:
         _joined.client.key_value_set(key, json.dumps(value))
         return value
     return json.loads(_joined.client.blocking_key_value_get(key, FOREVER))
+
+
+def take_turn() -> int:
+    """Takes a number that this module's other calls do not take, in every process the same; in the main thread."""
+    return next(_joined.calls) if _joined else 0
+
+
+def with_all(turn: int, work: Callable[[str], str], compute: Callable[[Callable[[list[str]], list[str]]], T]) -> T:
+    """Lets process 0 compute a JSON value with the help of all others and returns it in every process.
+
+    Args:
+        turn: of this computation among the calls of this module, see `take_turn`; it may be in another thread.
+        work: what any process may do to one item for the others; may raise `OSError`.
+        compute: is given a function that does the work on many items, of which each process takes its share.
+    """
+    if _joined is None:
+        return compute(lambda items: work_on(work, items))
+    me, count, client = _joined.process, _joined.count, _joined.client
+    root = f"{ROOT}all/{turn}"
+    rounds = itertools.count()
+
+    def share(items: list[str]) -> list[str]:
+        place = f"{root}/{next(rounds)}"
+        client.key_value_set(place, json.dumps({"items": items}))
+        found: dict[int, list[str]] = {0: work_on(work, items[::count])}
+        for process in range(1, count):
+            answer = json.loads(client.blocking_key_value_get(f"{place}/{process}", FOREVER))
+            if "error" in answer:
+                raise OSError(*answer["error"])
+            found[process] = answer["found"]
+        return [found[number % count][number // count] for number in range(len(items))]
+
+    if me == 0:
+        value = compute(share)
+        client.key_value_set(f"{root}/{next(rounds)}", json.dumps({"value": value}))
+        return value
+    while True:
+        place = f"{root}/{next(rounds)}"
+        asked = json.loads(client.blocking_key_value_get(place, FOREVER))
+        if "value" in asked:
+            return asked["value"]
+        try:
+            answer: dict[str, Any] = {"found": work_on(work, asked["items"][me::count])}
+        except OSError as error:
+            answer = {"error": [error.errno, error.strerror, error.filename]}
+        client.key_value_set(f"{place}/{me}", json.dumps(answer))
+
+
+def work_on(work: Callable[[str], str], items: list[str]) -> list[str]:
+    """Does some work on items in threads of this process; returns what it gave."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(work, items))
 
 
 def main_first(work: Callable[[], T]) -> T:

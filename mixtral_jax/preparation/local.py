@@ -12,11 +12,31 @@ from functools import lru_cache
 from typing import Any
 
 import multiprocess
+import multiprocess.connection
+import multiprocess.pool
 from datatrove.executor import LocalPipelineExecutor
 from loguru import logger
 
 PR_SET_PDEATHSIG = 1
 WATCH = 0.5  # seconds between two looks whether the main process lives
+
+
+class MortalPool(multiprocess.pool.Pool):
+    """A pool whose work fails when a worker is killed; of the standard one it would be waited for, for ever."""
+
+    def imap_unordered(self, func: Any, iterable: Any, chunksize: int = 1) -> Any:
+        """As the standard one's."""
+        results = super().imap_unordered(func, iterable, chunksize)
+        workers = list(self._pool)
+
+        def watch() -> None:
+            multiprocess.connection.wait(
+                [worker.sentinel for worker in workers]
+            )  # they end when all is done, or one is lost
+            results._set(0, (False, RuntimeError("a worker was killed; was it out of memory? lower executor.workers")))
+
+        threading.Thread(target=watch, daemon=True).start()
+        return results
 
 
 class QuietExecutor(LocalPipelineExecutor):
@@ -28,6 +48,7 @@ class QuietExecutor(LocalPipelineExecutor):
         self.owner = os.getpid()
         # One process imports everything; the workers of all stages are copies of it.
         multiprocess.set_forkserver_preload(["mixtral_jax.preparation.stages"])
+        multiprocess.pool.Pool = MortalPool  # where datatrove takes it from
         with _silence():
             return super().run()
 

@@ -24,9 +24,9 @@ from jaxtyping import PyTree
 from mixtral_jax.config import CheckpointConfig, UserError
 from mixtral_jax.data.record import FILE as RECORD
 from mixtral_jax.data.record import DocumentRecord
-from mixtral_jax.distributed.processes import barrier, from_main, is_main
+from mixtral_jax.distributed.processes import barrier, is_main, take_turn
 from mixtral_jax.runs.manifest import NAME as MANIFEST
-from mixtral_jax.runs.manifest import find_damage, write_atomically, write_manifest
+from mixtral_jax.runs.manifest import Digests, find_damage, hashing, write_atomically, write_manifest
 from mixtral_jax.runs.streaming import read_arrays, save_args, write_arrays
 
 # Orbax tells of every step it takes, and of a failure in stack traces; we raise what a person needs to know.
@@ -44,7 +44,7 @@ class Checkpoints:
     A context manager for whoever saves: leaving it, also by an error, first finishes the save that is under way.
 
     Of several processes each writes and reads the parts of its devices, on storage that all share; the main one alone
-    makes the bundle, seals, verifies and removes.
+    makes the bundle, seals, verifies and removes, and all work out checksums together.
     """
 
     def __init__(self, directory: Path, config: CheckpointConfig, warn: Callable[[str], None] = print):
@@ -94,7 +94,7 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             self._abandon(bundle)
             raise self._failure(step, error) from error
-        self._sealer = threading.Thread(target=self._seal, args=(step, bundle), name="seal-checkpoint")
+        self._sealer = threading.Thread(target=self._seal, args=(step, bundle, take_turn()), name="seal-checkpoint")
         self._sealer.start()
 
     def save_streamed(
@@ -123,11 +123,11 @@ class Checkpoints:
         try:
             self._make(bundle, state, {**files, META: json.dumps(described, indent=1).encode()})
             write_arrays(bundle / "state", {name: _named(part) for name, part in state.items()}, advance)
-            write_manifest(bundle)
+            hashing(lambda digests: write_manifest(bundle, digests))
         except (OSError, ValueError) as error:
             self._abandon(bundle)
             raise self._failure(step, error) from error
-        self._retain(step)
+        hashing(lambda digests: self._retain(step, digests))
 
     def _make(self, bundle: Path, state: Mapping[str, PyTree], files: dict[str, bytes]) -> None:
         """Makes a bundle that lacks only the arrays and the manifest."""
@@ -161,13 +161,13 @@ class Checkpoints:
         Raises:
             UserError: there are finished bundles, but all are damaged.
         """
-        return from_main(self._latest)
+        return hashing(self._latest)
 
-    def _latest(self) -> int | None:
+    def _latest(self, digests: Digests) -> int | None:
         ours = finished = 0
         for step in reversed(self.steps()):
             bundle = self.directory / str(step)
-            damage = self.find_damage(step)
+            damage = self._find_damage(step, digests)
             if damage is None:
                 return step
             self.warn(f"warning: checkpoint {bundle} is passed over: {damage}")
@@ -181,8 +181,11 @@ class Checkpoints:
         return None
 
     def find_damage(self, step: int) -> str | None:
-        """Says what is wrong with a bundle; None when it is as it was written."""
-        damage = find_damage(self.directory / str(step))
+        """Says what is wrong with a bundle, in every process; None when it is as it was written."""
+        return hashing(lambda digests: self._find_damage(step, digests))
+
+    def _find_damage(self, step: int, digests: Digests) -> str | None:
+        damage = find_damage(self.directory / str(step), digests)
         if damage is None and (written := self.read_meta(step)["bundle"]) != step:
             return f"it is the checkpoint of step {written} under another name"
         return damage
@@ -248,19 +251,21 @@ class Checkpoints:
                 raise
             self.warn(f"warning: {failure}")  # the error under way is the one to raise
 
-    def _seal(self, step: int, bundle: Path) -> None:
+    def _seal(self, step: int, bundle: Path, turn: int) -> None:
         """Runs in the background: waits for Orbax, writes the manifest, removes what is no longer kept."""
         try:
             assert self._saver is not None
             self._saver.wait_until_finished()
-            if is_main():
-                write_manifest(bundle)
-                self._retain(step)
+            hashing(lambda digests: self._seal_now(step, bundle, digests), turn)
         except Exception as error:  # raised by the next `wait`, in the thread of the loop
             self._abandon(bundle)
             self._error = self._failure(step, error)
 
-    def _retain(self, newest: int) -> None:
+    def _seal_now(self, step: int, bundle: Path, digests: Digests) -> None:
+        write_manifest(bundle, digests)
+        self._retain(step, digests)
+
+    def _retain(self, newest: int, digests: Digests) -> None:
         """Removes old bundles and unfinished ones of ours, once the newest was read back and found good.
 
         A directory without our meta file is not ours.
@@ -273,15 +278,20 @@ class Checkpoints:
         if self.config.keep_every:
             kept |= {step for step in finished if step % self.config.keep_every == 0}
         removed = [step for step in ours if step not in kept and step <= newest]
-        if removed and (damage := self.find_damage(newest)) is not None:
+        if removed and (damage := self._find_damage(newest, digests)) is not None:
             raise UserError(
                 f"checkpoint {newest} in {self.directory} reads back damaged: {damage}; look at the disk and start the "
                 "same command again, the earlier checkpoints are intact"
             )
         for step in removed:
             bundle = self.directory / str(step)
-            (bundle / MANIFEST).unlink(missing_ok=True)  # a half-removed bundle must not look like a damaged one
-            shutil.rmtree(bundle)
+            try:
+                (bundle / MANIFEST).unlink(missing_ok=True)  # a half-removed bundle must not look like a damaged one
+                shutil.rmtree(bundle)
+            except (
+                OSError
+            ) as error:  # on NFS a file that somebody reads stays, under another name; the next save tries again
+                self.warn(f"warning: the old checkpoint {bundle} could not be removed: {error.strerror}")
 
     def _check_room(self, state: Mapping[str, PyTree]) -> None:
         needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(dict(state)))
@@ -332,22 +342,22 @@ def find_checkpoint(path: Path, warn: Callable[[str], None] = print) -> tuple[Ch
     Raises:
         UserError: there is none, or the named one is damaged.
     """
-    directory, step = from_main(lambda: _find(path, warn))
+    directory, step = hashing(lambda digests: _find(path, warn, digests))
     return Checkpoints(Path(directory), CheckpointConfig(), warn), step
 
 
-def _find(path: Path, warn: Callable[[str], None]) -> tuple[str, int]:
+def _find(path: Path, warn: Callable[[str], None], digests: Digests) -> tuple[str, int]:
     config = CheckpointConfig()
     if (path / META).exists() and path.name.isdecimal():
         checkpoints = Checkpoints(path.parent, config, warn)
-        damage = checkpoints.find_damage(int(path.name))
+        damage = checkpoints._find_damage(int(path.name), digests)
         if damage:
             raise UserError(f"the checkpoint {path} cannot be used: {damage}; name another one")
         return str(path.parent), int(path.name)
     for directory in (path / "checkpoints", path):
         if directory.is_dir():
             checkpoints = Checkpoints(directory, config, warn)
-            step = checkpoints._latest()
+            step = checkpoints._latest(digests)
             if step is not None:
                 return str(directory), step
     raise UserError(f"there is no checkpoint in {path}: name a run directory or one of its checkpoints")

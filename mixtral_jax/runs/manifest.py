@@ -3,10 +3,17 @@
 import hashlib
 import json
 import os
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
+
+from mixtral_jax.distributed.processes import take_turn, with_all, work_on
 
 NAME = "manifest.json"
+
+T = TypeVar("T")
+Digests = Callable[[list[str]], list[str]]  # of files by name
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -23,17 +30,36 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise
 
 
-def write_manifest(directory: Path) -> None:
+def _digest(file: str) -> str:
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+ALONE: Digests = partial(work_on, _digest)  # this process's own work
+
+
+def hashing(compute: Callable[[Digests], T], turn: int | None = None) -> T:
+    """Lets process 0 compute something with the checksums of files, which all processes work out together.
+
+    Args:
+        compute: is given a function that returns the SHA-256 of files; all must see them.
+        turn: as `take_turn` gave it, in another thread than the main one.
+
+    Returns:
+        What it computes, JSON, in every process.
+    """
+    return with_all(take_turn() if turn is None else turn, _digest, compute)
+
+
+def write_manifest(directory: Path, digests: Digests = ALONE) -> None:
     """Writes size and SHA-256 of every file below a directory, last of all: what lacks a manifest is unfinished."""
     files = _files(directory)
     for file in files:  # the checksums must not outlive the data that they speak of
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
-    with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(_digest, files))
     facts = {
         file.relative_to(directory).as_posix(): {"bytes": file.stat().st_size, "sha256": digest}
-        for file, digest in zip(files, digests, strict=True)
+        for file, digest in zip(files, _ordered(files, digests), strict=True)
     }
     write_atomically(directory / NAME, json.dumps(facts, indent=1).encode())
 
@@ -41,12 +67,12 @@ def write_manifest(directory: Path) -> None:
 def fingerprint(directory: Path) -> str | None:
     """The checksum of all checksums; None where there is no manifest."""
     try:
-        return _digest(directory / NAME)
+        return _digest(str(directory / NAME))
     except OSError:
         return None
 
 
-def find_damage(directory: Path) -> str | None:
+def find_damage(directory: Path, digests: Digests = ALONE) -> str | None:
     """Compares a directory with its manifest.
 
     Returns:
@@ -69,11 +95,10 @@ def find_damage(directory: Path) -> str | None:
     if extra:
         return f"{min(extra).relative_to(directory).as_posix()} does not belong to it"
     try:
-        with ThreadPoolExecutor() as pool:
-            digests = list(pool.map(_digest, recorded))
+        found = _ordered(list(recorded), digests)
     except OSError as error:
         return f"{error.filename} cannot be read: {error.strerror}"
-    for (file, (_, expected)), digest in zip(recorded.items(), digests, strict=True):
+    for (file, (_, expected)), digest in zip(recorded.items(), found, strict=True):
         if digest != expected:
             return f"{file.relative_to(directory).as_posix()} is not what was written (checksum)"
     return None
@@ -83,6 +108,8 @@ def _files(directory: Path) -> list[Path]:
     return sorted(path for path in directory.rglob("*") if path.is_file() and path != directory / NAME)
 
 
-def _digest(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+def _ordered(files: list[Path], digests: Digests) -> list[str]:
+    """Asks for the large files first, so that everybody has about the same to read."""
+    order = sorted(files, key=lambda file: -file.stat().st_size)
+    found = dict(zip(order, digests([str(file) for file in order]), strict=True))
+    return [found[file] for file in files]

@@ -59,10 +59,16 @@ class RunDirectory:
             raise self._unwritable(error) from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             holder = _read_holder(self._lock)
             os.close(self._lock)
             raise UserError(f"{path} is in use by {holder}: stop that one or choose another run_dir") from None
+        except OSError as error:
+            os.close(self._lock)
+            raise UserError(
+                f"{path} cannot be locked against a second trainer ({error.strerror}): choose a run_dir on a file "
+                "system with locks, or mount this one with them"
+            ) from None
         # The holder before us may have removed the file between our opening and our locking it.
         if not (path / LOCK).exists() or (path / LOCK).stat().st_ino != os.fstat(self._lock).st_ino:
             os.close(self._lock)

@@ -1,13 +1,15 @@
 """TensorBoard event files, without TensorFlow."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, UInt8
 from tensorboardX import SummaryWriter
 
+from mixtral_jax.config import UserError
 from mixtral_jax.runs.metrics_file import Vectors
 
 # Group of charts -> name of the metric -> what it is. A name that has a slash, such as `epoch/english`, brings its own
@@ -70,6 +72,10 @@ class TensorBoard:
         self._writer = SummaryWriter(
             str(directory), purge_step=first_step, filename_suffix=f".from_step_{first_step:09d}"
         )
+        # In the thread of the loop: the writer's own ends at a full disk, or when the clock is set back by weeks, and
+        # the run would wait for it for ever.
+        events = self._writer.file_writer.event_writer
+        events.add_event = events._ev_writer.write_event
         self._writer.add_text("about", _legend(descriptions), first_step)
 
     def write(self, step: int, scalars: Mapping[str, int | float], vectors: Vectors) -> None:
@@ -80,22 +86,36 @@ class TensorBoard:
             scalars: values by name; one that is not finite is left out of its chart.
             vectors: [layers, experts] shares of the assignments by name: a picture, and for each layer the highest
                 and the lowest load relative to the uniform one.
+
+        Raises:
+            UserError: the disk is full or the like.
         """
-        for name, value in scalars.items():
-            if math.isfinite(value):
-                tag = name if "/" in name else f"{_GROUPS.get(name, 'other')}/{name}"
-                self._writer.add_scalar(tag, value, step)
-        for name, load in vectors.items():
-            self._writer.add_image(name, load_picture(load), step, dataformats="HWC")
-            for layer, shares in enumerate(load * load.shape[-1]):
-                for end, share in (("max", shares.max()), ("min", shares.min())):
-                    if math.isfinite(share):
-                        self._writer.add_scalar(f"{name}_{end}/layer_{layer:02d}", share, step)
-        self._writer.flush()
+        with self._explained():
+            for name, value in scalars.items():
+                if math.isfinite(value):
+                    tag = name if "/" in name else f"{_GROUPS.get(name, 'other')}/{name}"
+                    self._writer.add_scalar(tag, value, step)
+            for name, load in vectors.items():
+                self._writer.add_image(name, load_picture(load), step, dataformats="HWC")
+                for layer, shares in enumerate(load * load.shape[-1]):
+                    for end, share in (("max", shares.max()), ("min", shares.min())):
+                        if math.isfinite(share):
+                            self._writer.add_scalar(f"{name}_{end}/layer_{layer:02d}", share, step)
+            self._writer.flush()
 
     def close(self) -> None:
-        """Writes what is left and closes the file."""
-        self._writer.close()
+        """Writes what is left and closes the file; `UserError` where that cannot be."""
+        with self._explained():
+            self._writer.close()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self._writer.logdir}: {error.strerror}; fix that and start the run again"
+            ) from None
 
 
 def _legend(descriptions: Mapping[str, str]) -> str:

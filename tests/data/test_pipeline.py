@@ -1,5 +1,6 @@
 """Batches as a function of the step: order, weights, hosts, epochs, and the one entry to all of it."""
 
+import os
 from collections import Counter
 
 import jax
@@ -229,6 +230,10 @@ def test_from_files_to_batches(real, tmp_path):
     assert np.bincount(sources).tolist() == [2, 6]
     row = data.batch(0).tokens[sources == 1][0]
     assert tokenizer.decode(row).strip()[:8] in "One long document. " * 3
+    for cache in (tmp_path / "cache").glob("tokens-*/tokens"):
+        os.utime(cache, (1, 1))
+    with pytest.raises(UserError, match="was changed while the run reads it"):
+        data.batch(0)
 
 
 @pytest.mark.parametrize(

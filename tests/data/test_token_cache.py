@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from mixtral_jax.config import SourceConfig, UserError
 from mixtral_jax.data import token_cache, tokenizer
 from mixtral_jax.data.cache_files import cache_directory
 from mixtral_jax.data.token_cache import open_or_build
+from tests.limits import limited
 
 
 @pytest.fixture
@@ -115,6 +117,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.drills
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_seen_said_and_mended(source, directory, mixtral, damage, caplog):
     first = open_or_build(source, mixtral, directory)
@@ -166,16 +169,38 @@ def test_leftovers_of_a_killed_builder_are_removed(source, directory, mixtral):
     assert not partial.exists()
 
 
-def test_a_full_disk_is_one_sentence(source, directory, mixtral, monkeypatch):
-    def full(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(token_cache, "_build", full)
-    with pytest.raises(
-        UserError, match=r"cannot write the data cache .*: No space left on device; free space there or"
+@pytest.mark.drills
+def test_a_disk_that_fills_up_is_one_sentence_and_leaves_nothing(source, directory, mixtral):
+    with (
+        limited(resource.RLIMIT_FSIZE, 2000),
+        pytest.raises(UserError, match=r"cannot write the data cache .*: File too large; free space there or"),
     ):
         open_or_build(source, mixtral, directory)
     assert [path.suffix for path in directory.iterdir()] == [".lock"]
+    assert open_or_build(source, mixtral, directory).num_documents == 6
+
+
+CHANGES = {  # what the reader finds: a mistake, or what it opened
+    "truncated": (lambda file: os.truncate(file, 10), True),
+    "written to": (lambda file: flip_a_bit(file), True),
+    "removed": (lambda file: file.unlink(), False),
+    "replaced": (lambda file: shutil.copy(__file__, file.parent / "x") and (file.parent / "x").replace(file), False),
+}  # fmt: skip
+
+
+@pytest.mark.drills
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_cache_that_changes_under_a_run_is_named_or_does_no_harm(source, directory, mixtral, change):
+    cache = open_or_build(source, mixtral, directory)
+    before = cache.tokens.tolist()
+    act, told = CHANGES[change]
+    act(cache.directory / "tokens")
+    if told:
+        with pytest.raises(UserError, match=r"/tokens of source 'mine' was changed while the run reads it: leave"):
+            cache.check_unchanged()
+    else:
+        cache.check_unchanged()
+        assert cache.tokens.tolist() == before
 
 
 def test_a_cache_directory_that_cannot_be_is_one_sentence(tmp_path):
@@ -224,6 +249,7 @@ def test_of_two_processes_one_builds_and_both_read_the_same_without_jax(source, 
     assert len([path for path in directory.iterdir() if path.is_dir()]) == 1
 
 
+@pytest.mark.drills
 def test_the_lock_of_a_killed_builder_is_free(source, directory, mixtral):
     process = subprocess.Popen(
         [sys.executable, "-c", BUILDER.replace("sleep(1)", "sleep(600)"), source.path, str(directory)],

@@ -1,7 +1,9 @@
 """How a process learns from its command line and its launcher which of several it is, and which rows it feeds."""
 
+import json
 import operator
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -142,6 +144,86 @@ def test_alone_everything_is_the_main_process(monkeypatch):
     processes.check_same("x", "never")
 
 
+class Store:
+    """The coordination service's key-value store, in memory; the processes are threads with their number as name."""
+
+    def __init__(self, count):
+        self.count, self.values, self.changed = count, {}, threading.Condition()
+
+    process = property(lambda self: int(threading.current_thread().name))
+    client = property(lambda self: self)
+
+    def key_value_set(self, key, value):
+        with self.changed:
+            assert key not in self.values
+            self.values[key] = value
+            self.changed.notify_all()
+
+    def blocking_key_value_get(self, key, patience):
+        with self.changed:
+            assert self.changed.wait_for(lambda: key in self.values, 60)
+            return self.values[key]
+
+
+def of_all(count, work, compute, monkeypatch):
+    """What each of so many processes gets of one computation."""
+    monkeypatch.setattr(processes, "_joined", Store(count))
+    found = {}
+
+    def run():
+        found[threading.current_thread().name] = processes.with_all(7, work, compute)
+
+    threads = [threading.Thread(target=run, name=str(number), daemon=True) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return [found.get(str(number)) for number in range(count)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_work_is_shared_by_all_and_all_get_the_value(count, monkeypatch):
+    done = {}
+
+    def work(item):
+        done[item] = done.get(item, 0) + 1
+        return item * 2
+
+    def compute(share):
+        return {"first": share(list("abcde")), "second": share([]), "third": share(["z"])}
+
+    values = of_all(count, work, compute, monkeypatch)
+    assert values == [{"first": ["aa", "bb", "cc", "dd", "ee"], "second": [], "third": ["zz"]}] * count
+    assert set(done.values()) == {1}
+    asked = [json.loads(value) for key, value in processes._joined.values.items() if key.count("/") == 4]
+    assert len(asked) == 3 * (count - 1)  # an answer of each of the others to each question
+    assert sum(len(answer["found"]) for answer in asked) == sum(number % count > 0 for number in range(5))
+
+
+def test_an_item_that_another_process_cannot_read_is_the_error_of_the_first(monkeypatch):
+    def work(item):
+        raise OSError(5, "Input/output error", item)
+
+    store = Store(2)
+    monkeypatch.setattr(processes, "_joined", store)
+    helper = threading.Thread(target=processes.with_all, args=(7, work, lambda share: 0), name="1", daemon=True)
+    helper.start()
+    caught = []
+
+    def first():
+        try:
+            processes.with_all(7, str, lambda share: share(["a", "b"]))
+        except OSError as error:
+            caught.append((error.errno, error.filename))
+
+    main = threading.Thread(target=first, name="0")
+    main.start()
+    main.join(60)
+    store.key_value_set("mixtral_jax/all/7/1", json.dumps({"value": 0}))
+    helper.join(60)
+    assert caught == [(5, "b")]
+
+
 def test_a_part_of_a_batch_is_enough_for_its_devices():
     """The rows of one host, cut out of the global batch, give its devices what the whole batch would."""
     mesh = mesh_of(data=2, fsdp=2)
@@ -163,10 +245,9 @@ def test_a_part_of_a_batch_is_enough_for_its_devices():
             patch.setattr(jax, "make_array_from_callback", record)
             put_batch(part, sharding, total=8, first=first)
         assert len(seen) == 5 * (last - first) // 2
-        values = {key: np.asarray(array) for key, array in vars(whole).items()}
+        arrays = jax.tree.leaves(whole)
         for number, (start, rows) in enumerate(seen):
-            key = list(values)[number // ((last - first) // 2)]
-            np.testing.assert_array_equal(rows, values[key][start : start + 2])
+            np.testing.assert_array_equal(rows, np.asarray(arrays[number // ((last - first) // 2)])[start : start + 2])
 
 
 def test_one_host_needs_all_rows():

@@ -9,7 +9,7 @@ from mixtral_jax.distributed import watchdog as module
 from mixtral_jax.distributed.watchdog import Watchdog
 
 # A thread ends by the exception that stands in for the end of its process.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+pytestmark = [pytest.mark.drills, pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")]
 
 HEARTBEAT = 2.0  # seconds, of which a loaded machine may take some
 
@@ -126,6 +126,15 @@ def test_a_mistake_is_told_by_process_0_alone_whoever_made_it(group, capfd):
     assert set(left.values()) == {2}
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("error: the file is missing (process 1 on ")
+
+
+def test_a_mistake_of_all_is_told_once(group, capfd):
+    dogs, left = group(2)
+    for number, dog in enumerate(dogs):
+        threading.Thread(target=dog.end_all, args=(2, "the mesh is wrong"), name=f"main of {number}").start()
+    wait_until_left(left, 0, 1)
+    assert set(left.values()) == {2}
+    assert capfd.readouterr().err == "error: the mesh is wrong\n"
 
 
 def test_the_first_reason_holds(group, capfd):

@@ -27,6 +27,7 @@ from mixtral_jax.preparation.config import LanguageConfig, UrlFilterConfig
 from mixtral_jax.preparation.examples import Examples
 from mixtral_jax.preparation.extraction import EXTRACTORS
 from mixtral_jax.preparation.language import LanguageFilter
+from mixtral_jax.preparation.local import QuietExecutor
 from mixtral_jax.preparation.url_filter import AddressFilter
 from tests.preparation.inputs import config_for, digests, html, prose, run, warc_members, write_mixture
 
@@ -154,6 +155,7 @@ KILLS = {
 }
 
 
+@pytest.mark.drills
 @pytest.mark.parametrize("place", KILLS)
 def test_a_killed_run_goes_on_to_the_same_bytes(prepared, place):
     folder, sources, _ = prepared
@@ -182,6 +184,17 @@ running.prepare(load_prepare_config(sys.argv[1], ["shard_megabytes=1"]), Console
     run(config_for(folder, sources, "shard_megabytes=1", output=output))
     assert digests(folder / output) == digests(folder / "out")
     assert all(file.stat().st_mtime_ns == time for file, time in finished.items())  # nothing done again
+
+
+@pytest.mark.drills
+def test_a_worker_that_is_killed_ends_its_stage_with_a_sentence(tmp_path):
+    executor = QuietExecutor([die], 2, 2, str(tmp_path))
+    with pytest.raises(RuntimeError, match=r"^a worker was killed; was it out of memory\? lower executor\.workers$"):
+        executor.run()
+
+
+def die(documents, rank=0, world_size=1):
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_writes_nothing_outside_the_output(tmp_path):

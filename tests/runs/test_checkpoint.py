@@ -78,6 +78,7 @@ def test_round_trip_is_bitwise(checkpoints):
     assert checkpoints.read_file(3, "tokenizer.model") == b"pieces"
 
 
+@pytest.mark.drills
 @pytest.mark.parametrize("shape", [(1,), (2, 4), (4, 2)])
 def test_restores_onto_another_mesh(checkpoints, shape):
     save(checkpoints, 1)
@@ -134,6 +135,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.drills
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damage_is_named_and_the_older_one_used(checkpoints, said, kind):
     save(checkpoints, 1, 2)
@@ -145,6 +147,7 @@ def test_damage_is_named_and_the_older_one_used(checkpoints, said, kind):
     assert sentence in said[0]
 
 
+@pytest.mark.drills
 def test_any_flipped_bit_of_any_file_is_found_and_the_older_one_used(checkpoints, said):
     save(checkpoints, 1, 2)
     bundle = checkpoints.directory / "2"
@@ -165,12 +168,13 @@ def test_any_flipped_bit_of_any_file_is_found_and_the_older_one_used(checkpoints
     assert checkpoints.latest() == 2
 
 
+@pytest.mark.drills
 def test_old_ones_stay_where_the_newest_reads_back_damaged(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=1))
     save(checkpoints, 1)
 
-    def write_and_harm(bundle):
-        write_manifest(bundle)
+    def write_and_harm(bundle, digests):
+        write_manifest(bundle, digests)
         flip_bit(bundle)
 
     monkeypatch.setattr(checkpoint_module, "write_manifest", write_and_harm)
@@ -182,6 +186,7 @@ def test_old_ones_stay_where_the_newest_reads_back_damaged(tmp_path, monkeypatch
     assert checkpoints.steps() == [3]
 
 
+@pytest.mark.drills
 def test_stray_directories_mislead_nobody(checkpoints, said):
     save(checkpoints, 2)
     (checkpoints.directory / "5").mkdir()
@@ -194,6 +199,7 @@ def test_stray_directories_mislead_nobody(checkpoints, said):
     assert checkpoints.latest() == 8
 
 
+@pytest.mark.drills
 def test_all_damaged_is_an_error_but_none_is_a_fresh_start(checkpoints):
     assert checkpoints.latest() is None
     save(checkpoints, 1)
@@ -202,6 +208,7 @@ def test_all_damaged_is_an_error_but_none_is_a_fresh_start(checkpoints):
         checkpoints.latest()
 
 
+@pytest.mark.drills
 def test_lost_manifests_are_no_fresh_start(checkpoints):
     save(checkpoints, 1, 2)
     for manifest in checkpoints.directory.glob("*/manifest.json"):
@@ -210,6 +217,7 @@ def test_lost_manifests_are_no_fresh_start(checkpoints):
         checkpoints.latest()
 
 
+@pytest.mark.drills
 def test_damaged_ones_take_no_good_one_s_place(tmp_path, said):
     checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=2), said.append)
     save(checkpoints, 1, 2)
@@ -219,6 +227,7 @@ def test_damaged_ones_take_no_good_one_s_place(tmp_path, said):
     assert checkpoints.steps() == [1, 3]
 
 
+@pytest.mark.drills
 def test_an_error_lets_the_save_under_way_finish(checkpoints):
     def fail_while_saving():
         with checkpoints:
@@ -230,9 +239,10 @@ def test_an_error_lets_the_save_under_way_finish(checkpoints):
     assert checkpoints.latest() == 1
 
 
+@pytest.mark.drills
 @pytest.mark.parametrize(("number", "words"), [(errno.EROFS, "Read-only"), (errno.EFBIG, "too large")])
 def test_errors_below_orbax_are_one_sentence(checkpoints, monkeypatch, number, words):
-    def fail(directory):
+    def fail(directory, digests):
         raise ValueError(f"INTERNAL: writing [os_error_code='{number}']")
 
     monkeypatch.setattr(checkpoint_module, "write_manifest", fail)
@@ -259,11 +269,12 @@ def test_a_state_that_does_not_fit_is_named(checkpoints, change):
         checkpoints.restore(1, {"params": params})
 
 
+@pytest.mark.drills
 def test_a_full_disk_is_one_sentence_and_the_next_save_works(checkpoints, monkeypatch):
     save(checkpoints, 1)
     real = checkpoint_module.write_manifest
 
-    def full(directory):
+    def full(directory, digests):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint_module, "write_manifest", full)
@@ -276,6 +287,7 @@ def test_a_full_disk_is_one_sentence_and_the_next_save_works(checkpoints, monkey
     assert checkpoints.latest() == 3
 
 
+@pytest.mark.drills
 @pytest.mark.parametrize(("inodes", "free", "fits"), [(10_000, 3, False), (10_000, 5000, True), (0, 0, True)])
 def test_room_for_files_is_checked_before_writing(checkpoints, monkeypatch, inodes, free, fits):
     """Disks that count no inodes say 0 of 0."""
@@ -292,6 +304,7 @@ def test_room_for_files_is_checked_before_writing(checkpoints, monkeypatch, inod
     assert checkpoints.steps() == [2] * fits
 
 
+@pytest.mark.drills
 def test_room_is_checked_before_writing(checkpoints, monkeypatch):
     save(checkpoints, 1)
     usage = shutil.disk_usage(checkpoints.directory)._replace(free=10)

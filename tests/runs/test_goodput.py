@@ -53,6 +53,7 @@ def test_every_second_is_counted_once(tmp_path, clock):
     )
 
 
+@pytest.mark.drills
 def test_a_restart_counts_what_was_lost_and_how_long_nothing_ran(tmp_path, clock):
     first = goodput.Goodput(tmp_path, 0, 10.0)
     clock.after(50)
@@ -71,12 +72,14 @@ def test_a_restart_counts_what_was_lost_and_how_long_nothing_ran(tmp_path, clock
     assert "steps" not in spent(third)
 
 
+@pytest.mark.drills
 def test_a_clock_that_is_set_back_takes_nothing_away(tmp_path, clock):
     goodput.Goodput(tmp_path, 0, 10.0)
     clock.times.wall -= 1e6
     assert spent(goodput.Goodput(tmp_path, 0, 5.0)) == {"start": 15}
 
 
+@pytest.mark.drills
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"seconds": 3}', "\0" * 90])
 def test_what_is_no_account_begins_a_new_one(tmp_path, clock, content):
     (tmp_path / goodput.FILE).write_text(content)
@@ -84,6 +87,7 @@ def test_what_is_no_account_begins_a_new_one(tmp_path, clock, content):
     assert json.loads((tmp_path / goodput.FILE).read_text())["starts"] == 1
 
 
+@pytest.mark.drills
 def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
     def full(path, content):
         raise OSError(28, "No space left on device")

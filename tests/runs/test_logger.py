@@ -111,6 +111,7 @@ def test_picture_colours():
     assert extremes == [[178, 24, 43], [33, 102, 172]]
 
 
+@pytest.mark.drills
 @pytest.mark.parametrize("torn", [b"", b'{"step": 60, "lo'])
 def test_resuming_writes_no_step_twice(tmp_path, torn):
     run(tmp_path, range(10, 61, 10))
@@ -129,6 +130,7 @@ def test_a_run_that_starts_anew_keeps_nothing(tmp_path):
     assert [(event.step, event.value) for event in events(tmp_path).Scalars("loss/loss")] == [(0, 0.5), (10, 10.5)]
 
 
+@pytest.mark.drills
 @pytest.mark.parametrize("line", ["oops", "[1]", '{"loss": 1}', '{"step": "x"}', ""])
 def test_a_damaged_line_is_named_and_nothing_is_lost(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
@@ -141,6 +143,7 @@ def test_a_damaged_line_is_named_and_nothing_is_lost(tmp_path, line):
     assert path.read_text() == before
 
 
+@pytest.mark.drills
 def test_a_full_disk_is_a_sentence(tmp_path):
     if not Path("/dev/full").exists():
         pytest.fail("this test needs /dev/full, as Linux has it")
@@ -161,6 +164,7 @@ def test_other_processes_write_nothing(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.drills
 def test_plain_lines_without_control_codes(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
     with MetricsLogger(tmp_path, 30) as logger:
@@ -199,6 +203,7 @@ def test_live_bar_shows_every_logged_step(tmp_path, monkeypatch):
     assert "saved [checkpoint]" in plain
 
 
+@pytest.mark.drills
 def test_a_dumb_terminal_gets_plain_lines(tmp_path, monkeypatch):
     monkeypatch.setenv("TERM", "dumb")
     monkeypatch.setattr(sys, "stdout", stream := Terminal())

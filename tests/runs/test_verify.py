@@ -17,6 +17,7 @@ def made(request, tmp_path_factory):
     return request.param, make_run(tmp_path_factory.mktemp("run"), broken=request.param)
 
 
+@pytest.mark.drills
 def test_numbers_that_are_not_finite_are_named(made, capsys):
     broken, run = made
     if broken:
@@ -58,6 +59,7 @@ def spoil_tokenizer(bundle):
     write_manifest(bundle)
 
 
+@pytest.mark.drills
 @pytest.mark.parametrize(
     ("spoil", "sentence"),
     [

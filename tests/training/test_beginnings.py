@@ -48,6 +48,7 @@ def changed(text: str) -> dict[str, str]:
     }
 
 
+@pytest.mark.drills
 @pytest.mark.parametrize("change", [None, *changed(""), "another weight", "another seed", "another length"])
 def test_a_run_goes_on_with_its_own_data_alone(run, tmp_path, change):
     text = (run.parent / "one.jsonl").read_text()
@@ -69,6 +70,7 @@ def test_a_run_goes_on_with_its_own_data_alone(run, tmp_path, change):
     )
 
 
+@pytest.mark.drills
 def test_a_run_of_an_earlier_version_is_not_gone_on_with(unknown):
     with pytest.raises(UserError) as caught:
         trainer(unknown)._open_text(2, None)
@@ -114,6 +116,7 @@ def test_parameters_come_with_their_tokenizer_and_what_no_shape_shows_is_said(ru
     )
 
 
+@pytest.mark.drills
 def test_processes_must_agree_on_configuration_and_data(run, monkeypatch):
     asked = []
 

@@ -1,10 +1,11 @@
 """The loop in one process: batches reach the devices ahead of their step, and no step waits for another's metrics."""
 
+import dataclasses
 import json
 import math
 import threading
+import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +66,7 @@ def test_steps_go_out_before_metrics_come_in_and_batches_are_placed_ahead(traine
     assert not prefetching()
 
 
+@pytest.mark.drills
 def test_a_loader_that_fails_ends_the_run_with_its_sentence_and_leaves_no_thread(trainer, monkeypatch):
     make = TrainingData.batch
 
@@ -89,13 +91,42 @@ def test_metrics_are_sent_for_ahead_where_they_will_be_read(trainer, monkeypatch
         assert [value is metrics["loss"] for value in sent] == [True, False][not logged :]
 
 
-def test_the_run_ends_with_the_last_of_so_many_steps_that_were_not_finite(trainer):
-    trainer.config = replace(trainer.config, train={"max_nonfinite_steps": 3, "log_every": 100})
-    trainer.logger = SimpleNamespace(advance=lambda step: None)
-    for in_a_row in (0, 1, 2):
-        trainer._report(5, {"skipped_in_a_row": jnp.int32(in_a_row)}, None)
-    with pytest.raises(UserError, match="not finite in 3 steps in a row, up to step 5"):
-        trainer._report(5, {"skipped_in_a_row": jnp.int32(3)}, None)
+@pytest.mark.drills
+def test_the_run_ends_with_the_last_of_so_many_steps_that_were_not_finite(trainer, monkeypatch):
+    trainer.config = replace(trainer.config, train={"max_nonfinite_steps": 3})
+    first = Trainer._first_state
+
+    def poisoned(self, *sources):
+        state, step = first(self, *sources)
+        params = {**state.params, "embedding": state.params["embedding"] * np.nan}
+        return dataclasses.replace(state, params=params), step
+
+    monkeypatch.setattr(Trainer, "_first_state", poisoned)
+    with pytest.raises(UserError, match="not finite in 3 steps in a row, up to step 3: lower"):
+        trainer.run()
+    assert trainer.checkpoints.steps() == []
+    assert not prefetching()
+
+
+@pytest.mark.drills
+def test_a_clock_that_jumps_changes_neither_steps_nor_the_account(trainer, monkeypatch):
+    now, report, ahead = time.time, Trainer._report, [0.0]
+    monkeypatch.setattr(time, "time", lambda: now() + ahead[0])
+
+    def jump(self, step, metrics, seconds):
+        report(self, step, metrics, seconds)
+        ahead[0] = (0, 1e8, -1e8)[step % 3]
+
+    monkeypatch.setattr(Trainer, "_report", jump)
+    trainer.config = replace(trainer.config, train={"stop_at_step": 4})
+    trainer.run()
+    again = Trainer(replace(trainer.config, train={"stop_at_step": None}), say=str)
+    outcome = again.run()
+    assert outcome.finished
+    lines = [json.loads(line) for line in (Path(trainer.config.run_dir) / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert all(0 < line["goodput"] <= 1 for line in lines)
+    assert all(seconds >= 0 for seconds in again.goodput._seconds.values())
 
 
 def test_every_figure_of_the_log_is_worked_out_by_hand(trainer):

@@ -12,6 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import eval as evaluation
+from mixtral_jax.config_loading import load_config
+from mixtral_jax.training.trainer import Trainer
 from tests.processes import HEARTBEAT, PATIENCE, Processes, free_port, on_devices, without_noise
 from tests.small_run import ROOT, write_config
 
@@ -21,6 +24,7 @@ TRAIN, EVAL = ROOT / "train.py", ROOT / "eval.py"
 # The schedule does not depend on the number of steps, so that every leg of a run may end where it likes.
 ENDLESS = ("train.steps=100000", "train.eval_every=0", "optimizer.schedule=constant", "optimizer.learning_rate=1e-3",
            "mesh.fsdp=-1")  # fmt: skip
+HERE = ("mesh.fsdp=4", "mesh.tensor=2")  # in this process
 RESTART = "start the same command again: it goes on from the newest checkpoint"
 
 
@@ -49,57 +53,6 @@ def one_sentence(text: str, *words: str) -> None:
     assert text.count("\n") == 1, text
     for word in words:
         assert word in text
-
-
-@pytest.fixture(scope="module")
-def started_by_two(workplace):
-    """A run of two processes with two devices each, of which the second is killed; and how both ended."""
-    directory = workplace / "elastic"
-    directory.mkdir()
-    config = write_config(directory)
-    processes = Processes(workplace, 2, TRAIN, config, *ENDLESS, devices=2)
-    processes.wait_for(lambda: sealed(directory / "run"))
-    processes.all[1].kill()
-    return config, processes.end(within=HEARTBEAT + 40)
-
-
-def test_the_others_of_a_killed_process_end_with_one_sentence(started_by_two):
-    _, ended = started_by_two
-    assert [process.code for process in ended] == [75, -signal.SIGKILL]
-    one_sentence(without_noise(ended[0].err), "process 1 on", f"no sign of life for {HEARTBEAT} seconds", RESTART)
-    assert without_noise(ended[1].out) == ""
-
-
-def test_another_number_of_processes_gets_the_same_batches_and_losses(started_by_two, workplace):
-    config, _ = started_by_two
-    run_dir = config.parent / "run"
-    data = fingerprint(run_dir)
-    reached = sealed(run_dir)[-1]
-
-    four = Processes(workplace, 4, TRAIN, config, *ENDLESS)
-    four.wait_for(lambda: sealed(run_dir)[-1] > reached)
-    four.all[0].kill()  # with it goes the coordinator
-    ended = four.end(within=HEARTBEAT + 40)
-    assert [process.code for process in ended] == [-signal.SIGKILL, 75, 75, 75]
-    assert f"resumed from step {reached}" in ended[0].out
-    for process in ended[1:]:
-        assert process.err.splitlines()[-1].startswith("error: ")
-        assert RESTART in process.err.splitlines()[-1]
-        assert without_noise(process.out) == ""
-    reached = sealed(run_dir)[-1]
-
-    end = f"train.stop_at_step={reached + 3}"
-    (alone,) = Processes(workplace, 1, TRAIN, config, *ENDLESS, end).end()
-    assert alone.code == 0, alone.err
-    assert f"resumed from step {reached}" in alone.out
-
-    (reference,) = Processes(workplace, 1, TRAIN, config, *ENDLESS, end, f"run_dir={workplace / 'reference'}").end()
-    assert reference.code == 0, reference.err
-    expected, found = losses(workplace / "reference"), losses(run_dir)
-    assert list(found) == list(expected) == list(range(1, reached + 4))
-    np.testing.assert_allclose([*found.values()], [*expected.values()], rtol=1e-5)
-    assert expected[reached][0] < expected[1][0]
-    assert data == fingerprint(run_dir) == fingerprint(workplace / "reference")
 
 
 SRUN = '''
@@ -152,6 +105,7 @@ def started_by_slurm(workplace):
     return directory, job.returncode, (directory / "log").read_text()
 
 
+@pytest.mark.drills
 def test_sigterm_to_one_process_saves_and_ends_all(started_by_slurm):
     directory, code, log = started_by_slurm
     assert code == 0, log
@@ -163,13 +117,10 @@ def test_sigterm_to_one_process_saves_and_ends_all(started_by_slurm):
 
 def test_evaluation_by_two_processes_gives_the_numbers_of_one(started_by_slurm, workplace):
     run_dir = started_by_slurm[0] / "run"
-    numbers = []
-    for count in (1, 2):
-        file = workplace / f"{count}.json"
-        ended = Processes(workplace, count, EVAL, run_dir, "--json", file).end()
-        assert [process.code for process in ended] == [0] * count, ended
-        numbers.append(json.loads(file.read_text()))
-    alone, together = (flat(content) for content in numbers)
+    ended = Processes(workplace, 2, EVAL, run_dir, "--json", workplace / "2.json").end()
+    assert [process.code for process in ended] == [0, 0], ended
+    evaluation.main([str(run_dir), "--json", str(workplace / "1.json"), *HERE])
+    alone, together = (flat(json.loads((workplace / f"{count}.json").read_text())) for count in (1, 2))
     assert together == {
         name: pytest.approx(value, rel=1e-6) if isinstance(value, float) else value for name, value in alone.items()
     }
@@ -186,6 +137,67 @@ def flat(tree, prefix=""):
     }
 
 
+@pytest.fixture(scope="module")
+def elastic(started_by_slurm, workplace):
+    """That run, gone on with by four processes of which the first is killed, and by two of which one is frozen."""
+    config = started_by_slurm[0] / "config.yaml"
+    run_dir = config.parent / "run"
+    reached = [sealed(run_dir)[-1]]
+
+    four = Processes(workplace, 4, TRAIN, config, *ENDLESS)
+    four.wait_for(lambda: sealed(run_dir)[-1] > reached[-1])
+    four.all[0].kill()  # with it goes the coordinator
+    ended = {4: four.end(within=HEARTBEAT + 40)}
+    reached.append(sealed(run_dir)[-1])
+
+    two = Processes(workplace, 2, TRAIN, config, *ENDLESS, devices=2)
+    two.wait_for(lambda: sealed(run_dir)[-1] > reached[-1])
+    (worker,) = Path(f"/proc/{two.all[1].pid}/task/{two.all[1].pid}/children").read_text().split()
+    os.kill(int(worker), signal.SIGSTOP)
+    two.all[0].join(HEARTBEAT + 40)
+    os.kill(int(worker), signal.SIGCONT)
+    ended[2] = two.end(within=40)
+    reached.append(sealed(run_dir)[-1])
+    return config, ended, reached
+
+
+@pytest.mark.drills
+def test_the_others_of_a_killed_coordinator_end_with_one_sentence(elastic):
+    _, ended, reached = elastic
+    assert [process.code for process in ended[4]] == [-signal.SIGKILL, 75, 75, 75]
+    assert f"resumed from step {reached[0]}" in ended[4][0].out
+    for process in ended[4][1:]:
+        assert process.err.splitlines()[-1].startswith("error: ")
+        assert RESTART in process.err.splitlines()[-1]
+        assert without_noise(process.out) == ""
+
+
+@pytest.mark.drills
+def test_a_frozen_process_is_named_and_ends_too_when_it_wakes(elastic):
+    _, ended, reached = elastic
+    assert [process.code for process in ended[2]] == [75, 75]
+    assert f"resumed from step {reached[1]}" in ended[2][0].out
+    one_sentence(without_noise(ended[2][0].err), "process 1 on", f"no sign of life for {HEARTBEAT} seconds", RESTART)
+    assert ended[2][1].err.splitlines()[-1].startswith("error: ")
+    assert RESTART in ended[2][1].err.splitlines()[-1]
+    assert without_noise(ended[2][1].out) == ""
+
+
+@pytest.mark.drills
+def test_every_number_of_processes_gets_the_same_batches_and_losses(elastic, workplace):
+    config, _, reached = elastic
+    end = reached[-1] + 3
+    for run_dir in (config.parent / "run", workplace / "reference"):  # the last leg, and all of it, in this process
+        keys = (*ENDLESS, *HERE, f"train.stop_at_step={end}", f"run_dir={run_dir}")
+        assert Trainer(load_config(config, list(keys)), say=str).run().step == end
+    expected, found = losses(workplace / "reference"), losses(config.parent / "run")
+    assert list(found) == list(expected) == list(range(1, end + 1))
+    np.testing.assert_allclose([*found.values()], [*expected.values()], rtol=1e-5)
+    assert expected[end][0] < expected[1][0]
+    assert fingerprint(config.parent / "run") == fingerprint(workplace / "reference")
+
+
+@pytest.mark.drills
 def test_a_process_that_hangs_is_named_and_all_end(workplace):
     directory = workplace / "hang"
     directory.mkdir()
@@ -215,26 +227,25 @@ def test_a_process_that_hangs_is_named_and_all_end(workplace):
     assert (directory / "distributed.process_id=1").read_text() == "2 4"
 
 
-MISTAKES = {
-    "bad key": ([], {0: ["optimizer.learning_rat=1"], 1: ["optimizer.learning_rat=1"]}, "Did you mean"),
-    "missing source": (["data.sources=[{name: a, path: nowhere.txt}]"], {}, "nothing matches the path nowhere.txt"),
-    "another configuration": ([], {1: ["seed=1"]}, "has another configuration than process 0"),
-    "mesh across slices": (["mesh.fsdp=1", "mesh.data=3"], {}, "3 devices but there are 2"),
+MISTAKES = {  # before the processes meet, and of one of those that have met
+    "bad key": ({0: ["optimizer.learning_rat=1"], 1: ["optimizer.learning_rat=1"]}, "Did you mean"),
+    "another configuration": ({1: ["seed=1"]}, "has another configuration than process 0"),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_ends_all_with_one_sentence(workplace, mistake):
-    shared, each, words = MISTAKES[mistake]
+    each, words = MISTAKES[mistake]
     directory = workplace / mistake
     directory.mkdir()
-    ended = Processes(workplace, 2, TRAIN, write_config(directory), *ENDLESS, *shared, each=each).end()
+    ended = Processes(workplace, 2, TRAIN, write_config(directory), *ENDLESS, each=each).end()
     assert [process.code for process in ended] == [2, 2], ended
     one_sentence(without_noise(ended[0].err), words)
     assert without_noise(ended[1].err) == ""
     assert not list(directory.glob("run/checkpoints/*"))
 
 
+@pytest.mark.drills
 def test_damaged_checkpoints_end_all_with_one_sentence(started_by_slurm, workplace):
     directory = workplace / "damaged"
     shutil.copytree(started_by_slurm[0] / "run", directory)

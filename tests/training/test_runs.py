@@ -1,20 +1,29 @@
-"""Whole runs, as a person starts them: resume, signals, kill -9, locks, and every mistake in one sentence."""
+"""Whole runs, as a person starts them: killed, stopped, damaged and gone on with, and every mistake in one sentence."""
 
 import json
 import os
 import re
 import signal
-import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorstore
 
-from tests.small_run import run, start, write_config
+import eval as evaluation
+import train
+from mixtral_jax.config import UserError
+from mixtral_jax.config_loading import load_config
+from mixtral_jax.runs.run_dir import RunDirectory
+from mixtral_jax.training.trainer import Trainer
+from tests.processes import Ended, Processes
+from tests.small_run import ROOT, run, write_config
 
 pytestmark = pytest.mark.slow
+STEPS = 48
+LONGER = (f"train.steps={STEPS}", "train.eval_every=24")
+# What the devices of this process divide among themselves, which the started programs compute on one.
+HERE = ("mesh.fsdp=4", "mesh.tensor=2")
 
 
 def losses(run_dir: Path) -> list[tuple[int, float, float]]:
@@ -42,7 +51,7 @@ def parameters(run_dir: Path, step: int) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     directory = tmp_path_factory.mktemp("uninterrupted")
-    result = run("train.py", write_config(directory))
+    result = run("train.py", write_config(directory), *LONGER)
     assert result.returncode == 0, result.stderr
     return directory / "run", result
 
@@ -69,93 +78,108 @@ def test_a_run_shows_what_a_person_wants_to_know(uninterrupted):
 
 def test_a_finished_run_is_left_as_it_is(uninterrupted):
     run_dir, _ = uninterrupted
-    before = parameters(run_dir, 12)
-    result = run("train.py", run_dir.parent / "config.yaml")
-    assert result.returncode == 0
-    assert parameters(run_dir, 12) == before
-    assert len(losses(run_dir)) == 12
+    before = parameters(run_dir, STEPS)
+    outcome = Trainer(load_config(run_dir.parent / "config.yaml", [*LONGER, *HERE]), say=str).run()
+    assert (outcome.step, outcome.finished) == (STEPS, True)
+    assert parameters(run_dir, STEPS) == before
+    assert len(losses(run_dir)) == STEPS
 
 
-def test_stopped_and_resumed_equals_uninterrupted(uninterrupted, tmp_path):
-    config = write_config(tmp_path)
-    assert run("train.py", config, "train.stop_at_step=7").returncode == 0
-    result = run("train.py", config)
-    assert "resumed from step 7" in result.stdout
-    assert losses(tmp_path / "run") == losses(uninterrupted[0])
-    assert parameters(tmp_path / "run", 12) == parameters(uninterrupted[0], 12)
+def train_until(directory: Path, *sign: str) -> Processes:
+    """Starts the run of this directory, and waits for a sign of it."""
+    process = Processes(directory, 1, ROOT / "train.py", directory / "config.yaml", *LONGER)
+    if sign:
+        process.wait_for(lambda: list((directory / "run").glob(sign[0])), pause=0.002)
+    return process
 
 
-def test_killed_and_resumed_equals_uninterrupted(uninterrupted, tmp_path):
-    config = write_config(tmp_path)
-    process = start("train.py", config)
-    while not list((tmp_path / "run" / "checkpoints").glob("8/meta.json")):  # the save of step 8 has begun
-        assert process.poll() is None
-        time.sleep(0.002)
-    process.kill()
-    process.communicate()
-    result = run("train.py", config)
-    assert result.returncode == 0, result.stderr
-    assert "resumed from step" in result.stdout
-    assert losses(tmp_path / "run") == losses(uninterrupted[0])
-    assert parameters(tmp_path / "run", 12) == parameters(uninterrupted[0], 12)
+def ask_to_stop(process: Processes, directory: Path, number: signal.Signals) -> tuple[Ended, str, int]:
+    """Sends a signal to a run that is held still meanwhile; also what a second trainer is told, and the last step."""
+    pid = process.all[0].pid
+    os.kill(pid, signal.SIGSTOP)
+    with pytest.raises(UserError) as second:
+        RunDirectory(directory / "run", load_config(directory / "config.yaml", [*LONGER]))
+    os.kill(pid, number)
+    os.kill(pid, signal.SIGCONT)
+    (ended,) = process.end()
+    return ended, str(second.value), int(ended.out.split("stopped at step ")[1].split()[0])
 
 
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    for _ in range(6000):
-        if path.exists() and path.stat().st_size:
-            return
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
-    raise AssertionError(f"{path} did not appear")
-
-
-def test_sigterm_saves_and_exits_cleanly_and_the_lock_holds(tmp_path):
-    config = write_config(tmp_path)
-    process = start("train.py", config, "train.steps=100000", "train.log_every=1000", "train.eval_every=0")
-    wait_for(tmp_path / "run" / "checkpoints" / "4" / "manifest.json", process)
-
-    second = run("train.py", config)
-    assert second.returncode == 2
-    assert f"in use by process {process.pid}" in second.stderr
-    assert second.stderr.count("\n") == 1
-
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
-    assert "stopped at step" in out
-    step = int(out.split("stopped at step ")[1].split()[0])
-    assert (tmp_path / "run" / "checkpoints" / str(step) / "manifest.json").exists()
-
-
-def test_another_config_in_the_same_directory_is_refused(uninterrupted):
-    run_dir, _ = uninterrupted
-    result = run("train.py", run_dir.parent / "config.yaml", "optimizer.learning_rate=0.5")
-    assert result.returncode == 2
-    assert "optimizer.learning_rate=0.01, not 0.5" in result.stderr
-
-
-def test_a_damaged_checkpoint_is_named_and_the_run_goes_on(uninterrupted, tmp_path):
-    config = write_config(tmp_path)
-    run("train.py", config, "train.stop_at_step=8")
-    largest = max((tmp_path / "run" / "checkpoints" / "8").rglob("d/*"), key=lambda p: p.stat().st_size)
+def flip_a_bit(bundle: Path) -> None:
+    largest = max(bundle.rglob("d/*"), key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 4
     largest.write_bytes(bytes(content))
-    result = run("train.py", config)
-    assert result.returncode == 0, result.stderr
-    assert "checkpoints/8 is passed over" in result.stdout
-    assert "resumed from step 4" in result.stdout
-    assert parameters(tmp_path / "run", 12) == parameters(uninterrupted[0], 12)
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """One run of many starts: killed in a save, stopped by SIGTERM, then damaged, then stopped by Ctrl-C, and ended."""
+    directory = tmp_path_factory.mktemp("interrupted")
+    write_config(directory)
+    found = {}
+
+    killed = train_until(directory, "checkpoints/8/meta.json")  # the save of step 8 has begun
+    killed.all[0].kill()
+    assert killed.end()[0].code == -signal.SIGKILL
+    process = train_until(directory, "checkpoints/12/manifest.json")
+    found["SIGTERM"] = (*ask_to_stop(process, directory, signal.SIGTERM), process.all[0].pid)
+
+    newest = found["SIGTERM"][2]
+    assert (directory / "run" / "checkpoints" / str(newest) / "manifest.json").exists()
+    flip_a_bit(directory / "run" / "checkpoints" / str(newest))
+    process = train_until(directory, f"checkpoints/{newest - newest % 4 + 8}/manifest.json")
+    found["SIGINT"] = (*ask_to_stop(process, directory, signal.SIGINT), process.all[0].pid)
+    (found["end"],) = train_until(directory).end()
+    return directory / "run", found
+
+
+@pytest.mark.drills
+def test_killed_stopped_damaged_and_resumed_equals_uninterrupted(uninterrupted, interrupted):
+    run_dir, found = interrupted
+    assert found["end"].code == 0, found["end"].err
+    assert losses(run_dir) == losses(uninterrupted[0])
+    assert parameters(run_dir, STEPS) == parameters(uninterrupted[0], STEPS)
+
+
+@pytest.mark.drills
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
+def test_a_signal_saves_and_exits_cleanly_and_the_lock_holds(interrupted, number):
+    _, found = interrupted
+    ended, second, step, pid = found[number]
+    assert (ended.code, ended.err) == (0, "")
+    assert f"in use by process {pid} on " in second
+    assert 12 < step < STEPS
+    after = found["SIGINT"][0] if number == "SIGTERM" else found["end"]
+    assert (f"resumed from step {step} of" in after.out) == (number == "SIGINT")  # the other was damaged meanwhile
+
+
+@pytest.mark.drills
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(interrupted):
+    _, found = interrupted
+    damaged, after = found["SIGTERM"][2], found["SIGINT"][0].out
+    assert f"checkpoints/{damaged} is passed over: " in after
+    assert int(after.split("resumed from step ")[1].split()[0]) in range(damaged - 4, damaged)
+
+
+@pytest.mark.drills
+def test_another_config_in_the_same_directory_is_refused(uninterrupted):
+    run_dir, _ = uninterrupted
+    result = run("train.py", run_dir.parent / "config.yaml", *LONGER, "optimizer.learning_rate=0.5")
+    assert result.returncode == 2
+    assert "optimizer.learning_rate=0.01, not 0.5" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def measured(file: Path, *arguments: object) -> dict:
+    evaluation.main([*map(str, arguments), "--json", str(file), *HERE])
+    return json.loads(file.read_text())
 
 
 def test_eval_measures_a_run(uninterrupted, tmp_path):
     run_dir, trained = uninterrupted
-    numbers = {}
-    for mode in ("packed", "document", "strided"):
-        file = tmp_path / f"{mode}.json"
-        result = run("eval.py", run_dir, "--json", file, f"eval.mode={mode}")
-        assert result.returncode == 0, result.stderr
-        numbers[mode] = json.loads(file.read_text())
+    modes = ("packed", "document", "strided")
+    numbers = {mode: measured(tmp_path / f"{mode}.json", run_dir, f"eval.mode={mode}") for mode in modes}
     for content in numbers.values():
         words = content["sources"]["words"]
         assert words == {**content["total"], "text": "held-out", "trained_share": words["trained_share"]}
@@ -170,10 +194,9 @@ def test_eval_measures_a_run(uninterrupted, tmp_path):
 def test_eval_of_other_text_takes_all_of_it(uninterrupted, tmp_path):
     run_dir, _ = uninterrupted
     (tmp_path / "other.txt").write_text("a quiet field under old trees " * 20, encoding="utf-8")
-    file = tmp_path / "other.json"
-    result = run("eval.py", run_dir, "--json", file, f"data.sources=[{{name: other, path: {tmp_path / 'other.txt'}}}]")
-    assert result.returncode == 0, result.stderr
-    assert json.loads(file.read_text())["sources"]["other"]["bytes"] == (tmp_path / "other.txt").stat().st_size
+    other = f"data.sources=[{{name: other, path: {tmp_path / 'other.txt'}}}]"
+    found = measured(tmp_path / "other.json", run_dir, other)
+    assert found["sources"]["other"]["bytes"] == (tmp_path / "other.txt").stat().st_size
 
 
 MISTAKES = {
@@ -181,10 +204,11 @@ MISTAKES = {
     "wrong type": (["train.steps=many"], "train.steps: Value 'many'"),
     "heads": (["model.num_heads=3"], "not model.d_model=32"),
     "top-k": (["model.num_experts_per_tok=9"], "more than model.num_experts=4"),
-    "mesh is not the device count": (["mesh.fsdp=3"], "3 devices but there are 1"),
+    "mesh is not the device count": (["mesh.fsdp=3"], "6 devices but there are 8"),
     "no sources": (["data.sources=[]"], "data.sources is empty"),
     "missing file": (["data.sources=[{name: a, path: nowhere.txt}]"], "nowhere.txt"),
     "data smaller than a batch": (["train.batch_size=4000"], "smaller than one batch"),
+    "batch that the mesh does not divide": (["train.batch_size=6"], "train.batch_size / train.microbatches is 6"),
     "tokenizer too large": (["data.tokenizer=mixtral"], "32000 tokens but model.vocab_size is 320"),
     "no such tokenizer": (["data.tokenizer=none.model"], "cannot read the tokenizer none.model"),
     "warm-up longer than the run": (["optimizer.warmup_steps=50"], "optimizer.warmup_steps=50"),
@@ -195,29 +219,23 @@ MISTAKES = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch, mistake):
+    """What becomes of the sentence, and the exit code: above, and in `test_cli`."""
     config = write_config(tmp_path)
     overrides, sentence = MISTAKES[mistake]
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MIXTRAL_JAX_CACHE_DIR", "")  # which the program sets: put back
     before = set(os.listdir(tmp_path))
-    result = run("train.py", config, *overrides)
-    assert result.returncode == 2
-    assert sentence in result.stderr
-    assert result.stderr.count("\n") == 1, result.stderr
+    with pytest.raises(UserError) as error:
+        train.main([str(config), *HERE, *overrides])
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
     assert set(os.listdir(tmp_path)) - before <= {"cache"}
 
 
-def test_a_malformed_line_is_named(tmp_path):
+def test_a_malformed_line_is_named(tmp_path, monkeypatch):
     config = write_config(tmp_path)
     with (tmp_path / "text.jsonl").open("a") as file:
         file.write('{"text": "cut off\n')
-    result = run("train.py", config)
-    assert result.returncode == 2
-    assert "text.jsonl" in result.stderr
-    assert "61" in result.stderr
-
-
-def test_batch_that_the_mesh_does_not_divide(tmp_path):
-    flags = "--xla_force_host_platform_device_count=8"
-    result = run("train.py", write_config(tmp_path), "mesh.fsdp=8", "train.batch_size=4", XLA_FLAGS=flags)
-    assert result.returncode == 2
-    assert "train.batch_size / train.microbatches is 4" in result.stderr
+    monkeypatch.setenv("MIXTRAL_JAX_CACHE_DIR", "")
+    with pytest.raises(UserError, match=r"text\.jsonl.* 61"):
+        train.main([str(config), *HERE])

@@ -127,6 +127,7 @@ def test_the_norm_of_the_gradient_is_the_slope_along_it():
     assert metrics["grad_norm"] == pytest.approx((loss(0.01) - loss(-0.01)) / 0.02, rel=2e-3)
 
 
+@pytest.mark.drills
 @pytest.mark.parametrize("what", ["gradient", "loss"])
 def test_an_infinite_gradient_or_loss_alone_skips_the_update(what):
     class Infinite(Trainable):
@@ -171,6 +172,7 @@ def test_a_batch_without_targets_updates_without_nan():
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
 
 
+@pytest.mark.drills
 def test_a_non_finite_loss_skips_the_update_and_training_recovers():
     step = trainable(*LOUD, "losses.selection_bias_rate=0.1")
     batch = tiny_batch(step.config)

@@ -1,8 +1,8 @@
 """An export appears whole or not at all, and says why not."""
 
-import errno
 import importlib.util
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from mixtral_jax.config import UserError
 from mixtral_jax.weights import exporting
 from mixtral_jax.weights.destination import new_file
 from mixtral_jax.weights.exporting import EXPORT_FORMATS, export_weights
+from tests.limits import limited
 from tests.weights.models import blank, small
 from tests.weights.test_bad_sources import make_tokenizer
 
@@ -72,18 +73,12 @@ def test_the_tokenizer_says_what_begins_and_ends_a_text(tmp_path: Path) -> None:
     assert generation == {"bos_token_id": 4, "eos_token_id": 3, "pad_token_id": 0}
 
 
+@pytest.mark.drills
 @pytest.mark.parametrize("name", EXPORT_FORMATS)
-def test_a_full_disk_leaves_nothing(tmp_path: Path, name: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer = exporting.TorchWriter if name == "mistral-fused" else exporting.SafetensorsWriter
-    write = writer.write
-
-    def full_at_norm(self: Any, key: str, values: Any) -> None:
-        if key.endswith("norm.weight"):
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write(self, key, values)
-
-    monkeypatch.setattr(writer, "write", full_at_norm)
-    refused(tmp_path, blank(CONFIG), str(tmp_path / "out"), "No space left", name=name)
+def test_a_disk_that_fills_up_leaves_nothing_and_the_next_export_works(tmp_path: Path, name: Any) -> None:
+    with limited(resource.RLIMIT_FSIZE, 20_000):
+        refused(tmp_path, blank(CONFIG), str(tmp_path / "out"), "File too large", name=name)
+    assert export_weights(blank(CONFIG), CONFIG, tmp_path / "out", name, context=8, load_balance=0.0)
 
 
 def test_an_interrupted_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,19 @@
+"""Limits of the system, for a while: what a full disk does to whoever writes, without one."""
+
+import contextlib
+import resource
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def limited(what: int, amount: int) -> Iterator[None]:
+    """Lowers a limit of this process, such as `resource.RLIMIT_FSIZE`, bytes that a file may have.
+
+    A write beyond that fails as it does on a full disk, after a part of it: errno is EFBIG where there it is ENOSPC.
+    """
+    soft, hard = resource.getrlimit(what)
+    resource.setrlimit(what, (amount, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(what, (soft, hard))
