@@ -158,7 +158,10 @@ def generate(arguments: list[str]) -> None:
     if options.prompts:
         prompts += [line for line in _read(options.prompts, "the prompts").splitlines() if line]
     elif not prompts and not sys.stdin.isatty():
-        prompts = [text] if (text := sys.stdin.read().removesuffix("\n")) else []
+        try:
+            prompts = list(filter(None, [sys.stdin.read().removesuffix("\n")]))
+        except UnicodeDecodeError as error:
+            raise UserError(f"cannot read standard input: {error}; give text in UTF-8") from None
     from mixtral_jax.inference.sampling import Sampling
     from mixtral_jax.serving.generate import Wish
     from mixtral_jax.serving.generate import generate as run

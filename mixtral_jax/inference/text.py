@@ -120,12 +120,7 @@ def continue_texts(
     Raises:
         UserError: a prompt that leaves no room for a new token.
     """
-    for prompt in prompts:
-        if len(prompt.tokens) + prompt.new_tokens > context:
-            raise UserError(
-                f"a prompt of {len(prompt.tokens):,} tokens and {prompt.new_tokens:,} new ones do not fit the context "
-                f"of {context:,}: shorten it, ask for fewer new tokens or raise eval.context"
-            )
+    check_room(prompts, context)
     texts = [Continuation(prompt, tokenizer) for prompt in prompts]
     longest = max(len(prompt.tokens) + prompt.new_tokens for prompt in prompts)
     slots = next(size for size in (*(size for size in SLOTS if size < context), context) if size >= longest)
@@ -134,6 +129,16 @@ def continue_texts(
         yield [(text, text.extend(more)) for text, more in zip(texts, drawn, strict=True)]
         if all(text.finish_reason for text in texts):
             return
+
+
+def check_room(prompts: Sequence[Prompt], context: int) -> None:
+    """Raises `UserError` for a prompt that leaves no room in the context for what is asked."""
+    for prompt in prompts:
+        if len(prompt.tokens) + prompt.new_tokens > context:
+            raise UserError(
+                f"a prompt of {len(prompt.tokens):,} tokens and {prompt.new_tokens:,} new ones do not fit the context "
+                f"of {context:,}: shorten it, ask for fewer new tokens or raise eval.context"
+            )
 
 
 def complete_texts(

@@ -14,7 +14,7 @@ from mixtral_jax.evaluation.outputs import write_json
 from mixtral_jax.evaluation.windows import window_sizes
 from mixtral_jax.inference.decoding import make_generator
 from mixtral_jax.inference.sampling import Sampling
-from mixtral_jax.inference.text import Continuation, Prompt, begin_text, continue_texts
+from mixtral_jax.inference.text import Continuation, Prompt, begin_text, check_room, continue_texts
 from mixtral_jax.serving.opening import open_model
 
 
@@ -60,6 +60,7 @@ def generate(
         rows = min(loaded.config.eval.batch_size, 1 << (len(wanted) - 1).bit_length())
         context, _ = window_sizes(loaded.config.eval, loaded.config.data.seq_len)
         draw = make_generator(loaded.architecture)(loaded.arrays)
+        check_room(wanted, context)  # of all, before anything is written
         done: list[Continuation] = []
         for start in range(0, len(wanted), rows):
             batch = wanted[start : start + rows]
