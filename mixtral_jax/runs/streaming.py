@@ -167,7 +167,14 @@ def _take(whole: jax.Array, start: Any, shape: tuple[int, ...]) -> jax.Array:
 
 @partial(jax.jit, donate_argnums=0)
 def _put(whole: jax.Array, block: jax.Array, start: Any) -> jax.Array:
-    return jax.lax.dynamic_update_slice(whole, block, start)
+    return put_part(whole, block, start)
+
+
+def put_part(whole: Shaped[jax.Array, "..."], part: Shaped[jax.Array, "..."], start: Any) -> Shaped[jax.Array, "..."]:
+    """Writes a part of an array in its place, its bits as they are: XLA for CPU would widen a whole one of bfloat16."""
+    bits = jnp.dtype(f"u{whole.dtype.itemsize}")
+    as_bits = partial(jax.lax.bitcast_convert_type, new_dtype=bits)
+    return jax.lax.bitcast_convert_type(jax.lax.dynamic_update_slice(as_bits(whole), as_bits(part), start), whole.dtype)
 
 
 def _open(directory: Path, name: str) -> ts.TensorStore:

@@ -1,7 +1,7 @@
 """Blocks: the pieces in which parameters travel between files and devices.
 
-A block is one layer of a parameter, and one expert of it where the mesh does not split the experts. On the way it keeps
-the order of axes of the file, so that the host only copies; devices transpose and cast, each its own part.
+A block is one layer of a parameter, and one expert of it where the mesh does not split the experts. On the way it has
+the order of axes of the parameter: the host turns what it copies anyway, devices cast, each its own part.
 """
 
 import math
@@ -18,18 +18,20 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Num, Shaped
 
 from mixtral_jax.config import ModelConfig
+from mixtral_jax.runs.streaming import put_part
 from mixtral_jax.weights.names import OURS, Row, atoms, axis_sizes
+
+STRIP = 16  # entries, of which rows are read together where axes change places
 
 
 @dataclass(frozen=True)
 class BlockLayout:
     """How the blocks of a parameter lie in a file and on the devices."""
 
-    theirs: tuple[str, ...]  # axes of a block in the file's order, experts in front where the parameter has them there
-    ours: tuple[str, ...]  # the same axes in the parameter's order
-    theirs_shape: tuple[int, ...]
-    ours_shape: tuple[int, ...]  # with axes as long as the parameter's, the leading ones 1
-    sharding: NamedSharding  # of a block in the file's order: every device has what it needs for its parameter
+    order: tuple[int, ...]  # of the axes that a file's view has (experts in front), as a block has them
+    shape: tuple[int, ...]  # of a block
+    ours_shape: tuple[int, ...]  # the same with axes as long as the parameter's, the leading ones 1
+    sharding: NamedSharding  # of a block: every device has what it needs for its parameter
     num_layers: int  # 0: the parameter is outside of the layers
     num_experts: int  # 0: the parameter does not have one matrix an expert
     experts_per_block: int
@@ -63,11 +65,10 @@ def block_layout(row: Row, config: ModelConfig, sharding: NamedSharding) -> Bloc
     ours = [part for axis in names[in_layers:] for part in rotary.get(axis, [axis])]
     assert sorted(ours) == sorted(theirs), row
     return BlockLayout(
-        theirs=tuple(theirs),
-        ours=tuple(ours),
-        theirs_shape=tuple(sizes[rename.get(axis, axis)] for axis in theirs),
+        order=tuple(theirs.index(axis) for axis in ours),
+        shape=tuple(sizes[rename.get(axis, axis)] for axis in ours),
         ours_shape=(*[1] * in_layers, *(sizes[rename.get(axis, axis)] for axis in names[in_layers:])),
-        sharding=NamedSharding(sharding.mesh, PartitionSpec(*(mesh_axes.get(axis) for axis in theirs))),
+        sharding=NamedSharding(sharding.mesh, PartitionSpec(*(mesh_axes.get(axis) for axis in ours))),
         num_layers=config.num_layers * in_layers,
         num_experts=config.num_experts * per_expert,
         experts_per_block=sizes["experts_per_block"] if per_expert else 1,
@@ -86,27 +87,36 @@ def host_view(
     """Views an external tensor's part for one expert in the order of a block's axes (after its axis of experts)."""
     sizes, names = axis_sizes(config), atoms(row.axes)
     picked: dict[str, Any] = {"part": row.part, **({"experts": expert} if layout.num_experts else {})}
-    return tensor.reshape([sizes[axis] for axis in names])[tuple(picked.get(axis, slice(None)) for axis in names)]
+    view = tensor.reshape([sizes[axis] for axis in names])[tuple(picked.get(axis, slice(None)) for axis in names)]
+    # The experts are in front of both.
+    return view.transpose([axis - 1 for axis in layout.order[1:]] if layout.num_experts else layout.order)
+
+
+def copy_turned(target: Shaped[np.ndarray, "..."], source: Shaped[np.ndarray, "..."]) -> None:
+    """Copies between arrays whose axes may lie in memory in other orders, by strips that a cache holds."""
+    if target.ndim != 2 or np.argmin(target.strides) == np.argmin(source.strides):
+        target[...] = source
+        return
+    if np.argmin(target.strides) == 0:
+        target, source = target.T, source.T
+    for start in range(0, target.shape[1], STRIP):
+        target[:, start : start + STRIP] = source[:, start : start + STRIP]
 
 
 @partial(jax.jit, static_argnames="layout", donate_argnums=0)
 def put_block(
     parameter: Num[Array, "..."], block: Num[Array, "..."], layer: Any, expert: Any, *, layout: BlockLayout
 ) -> tuple[Num[Array, "..."], Bool[Array, ""]]:
-    """Writes a block in the file's order into its place, in the parameter's type; says whether it is finite."""
-    order = [layout.theirs.index(axis) for axis in layout.ours]
-    block = block.astype(parameter.dtype)
-    turned = block.transpose(order).reshape(layout.ours_shape)
-    return jax.lax.dynamic_update_slice(parameter, turned, layout.start_of(layer, expert)), jnp.isfinite(block).all()
+    """Writes a block into its place, in the parameter's type; says whether it is finite."""
+    block = block.astype(parameter.dtype).reshape(layout.ours_shape)
+    return put_part(parameter, block, layout.start_of(layer, expert)), jnp.isfinite(block).all()
 
 
 @partial(jax.jit, static_argnames=("layout", "dtype"))
 def take_block(
     parameter: Num[Array, "..."], layer: Any, expert: Any, *, layout: BlockLayout, dtype: DTypeLike
 ) -> tuple[Num[Array, "..."], Bool[Array, ""]]:
-    """Reads a block from its place, in the file's order and type; says whether it is finite there."""
-    sizes = dict(zip(layout.theirs, layout.theirs_shape, strict=True))
+    """Reads a block from its place, in the file's type; says whether it is finite there."""
     block = jax.lax.dynamic_slice(parameter, layout.start_of(layer, expert), layout.ours_shape)
-    block = block.reshape([sizes[axis] for axis in layout.ours])
-    block = block.transpose([layout.ours.index(axis) for axis in layout.theirs]).astype(dtype)
+    block = block.reshape(layout.shape).astype(dtype)
     return jax.lax.with_sharding_constraint(block, layout.sharding), jnp.isfinite(block).all()

@@ -11,7 +11,7 @@ import numpy as np
 from mixtral_jax.config import ModelConfig, UserError
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.model.mixtral import Arrays
-from mixtral_jax.weights.blocks import BlockLayout, block_layout, host_view, take_block
+from mixtral_jax.weights.blocks import BlockLayout, block_layout, copy_turned, host_view, take_block
 from mixtral_jax.weights.destination import new_directory
 from mixtral_jax.weights.hf_tokenizer import tokenizer_files
 from mixtral_jax.weights.names import FORMATS, ExternalTensor, Format, FormatName, Row, external_tensors
@@ -174,12 +174,12 @@ class Reader:
             layout = block_layout(row, self.config, parameter.sharding)
             if not layout.num_experts:
                 block = self._block(tensor, row, parameter, layout, 0, dtype)
-                host_view(values, row, self.config, layout, 0)[...] = block
+                copy_turned(host_view(values, row, self.config, layout, 0), block)
                 continue
             for expert in range(layout.num_experts) if tensor.expert is None else (tensor.expert,):
                 place = expert % layout.experts_per_block
                 block = self._block(tensor, row, parameter, layout, expert - place, dtype)
-                host_view(values, row, self.config, layout, expert)[...] = block[place]
+                copy_turned(host_view(values, row, self.config, layout, expert), block[place])
         return values
 
     def _block(

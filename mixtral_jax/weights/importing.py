@@ -1,7 +1,9 @@
 """Streams a released checkpoint into sharded arrays."""
 
 import math
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -11,16 +13,18 @@ import numpy as np
 from mixtral_jax.config import UserError
 from mixtral_jax.model.mixtral import Architecture, Arrays
 from mixtral_jax.runtime import Runtime
-from mixtral_jax.weights.blocks import BlockLayout, block_layout, host_view, put_block
+from mixtral_jax.weights.blocks import BlockLayout, block_layout, copy_turned, host_view, put_block
 from mixtral_jax.weights.names import Row
 from mixtral_jax.weights.progress import byte_progress
 from mixtral_jax.weights.released import Released, Upcycling
 from mixtral_jax.weights.stored import FILE_TYPES
 from mixtral_jax.weights.upcycling import finish_upcycling
 
+READERS = 2  # threads that read and turn blocks
+
 
 def import_weights(released: Released, runtime: Runtime, upcycling: Upcycling | None = None) -> Arrays:
-    """Reads every tensor into the model's sharded arrays; the host holds two blocks at a time.
+    """Reads every tensor into the model's sharded arrays; the host holds a few blocks at a time.
 
     Args:
         released: as opened and checked.
@@ -53,8 +57,7 @@ def _fill(parameter: jax.Array, row: Row, released: Released, advance: Callable[
     assert isinstance(parameter.sharding, jax.sharding.NamedSharding)
     layout = block_layout(row, released.config, parameter.sharding)
     waiting: tuple[jax.Array, str] | None = None
-    for layer, expert in layout.starts():
-        block, where = _read_block(row, released, layout, layer, expert)
+    for (layer, expert), (block, where) in _read_ahead(row, released, layout):
         parameter, finite = put_block(parameter, block, layer, expert, layout=layout)
         if waiting:  # one block behind, so that reading goes on while devices work
             _require_finite(*waiting)
@@ -63,6 +66,21 @@ def _fill(parameter: jax.Array, row: Row, released: Released, advance: Callable[
     assert waiting
     _require_finite(*waiting)
     return parameter
+
+
+def _read_ahead(
+    row: Row, released: Released, layout: BlockLayout
+) -> Iterator[tuple[tuple[int, int], tuple[jax.Array, str]]]:
+    """Reads blocks in threads, one more than is asked for."""
+    starts = list(layout.starts())
+    with ThreadPoolExecutor(READERS) as pool:
+        under_way = deque(pool.submit(_read_block, row, released, layout, *start) for start in starts[:READERS])
+        for number, start in enumerate(starts):
+            block = under_way.popleft().result()
+            if number + READERS < len(starts):
+                under_way.append(pool.submit(_read_block, row, released, layout, *starts[number + READERS]))
+            yield start, block
+            del block
 
 
 def _require_finite(finite: jax.Array, where: str) -> None:
@@ -84,11 +102,12 @@ def _read_block(row: Row, released: Released, layout: BlockLayout, layer: int, e
         parts = []
         for e in mine:
             view = host_view(stored[e].open(), row, released.config, layout, experts[e])[rest]
-            part = np.ascontiguousarray(view).view(FILE_TYPES[stored[e].dtype])
-            parts.append(part.astype(dtype, copy=False))
+            part = np.empty(view.shape, view.dtype)
+            copy_turned(part, view)
+            parts.append(part.view(FILE_TYPES[stored[e].dtype]).astype(dtype, copy=False))
         if not layout.num_experts:
             return parts[0]
         return parts[0][None] if len(parts) == 1 else np.stack(parts)
 
-    block = jax.make_array_from_callback(layout.theirs_shape, layout.sharding, read)
+    block = jax.make_array_from_callback(layout.shape, layout.sharding, read)
     return block, f"tensor '{stored[0].key}' of {stored[0].file}"

@@ -152,7 +152,7 @@ def test_devices_exchange_nothing(row: Any) -> None:
         params = params[part]
     assert isinstance(params.sharding, NamedSharding)
     layout = block_layout(row, CONFIG, params.sharding)
-    block = jax.ShapeDtypeStruct(layout.theirs_shape, np.float32, sharding=layout.sharding)
+    block = jax.ShapeDtypeStruct(layout.shape, np.float32, sharding=layout.sharding)
     compiled = [
         put_block.lower(params, block, 1, 0, layout=layout).compile(),
         take_block.lower(params, 1, 0, layout=layout, dtype=np.dtype(np.float32)).compile(),
