@@ -200,7 +200,8 @@ class Checkpoints:
             return (self.directory / str(step) / name).read_bytes()
         except FileNotFoundError as error:
             raise UserError(
-                f"{error.filename} is missing: checkpoints must lie on storage that all processes share"
+                f"{error.filename} is missing: checkpoints must lie on storage that all processes share, and a run "
+                "that goes on removes old ones: try again, or raise its checkpoint.keep"
             ) from None
 
     def read_record(self, step: int) -> DocumentRecord | None:
@@ -228,8 +229,14 @@ class Checkpoints:
         named = {name: _named(part) for name, part in abstract.items()}
         if advance is None:
             items = {name: ocp.args.StandardRestore(part) for name, part in named.items()}
-            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-                restored: Any = reader.restore(bundle / "state", args=ocp.args.Composite(**items))
+            try:
+                with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+                    restored: Any = reader.restore(bundle / "state", args=ocp.args.Composite(**items))
+            except (FileNotFoundError, KeyError):  # what the meta file names was there
+                raise UserError(
+                    f"{bundle} lost files while it was read, as a run that goes on removes old checkpoints: try again, "
+                    "or raise its checkpoint.keep"
+                ) from None
         else:
             restored = {name: read_arrays(bundle / "state" / name, part, advance) for name, part in named.items()}
         parts = {

@@ -98,6 +98,16 @@ def test_one_part_is_restored_alone(checkpoints):
     assert_same(checkpoints.restore(1, abstract_of(params)), params)
 
 
+@pytest.mark.parametrize("gone", ["state/params", "state", "tokenizer.model"])
+def test_a_checkpoint_that_its_run_removes_while_it_is_read_is_one_sentence(checkpoints, gone):
+    save(checkpoints, 1)
+    place = checkpoints.directory / "1" / gone
+    shutil.rmtree(place) if place.is_dir() else place.unlink()
+    read = checkpoints.restore if place.name != "tokenizer.model" else checkpoints.read_file
+    with pytest.raises(UserError, match=r"try again, or raise its checkpoint\.keep"):
+        read(1, "tokenizer.model" if read == checkpoints.read_file else abstract_of(make_state(1)))
+
+
 def test_donated_buffers_do_not_reach_the_save(checkpoints):
     state = make_state(5)
     want = jax.tree.map(np.array, state)
