@@ -202,9 +202,8 @@ def _texts(source: SourceConfig, tokenizer: Tokenizer, progress: Progress) -> It
 
 
 def _chats(source: SourceConfig, format: str, tokenizer: Tokenizer, progress: Progress) -> Iterator[_Piece]:
-    from mixtral_jax.data.marked_records import (
-        marked_records,
-    )  # mistral-common takes a second, which text does not need
+    # Here, as mistral-common takes a second to import, which text does not need.
+    from mixtral_jax.data.marked_records import marked_records
 
     task = progress.task_ids[0]
     for record in marked_records(source, format, tokenizer, lambda count: progress.advance(task, count)):

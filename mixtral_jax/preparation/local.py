@@ -30,9 +30,8 @@ class MortalPool(multiprocess.pool.Pool):
         workers = list(self._pool)
 
         def watch() -> None:
-            multiprocess.connection.wait(
-                [worker.sentinel for worker in workers]
-            )  # they end when all is done, or one is lost
+            # They end when all is done, or one is lost.
+            multiprocess.connection.wait([worker.sentinel for worker in workers])
             results._set(0, (False, RuntimeError("a worker was killed; was it out of memory? lower executor.workers")))
 
         threading.Thread(target=watch, daemon=True).start()

@@ -295,9 +295,8 @@ class Checkpoints:
             try:
                 (bundle / MANIFEST).unlink(missing_ok=True)  # a half-removed bundle must not look like a damaged one
                 shutil.rmtree(bundle)
-            except (
-                OSError
-            ) as error:  # on NFS a file that somebody reads stays, under another name; the next save tries again
+            except OSError as error:
+                # On NFS a file that somebody reads stays, under another name; the next save tries again.
                 self.warn(f"warning: the old checkpoint {bundle} could not be removed: {error.strerror}")
 
     def _check_room(self, state: Mapping[str, PyTree]) -> None:
