@@ -24,12 +24,12 @@ TABLE: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("training/preferences.py", "training/test_preferences.py"): [
         ("smooth * log_sigmoid(-logits)", "smooth * log_sigmoid(logits)"),
         ("1 / (2 * config.beta)", "1 / config.beta"),
-        ("reference_point(better) - worse.ratio", "reference_point(worse) - worse.ratio"),
+        ("worse.point - worse.ratio", "worse.ratio - worse.point"),
         ("return sums[:, 1::2], sums[:, 2::2]", "return sums[:, 2::2], sums[:, 1::2]"),
         ("jnp.where(batch.loss_mask, values, 0)", "values"),
     ],
     ("data/record_rows.py", "data/test_answers.py"): [
-        ("= self._marks[place + 1 : end]", "= self._marks[place : end - 1]"),
+        ("= self._marks[places[1:]] & ANSWER", "= self._marks[places[:-1]] & ANSWER"),
         ("2 * unit + 1 + worse if", "2 * unit + 2 - worse if"),
         ("left = rooms[place]", "left = rooms[-1]"),
     ],

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, UInt8
 from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from mixtral_jax.config import UserError
 from mixtral_jax.runs.metrics_file import Vectors
@@ -69,13 +70,13 @@ class TensorBoard:
         """
         first_step = resume_step + 1 if resume_step else 0
         # The suffix keeps two processes of one second apart, in the order in which TensorBoard reads.
-        self._writer = SummaryWriter(
-            str(directory), purge_step=first_step, filename_suffix=f".from_step_{first_step:09d}"
-        )
+        self._writer = SummaryWriter(str(directory), filename_suffix=f".from_step_{first_step:09d}")
         # In the thread of the loop: the writer's own ends at a full disk, or when the clock is set back by weeks, and
         # the run would wait for it for ever.
         events = self._writer.file_writer.event_writer
         events.add_event = events._ev_writer.write_event
+        # What an earlier start wrote from this step on is void.
+        self._writer.file_writer.add_event(Event(session_log=SessionLog(status=SessionLog.START)), first_step)
         self._writer.add_text("about", _legend(descriptions), first_step)
 
     def write(self, step: int, scalars: Mapping[str, int | float], vectors: Vectors) -> None:

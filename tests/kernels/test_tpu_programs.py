@@ -34,9 +34,7 @@ def compiled(topology, function, *shapes):
     return jax.jit(function).lower(*arrays).compile()
 
 
-@pytest.mark.parametrize(
-    ("experts", "topology"), [("compute", CHIPS[0]), ("compute", CHIPS[1]), ("int8", CHIPS[0]), ("fp8", CHIPS[1])]
-)
+@pytest.mark.parametrize(("experts", "topology"), [("compute", CHIPS[0]), ("int8", CHIPS[0]), ("fp8", CHIPS[1])])
 def test_expert_products_are_those_of_the_rows(experts, topology):
     """A dense program would multiply every row with every expert in some product."""
     eight_bit = make_precision(PrecisionConfig(experts=experts)).experts

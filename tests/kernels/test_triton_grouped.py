@@ -1,5 +1,7 @@
 """The experts' kernels for GPUs, interpreted on a CPU, against each row with its own expert in float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,12 +24,25 @@ GROUPS = {
 BLOCKS = {"small": (8, 16, 8), "dividing": (30, 37, 11), "larger than all": (128, 64, 32)}
 
 
+@functools.cache
+def output_and_gradients(block):
+    """Compiled for the blocks of this name, which are set; new for every number of groups and type alone."""
+
+    @jax.jit
+    def both(sizes, d_out, *arrays):
+        out, pull = jax.vjp(lambda rows, *w: grouped_ffn(rows, sizes, *w, True), *arrays)
+        return out, pull(d_out)
+
+    return both
+
+
 @pytest.fixture(params=BLOCKS)
 def block(monkeypatch, request):
-    """Blocks of several sizes, those of the elementwise kernel as well."""
+    """Blocks of several sizes, those of the elementwise kernel as well; by name."""
     height, width, depth = BLOCKS[request.param]
     monkeypatch.setattr(triton_grouped, "BLOCK", (height, width, 2 * depth))  # half of it in types of 4 bytes
     monkeypatch.setattr(triton_grouped, "ELEMENTWISE_BLOCK", (height, width))
+    return request.param
 
 
 def by_row(rows, w_gate, w_up, w_down, expert_of_row):
@@ -55,8 +70,7 @@ def test_output_and_gradients_equal_each_row_with_its_expert(block, groups, dtyp
     used = sizes.sum()
     *arrays, d_out = arrays_of(sizes, dtype)
 
-    out, pull = jax.vjp(jax.jit(lambda rows, *w: grouped_ffn(rows, jnp.asarray(sizes), *w, True)), *arrays)
-    d_rows, *d_weights = pull(d_out)
+    out, (d_rows, *d_weights) = output_and_gradients(block)(jnp.asarray(sizes), d_out, *arrays)
 
     expected, (expected_rows, *expected_weights) = oracles.value_and_pull(
         lambda *a: by_row(*a, np.repeat(np.arange(sizes.size), sizes)), arrays, d_out[:used]

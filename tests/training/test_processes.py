@@ -218,10 +218,10 @@ def test_a_process_that_hangs_is_named_and_all_end(workplace):
         """)
     )
     each = {0: ["distributed.process_id=0"], 1: ["distributed.process_id=1"]}
-    ended = Processes(workplace, 2, script, config, *ENDLESS, "distributed.step_timeout=10", each=each).end()
+    ended = Processes(workplace, 2, script, config, *ENDLESS, "distributed.step_timeout=30", each=each).end()
     assert [process.code for process in ended] == [75, 75], ended
     for process in ended:
-        one_sentence(without_noise(process.err), "finished in 10 seconds", "process 1 on", "before step 1", RESTART)
+        one_sentence(without_noise(process.err), "finished in 30 seconds", "process 1 on", "before step 1", RESTART)
     # And neither has made the rows of the other.
     assert (directory / "distributed.process_id=0").read_text() == "0 2"
     assert (directory / "distributed.process_id=1").read_text() == "2 4"
