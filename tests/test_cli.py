@@ -62,7 +62,7 @@ def test_a_reader_that_has_seen_enough_ends_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.drills
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="the system has no /dev/full")
 def test_a_full_disk_under_standard_output_ends_nothing(tmp_path: Path) -> None:
     with Path("/dev/full").open("w") as full:
         process, done = printing(tmp_path / "done", full.fileno())

@@ -117,15 +117,16 @@ class RecordRows:
         units = self._rows[row]
         if not mismatched:
             return [np.arange(place, place + length) for parts in units for place, length in parts]
-        answers = [[self._halves(*part)[1] for part in parts] for parts in (self._rows[row - 1][-1], *units)]
+        halves = [[self._halves(*part) for part in parts] for parts in (self._rows[row - 1][-1], *units)]
+        answers = [[answer for _, answer in parts] for parts in halves]
         room = self._seq_len - int(self._row_tokens[row])
         for place, (comes, leaves) in enumerate(zip(answers[0], answers[-1], strict=True)):
             answers[0][place] = comes[: len(leaves) + room]
             room += len(leaves) - len(answers[0][place])
         return [
-            np.append(self._halves(*part)[0], answer)
-            for parts, others in zip(units, answers[:-1], strict=True)
-            for part, answer in zip(parts, others, strict=True)
+            np.append(prompt, answer)
+            for parts, others in zip(halves[1:], answers[:-1], strict=True)
+            for (prompt, _), answer in zip(parts, others, strict=True)
         ]
 
     def _halves(self, place: int, length: int) -> list[Places]:

@@ -27,7 +27,7 @@ class Side(NamedTuple):
     log_probs: Float[Array, "rows answers"]  # sum over the answer's tokens, nats
     reference: Float[Array, "rows answers"]  # the same of the reference model
     tokens: Float[Array, "rows answers"]
-    point: Float[Array, ""] | float = 0.0  # what KTO compares ratios with, of both sides together
+    point: Float[Array, ""] | float  # what KTO compares ratios with, of both sides together
 
     @property
     def there(self) -> Array:
@@ -193,7 +193,7 @@ def compare_answers(
     assert batch.reference is not None
     ones = jnp.ones_like(log_probs)
     sides = zip(*(per_answer(values, batch, mesh) for values in (log_probs, batch.reference, ones)), strict=True)
-    better, worse = (Side(*values, *([] if point is None else [point])) for values in sides)
+    better, worse = (Side(*values, 0.0 if point is None else point) for values in sides)
     loss = sum((term.weight * TERMS[term.name](better, worse, counts, term) for term in losses), jnp.zeros((), FULL))
     rewards = [losses[0].beta * side.ratio for side in (better, worse)]
     logits = per_answer(mean_logits, batch, mesh)
