@@ -193,7 +193,8 @@ def compare_answers(
     assert batch.reference is not None
     ones = jnp.ones_like(log_probs)
     sides = zip(*(per_answer(values, batch, mesh) for values in (log_probs, batch.reference, ones)), strict=True)
-    better, worse = (Side(*values, 0.0 if point is None else point) for values in sides)
+    z = 0.0 if point is None else point
+    better, worse = (Side(said, reference, tokens, z) for said, reference, tokens in sides)
     loss = sum((term.weight * TERMS[term.name](better, worse, counts, term) for term in losses), jnp.zeros((), FULL))
     rewards = [losses[0].beta * side.ratio for side in (better, worse)]
     logits = per_answer(mean_logits, batch, mesh)
