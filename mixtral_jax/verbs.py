@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mixtral_jax.cli import check_checkpoint
 from mixtral_jax.config import Config, UserError
-from mixtral_jax.config_loading import home_expanded, user_path
+from mixtral_jax.config_loading import home_expanded, load_config, user_path
 from mixtral_jax.evaluation.outputs import check_outputs
 from mixtral_jax.weights.destination import check_new, check_release, check_target
 
@@ -99,6 +99,19 @@ def plan(arguments: list[str]) -> None:
     from mixtral_jax.planning.command import main as run
 
     run(arguments)
+
+
+def check_mesh(arguments: list[str]) -> None:
+    """Whether a mesh trains as one device does, on simulated ones: check-mesh CONFIG [--devices N] [key=value ...]."""
+    parser = argparse.ArgumentParser(prog="mixtral_jax check-mesh", description=check_mesh.__doc__)
+    parser.add_argument("config", metavar="CONFIG", type=user_path, help="a YAML file, such as configs/small.yaml")
+    parser.add_argument("--devices", metavar="N", type=int, help="of which the axis of size -1 takes the rest (8)")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="such as mesh.expert=4")
+    options = parser.parse_intermixed_args(arguments)
+    config = load_config(options.config, options.overrides)
+    from mixtral_jax.training.mesh_check import run
+
+    sys.exit(0 if run(config, options.devices) else 1)
 
 
 def compare(arguments: list[str]) -> None:
@@ -216,4 +229,5 @@ def _read(path: Path, what: str) -> str:
 
 
 VERBS = {"import": import_, "export": export, "prepare": prepare, "plan": plan,
-         "compare": compare, "verify": verify, "generate": generate, "serve": serve, "lm_eval": lm_eval}  # fmt: skip
+         "check-mesh": check_mesh, "compare": compare, "verify": verify, "generate": generate, "serve": serve,
+         "lm_eval": lm_eval}  # fmt: skip
