@@ -12,6 +12,11 @@ TRAINED = ("train", "train-v3")  # what `tokenizer` may be where it is trained o
 class UserError(Exception):
     """A mistake that the user can fix: one sentence that names the key or file and the remedy (exit code 2)."""
 
+    def __str__(self) -> str:
+        """The sentence in one line: names and values in it are of others, what cannot be printed is spelled out."""
+        text = super().__str__()
+        return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
 
 @dataclass(frozen=True)
 class RopeScalingConfig:

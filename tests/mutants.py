@@ -214,8 +214,8 @@ TABLE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("if path.is_file() and path != directory / NAME",
          "if path.is_file() and path != directory / NAME and path.name[0] != \"_\""),
         ("if digest != expected:", "if False:"),
-        ("if file.stat().st_size != size:", "if False:"),
-        ("if extra:", "if False:"),
+        ("if (found := there[name].stat().st_size) != size:", "if False:"),
+        ("if extra := there.keys() - recorded.keys():", "if False:"),
     ],
     ("runs/checkpoint.py", "runs/test_checkpoint.py"): [
         ("kept = set(finished[-self.config.keep :])", "kept = set(finished[: self.config.keep])"),

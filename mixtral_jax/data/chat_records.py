@@ -95,7 +95,7 @@ def read_chats(record: Record, format: str) -> list[Chat]:
     """
     try:
         return list(CHAT_FORMATS[format][1](record))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise RecordError(f"it is not a record of the format {format} ({type(error).__name__}: {error})") from None
 
 
@@ -114,11 +114,12 @@ def read_preference(record: Record) -> Preference:
         else:  # what both begin with
             shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), 0)
             prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        chat = Chat(prompt, _tools(record.get("tools")))
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise RecordError(f"it has no chosen and rejected answer ({type(error).__name__}: {error})") from None
     if chosen == rejected:
         raise RecordError("the chosen answer is the rejected one")
-    return Preference(Chat(prompt, _tools(record.get("tools"))), chosen, rejected)
+    return Preference(chat, chosen, rejected)
 
 
 def read_judgement(record: Record) -> Judgement:

@@ -282,11 +282,9 @@ def _table_records(file: Path, field: str | None, on_bytes: Callable[[int], None
                     number += 1
                     yield f"{file}, row {number}", record
         on_bytes(file.stat().st_size)
-    except ArrowException as error:
-        problem = str(error).splitlines()[0].rstrip(".")
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
+        problem = (getattr(error, "strerror", None) or str(error)).splitlines()[0].rstrip(".")
         raise UserError(f"cannot read {file}: {problem}; fix or leave out the file") from None
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror or error}; fix or leave out the file") from None
 
 
 def _decode(data: bytes, where: str) -> str:

@@ -150,9 +150,23 @@ def _read_index(directory: Path, key: str, stamps: Path) -> tuple[dict[str, Any]
                 return None, f"{name} has {found} bytes instead of {size}"
         if altered := altered_file(directory, index["sha256"], stamps):
             return None, f"{altered} is not what was written"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if not _agrees(index):
+            return None, "its index contradicts itself"
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         return None, f"{type(error).__name__}: {error}"
     return index, ""
+
+
+def _agrees(index: dict[str, Any]) -> bool:
+    """Whether the index, which nothing has a checksum of, says of the files what follows from their sizes."""
+    sizes, tokens, documents = index["sizes"], index["num_tokens"], index["num_documents"]
+    expected = {
+        "tokens": tokens * np.dtype(index["dtype"]).itemsize,
+        "document_starts": 8 * (documents + 1),
+        "document_bytes": 8 * documents,
+        **({} if index.get("format", "text") == "text" else {"marks": tokens}),
+    }
+    return bool(sizes == expected and index["content"] == _content(index["dtype"], index["sha256"]))
 
 
 class _Piece(NamedTuple):
@@ -241,11 +255,16 @@ def write_index(
         "num_documents": num_documents,
         "num_tokens": num_tokens,
         "dtype": dtype,
-        "content": hashlib.sha256(json.dumps([dtype, sha256]).encode()).hexdigest(),
+        "content": _content(dtype, sha256),
         "sha256": sha256,
         "sizes": {name: (directory / name).stat().st_size for name in digests},
     }
     (directory / "index.json").write_text(json.dumps(index, indent=1))
+
+
+def _content(dtype: str, sha256: dict[str, str]) -> str:
+    """Digests the tokens and boundaries themselves."""
+    return hashlib.sha256(json.dumps([dtype, sha256]).encode()).hexdigest()
 
 
 def _batches(source: SourceConfig, progress: Progress) -> Iterator[list[str]]:

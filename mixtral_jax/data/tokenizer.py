@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import sentencepiece
+from google.protobuf.message import DecodeError
 from jaxtyping import Bool, Int32, Int64, Integer
 from sentencepiece import sentencepiece_model_pb2
 
@@ -47,9 +48,11 @@ class Tokenizer:
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(model_bytes)
-        except RuntimeError:
-            model_bytes = b""
-        if not model_bytes:
+            described = sentencepiece_model_pb2.ModelProto.FromString(model_bytes)  # type: ignore[attr-defined]  # made on import
+            pieces: list[str] = [self._processor.id_to_piece(index) for index in range(len(described.pieces))]
+        except (RuntimeError, UnicodeDecodeError, DecodeError):
+            pieces = []
+        if not pieces:
             raise UserError(f"{where} is not a sentencepiece model: set data.tokenizer to a tokenizer.model file")
         self.model_bytes = model_bytes
         self.fingerprint = hashlib.sha256(model_bytes).hexdigest()
@@ -60,10 +63,8 @@ class Tokenizer:
         if min(self.bos_id, self.eos_id) < 0:
             raise UserError(f"{where} has no token for the begin or the end of a document: use one with both")
         ids = range(self.vocab_size)
-        pieces: list[str] = [self._processor.id_to_piece(index) for index in ids]
         silent = [self._processor.is_control(index) for index in ids]
         byte = [self._processor.is_byte(index) or self._processor.is_unknown(index) for index in ids]
-        described = sentencepiece_model_pb2.ModelProto.FromString(model_bytes)  # type: ignore[attr-defined]  # made on import
         behind = range(described.trainer_spec.vocab_size, self.vocab_size)
         user_defined = described.SentencePiece.USER_DEFINED
         self.added_tokens = {pieces[index]: index for index in behind if described.pieces[index].type == user_defined}

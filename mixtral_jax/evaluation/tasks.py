@@ -92,7 +92,7 @@ def jsonl_task(path: Path) -> dict[str, Any]:
             continue
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if not isinstance(record, dict):
             raise UserError(f"line {number} of {path} is not a JSON object: fix or remove it")

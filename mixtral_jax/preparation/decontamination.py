@@ -6,6 +6,7 @@ rest.
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def _texts(path: Path) -> Iterator[str]:
                     yield from _strings(json.loads(line))
                 elif line.strip():
                     yield line
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
         raise UserError(f"decontamination.files: cannot read {path} ({error}): fix or leave out the file") from None
 
 

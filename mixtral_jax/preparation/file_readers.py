@@ -64,7 +64,7 @@ def read_documents(
             for document in documents:
                 on_bytes(raw.tell())
                 yield document
-    except (OSError, zstandard.ZstdError, pyarrow.ArrowException) as error:
+    except (OSError, UnicodeDecodeError, zstandard.ZstdError, pyarrow.ArrowException) as error:
         if "://" in file.path and isinstance(error, OSError) and not isinstance(error, FAULTS_OF_A_FILE):
             raise
         report("unreadable file", "", f"{type(error).__name__}: {error}")

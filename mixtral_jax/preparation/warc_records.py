@@ -88,8 +88,8 @@ class _Splitter:
         if not buffer.startswith(VERSION) or MARK.search(buffer, 1, headers.end()):  # a stray line before a record
             return self._lose("bad record", f"it begins with {buffer[:20]!r}")
         stated = LENGTH.search(buffer, 0, headers.end())
-        if stated is None or not stated[1].isdigit():
-            return self._lose("bad record length", f"Content-Length is {stated[1] if stated else None!r}")
+        if stated is None or not re.fullmatch(rb"\d{1,18}", stated[1]):
+            return self._lose("bad record length", f"Content-Length is {stated[1][:20] if stated else None!r}")
         length = int(stated[1])
         if length > self._limit:
             return self._lose("too large", f"a record of {length} bytes")

@@ -127,6 +127,6 @@ def _read(file: Path) -> dict[str, Any] | None:
     try:
         account = json.loads(file.read_bytes())
         complete = {*account} == {"starts", "seconds", "marks", "written"} and {*account["seconds"]} == {*PARTS}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
         return None
     return account if complete else None

@@ -80,27 +80,26 @@ def find_damage(directory: Path, digests: Digests = ALONE) -> str | None:
     """
     try:
         facts = json.loads((directory / NAME).read_bytes())
-        recorded = {directory / name: (fact["bytes"], fact["sha256"]) for name, fact in facts.items()}
+        recorded = {name: (fact["bytes"], fact["sha256"]) for name, fact in facts.items()}
     except FileNotFoundError:
         return "it is unfinished: there is no manifest"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
         return "its manifest is damaged"
-    for file, (size, _) in recorded.items():
-        name = file.relative_to(directory).as_posix()
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes instead of {size}"
-    extra = set(_files(directory)) - set(recorded)
-    if extra:
-        return f"{min(extra).relative_to(directory).as_posix()} does not belong to it"
+    there = {file.relative_to(directory).as_posix(): file for file in _files(directory)}
+    for name, (size, _) in recorded.items():  # which are compared with what is there, and open nothing
+        if name not in there:
+            return f"{name!r:.200} is missing"
+        if (found := there[name].stat().st_size) != size:
+            return f"{name} has {found} bytes instead of {size!r:.30}"
+    if extra := there.keys() - recorded.keys():
+        return f"{min(extra)} does not belong to it"
     try:
-        found = _ordered(list(recorded), digests)
+        digested = _ordered([there[name] for name in recorded], digests)
     except OSError as error:
         return f"{error.filename} cannot be read: {error.strerror}"
-    for (file, (_, expected)), digest in zip(recorded.items(), found, strict=True):
+    for (name, (_, expected)), digest in zip(recorded.items(), digested, strict=True):
         if digest != expected:
-            return f"{file.relative_to(directory).as_posix()} is not what was written (checksum)"
+            return f"{name} is not what was written (checksum)"
     return None
 
 

@@ -87,7 +87,7 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
                 entry = json.loads(line)
                 if not isinstance(entry["step"], int):
                     raise TypeError
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, RecursionError, KeyError, TypeError):
                 raise UserError(f"line {number} of {path} is not a JSON object with a step: remove the line") from None
             yield entry
 

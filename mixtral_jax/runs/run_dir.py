@@ -125,5 +125,5 @@ def _read_holder(lock: int) -> str:
     try:
         holder = json.loads(os.pread(lock, 4096, 0))
         return f"process {holder['pid']} on {holder['host']}"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, RecursionError, KeyError, TypeError):
         return "another trainer"

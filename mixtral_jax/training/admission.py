@@ -144,7 +144,7 @@ def _read(directory: Path | None, facts: dict[str, Any] | None) -> Differences |
         return None
     try:
         found = json.loads(_file(directory, facts).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(found, dict) or found != _sealed(facts, found.get("differences", {})):
         return None

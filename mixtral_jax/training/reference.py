@@ -97,7 +97,7 @@ def _is_whole(target: Path, key: str, stamps: Path) -> bool:
     try:
         index = json.loads((target / "index.json").read_text())
         return bool(index["key"] == key) and altered_file(target, index["sha256"], stamps) is None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
         return False  # not there, or damaged: it is made again
 
 

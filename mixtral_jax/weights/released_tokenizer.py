@@ -74,6 +74,7 @@ def _added_tokens(directory: Path) -> dict[int, str]:
         file = directory / name
         try:
             listed = list(_entries(name, read_object(file))) if file.exists() else []
+            "".join(text for _, text, _ in listed).encode()  # half of a surrogate pair is no text
         except (KeyError, TypeError, ValueError, AttributeError):
             listed = [(None, None, {})]
         for number, text, flags in listed:

@@ -23,6 +23,7 @@ _TYPES: dict[str, FileType] = {"FloatStorage": "float32", "BFloat16Storage": "bf
 _NAMES = {value: name for name, value in _TYPES.items()}
 _STORAGES = (*_TYPES, "DoubleStorage", "LongStorage", "IntStorage", "ShortStorage", "CharStorage", "ByteStorage",
              "BoolStorage")  # fmt: skip
+_MAX_PICKLE = 100_000_000  # bytes; as much as safetensors allows for its header
 
 
 class _Storage(NamedTuple):
@@ -67,7 +68,7 @@ class _RefusedError(Exception):
     pass
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):  # written in Python: the other one takes as much memory as a file asks for
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return _RebuildTensor()
@@ -92,30 +93,51 @@ def read_torch(file: Path) -> dict[str, StoredTensor]:
     Raises:
         UserError: truncated, corrupt or old-style file, anything but tensors in it, unreadable type.
     """
+    folder, members, pickled = _open_archive(file)
     try:
-        with zipfile.ZipFile(file) as archive:
-            members = {info.filename: info for info in archive.infolist()}
-            pickles = [name for name in members if name.endswith("/data.pkl")]
-            if len(pickles) != 1:
-                raise UserError(f"{file} holds no PyTorch checkpoint: its archive has {len(pickles)} files 'data.pkl'")
-            folder = pickles[0].removesuffix("data.pkl")
-            if folder + "byteorder" in members and archive.read(folder + "byteorder") != b"little":
-                raise UserError(f"{file} was written on a big-endian machine: save it again on a little-endian one")
-            loaded = _Unpickler(io.BytesIO(archive.read(pickles[0]))).load()
-    except zipfile.BadZipFile:
-        raise UserError(
-            f"{file} is truncated or not in PyTorch's zip format: download it again, or save it again with PyTorch 1.6 "
-            "or newer"
-        ) from None
+        loaded = _Unpickler(io.BytesIO(pickled)).load()
     except _RefusedError as error:
         raise UserError(
             f"{file} contains more than tensors: its pickle calls {error}, which was not run; use safetensors"
         ) from None
-    except (pickle.UnpicklingError, EOFError, TypeError, AttributeError, IndexError, KeyError, ValueError):
+    except Exception:  # pickle raises what it likes
         raise UserError(f"the pickle inside of {file} is corrupt: download the file again") from None
     if not isinstance(loaded, dict):
         raise UserError(f"{file} holds a {type(loaded).__name__}, not a dictionary of tensors: save the state_dict")
     return {key: _locate(key, value, file, folder, members) for key, value in loaded.items()}
+
+
+def _open_archive(file: Path) -> tuple[str, dict[str, zipfile.ZipInfo], bytes]:
+    """Returns the folder in an archive, its members by name, and its pickle."""
+    with file.open("rb") as stream:
+        try:
+            with zipfile.ZipFile(stream) as archive:
+                members = {info.filename: info for info in archive.infolist()}
+                wanted = [name for name in members if name.endswith(("/data.pkl", "/byteorder"))]
+                for info in map(members.__getitem__, wanted):
+                    _check_stored(file, info)
+                    if info.file_size > _MAX_PICKLE:
+                        raise UserError(f"{file} describes its tensors in {info.file_size} bytes: download it again")
+                read = {name: archive.read(name) for name in wanted}
+        except UserError:
+            raise
+        except Exception:  # zipfile raises what it likes
+            raise UserError(
+                f"{file} is truncated or not in PyTorch's zip format: download it again, or save it again with PyTorch "
+                "1.6 or newer"
+            ) from None
+    pickles = [name for name in wanted if name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise UserError(f"{file} holds no PyTorch checkpoint: its archive has {len(pickles)} files 'data.pkl'")
+    folder = pickles[0].removesuffix("data.pkl")
+    if read.get(folder + "byteorder", b"little") != b"little":
+        raise UserError(f"{file} was written on a big-endian machine: save it again on a little-endian one")
+    return folder, members, read[pickles[0]]
+
+
+def _check_stored(file: Path, info: zipfile.ZipInfo) -> None:
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise UserError(f"{file} is a compressed archive, which cannot be mapped: save it again with torch.save")
 
 
 def _locate(key: Any, view: Any, file: Path, folder: str, members: dict[str, zipfile.ZipInfo]) -> StoredTensor:
@@ -130,10 +152,9 @@ def _locate(key: Any, view: Any, file: Path, folder: str, members: dict[str, zip
     itemsize = FILE_TYPES[dtype].itemsize
     info = members.get(f"{folder}data/{member}")
     inside = all(type(n) is int and n >= 0 for n in numbers) and start + math.prod(shape) <= length
-    if info is None or not inside or info.file_size < length * itemsize:
+    if info is None or not inside or len(shape) != len(strides) or info.file_size < length * itemsize:
         raise UserError(f"tensor '{key}' of {file} lies outside of its storage: download the file again")
-    if info.compress_type != zipfile.ZIP_STORED:
-        raise UserError(f"{file} is a compressed archive, which cannot be mapped: save it again with torch.save")
+    _check_stored(file, info)
     rows = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
     if any(size > 1 and stride != row for size, stride, row in zip(shape, strides, rows, strict=True)):
         raise UserError(f"tensor '{key}' of {file} is not stored row by row: save it after .contiguous()")

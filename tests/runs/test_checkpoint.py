@@ -354,7 +354,7 @@ def test_a_manifest_knows_files_of_every_name(tmp_path, name):
     file.write_bytes(b"content, and more")
     assert find_damage(tmp_path) == f"{name} has 17 bytes instead of 7"
     file.unlink()
-    assert find_damage(tmp_path) == f"{name} is missing"
+    assert find_damage(tmp_path) == f"{name!r} is missing"
     file.write_bytes(b"content")
     (tmp_path / "_new").write_bytes(b"")
     assert find_damage(tmp_path) == "_new does not belong to it"
