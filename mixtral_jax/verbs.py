@@ -8,8 +8,11 @@ import sys
 from pathlib import Path
 
 from mixtral_jax.cli import check_checkpoint
+from mixtral_jax.cli import prepare as prepare_cpu
 from mixtral_jax.config import Config, UserError
 from mixtral_jax.config_loading import home_expanded, load_config, user_path
+from mixtral_jax.data.sources import find_sources
+from mixtral_jax.distributed.processes import joined
 from mixtral_jax.evaluation.outputs import check_outputs
 from mixtral_jax.weights.destination import check_new, check_release, check_target
 
@@ -132,6 +135,41 @@ def compare(arguments: list[str]) -> None:
     show(compare_runs(options.runs[0], options.runs[1], options.overrides), make_console(), options.json, options.plots)
 
 
+def experiment(arguments: list[str]) -> None:
+    """Variants of a configuration, several seeds each, trained and compared: experiment FILE [key=value ...]."""
+    parser = argparse.ArgumentParser(prog="mixtral_jax experiment", description=experiment.__doc__)
+    parser.add_argument(
+        "file", metavar="FILE", type=user_path, help="such as configs/experiments/mixture_or_dense.yaml"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="only show the runs, and which of them are done")
+    parser.add_argument("--only", metavar="RUN", help="train one: VARIANT/SEED, or its number, of a job in an array")
+    parser.add_argument("--json", metavar="FILE", type=user_path, help="also write the numbers to this file")
+    parser.add_argument("--plots", metavar="DIR", type=user_path, help="also draw a picture into this directory")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="for all runs, such as train.steps=100")
+    options = parser.parse_intermixed_args(arguments)
+    from mixtral_jax.evaluation.experiment_file import choose, load_experiment
+
+    runs = load_experiment(options.file, options.overrides)
+    chosen = choose(runs, options.only)
+    check_outputs(options.json, options.plots)
+    for run in runs:
+        find_sources(run.config.data.sources)
+    first = runs[0].config
+    prepare_cpu(first.distributed, first.data.cache_dir)
+    with joined(first.distributed):
+        from mixtral_jax.console import make_console
+        from mixtral_jax.evaluation.experiments import outcome, plan
+        from mixtral_jax.evaluation.modes import show
+        from mixtral_jax.training.experiment import run_all
+
+        console = make_console()
+        if options.dry_run:
+            console.print(plan(runs))
+            return
+        run_all(chosen, lambda text: console.print(text, soft_wrap=True))
+        show(outcome(runs), console, options.json, options.plots)
+
+
 def lm_eval(arguments: list[str]) -> None:
     """lm-evaluation-harness that knows this package: lm_eval --model mixtral_jax --model_args checkpoint=RUN ..."""
     from mixtral_jax.evaluation.tasks import run_harness
@@ -229,5 +267,5 @@ def _read(path: Path, what: str) -> str:
 
 
 VERBS = {"import": import_, "export": export, "prepare": prepare, "plan": plan,
-         "check-mesh": check_mesh, "compare": compare, "verify": verify, "generate": generate, "serve": serve,
-         "lm_eval": lm_eval}  # fmt: skip
+         "check-mesh": check_mesh, "experiment": experiment, "compare": compare, "verify": verify,
+         "generate": generate, "serve": serve, "lm_eval": lm_eval}  # fmt: skip

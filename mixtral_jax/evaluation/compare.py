@@ -12,6 +12,16 @@ from rich.text import Text
 
 from mixtral_jax.console import two_lines
 from mixtral_jax.data.splits import MeasuredText
+from mixtral_jax.evaluation.history import (
+    HELD_OUT,
+    LAST,
+    History,
+    at_end,
+    draw_curve,
+    held_out,
+    median_rate,
+    read_history,
+)
 from mixtral_jax.evaluation.intervals import Interval, bootstrap_sums, interval
 from mixtral_jax.evaluation.loading import LoadedModel, load_model
 from mixtral_jax.evaluation.modes import Report
@@ -21,9 +31,6 @@ from mixtral_jax.evaluation.results import measure_with_progress, numbers_of
 from mixtral_jax.evaluation.scoring import make_scorer
 from mixtral_jax.evaluation.texts import add_facts, describe, evaluation_texts, notes
 from mixtral_jax.metrics import parameter_counts
-from mixtral_jax.runs.metrics_file import read_metrics
-
-LAST = 10  # logged steps whose mean stands for the end of a run
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,7 @@ class Side:
     facts: dict[str, float | int | None]  # by name in the table
     tokenizer: str  # fingerprint
     step_tokens: float  # of a training step; of all its places where it is not known how many were padding
-    history: list[dict[str, Any]]  # lines of metrics.jsonl up to the step
+    history: History  # lines of metrics.jsonl up to the step
     evaluation: Evaluation
     texts: list[MeasuredText]
     notes: list[str]
@@ -109,37 +116,24 @@ def _look_at(path: str, overrides: list[str]) -> Side:
     )  # fmt: skip
 
 
-def _history(path: Path, step: int) -> list[dict[str, Any]]:
-    """Reads the log of the run that a path lies in, up to a step; nothing, if there is none (an import)."""
-    for directory in (path, path.parent, path.parent.parent):
-        file = directory / "metrics.jsonl"
-        if file.exists():
-            return [entry for entry in read_metrics(file) if entry["step"] <= step]
-    return []
+def _history(path: Path, step: int) -> History:
+    """Reads the log of the run that a path lies in; nothing, if there is none (an import)."""
+    return next(filter(None, (read_history(place, step) for place in (path, path.parent, path.parent.parent))), [])
 
 
-def _facts(loaded: LoadedModel, history: list[dict[str, Any]]) -> dict[str, float | int | None]:
+def _facts(loaded: LoadedModel, history: History) -> dict[str, float | int | None]:
     counts = parameter_counts(loaded.config.model)
-    training = [entry for entry in history if "loss" in entry]
-    heldout = [entry["heldout/total"] for entry in history if entry.get("heldout/total") is not None]
-
-    def end(name: str) -> float | None:
-        values = [entry[name] for entry in training[-LAST:]]
-        # A value that is not finite is None in the log, and must not vanish from the mean.
-        return float(np.mean(values)) if values and None not in values else None
-
-    rates = [entry["tokens_per_second"] for entry in training if "tokens_per_second" in entry]
     return {
         "step": loaded.step,
         "parameters": counts.total,
         "active parameters": counts.active,
         "training tokens": loaded.training_tokens,
-        "training nats/token": end("cross_entropy"),
-        "held-out nats/token": heldout[-1] if heldout else None,
-        "load-balancing loss": end("load_balance_loss"),
-        "busiest expert, excess": end("max_violation"),
-        "dead experts": end("dead_experts"),
-        "tokens/s, median": float(np.median(rates)) if rates else None,
+        "training nats/token": at_end(history, "cross_entropy"),
+        "held-out nats/token": held_out(history),
+        "load-balancing loss": at_end(history, "load_balance_loss"),
+        "busiest expert, excess": at_end(history, "max_violation"),
+        "dead experts": at_end(history, "dead_experts"),
+        "tokens/s, median": median_rate(history),
     }
 
 
@@ -202,15 +196,11 @@ def _draw(sides: Sequence[Side], path: Path) -> None:
         colour, label = f"C{number}", f"{letter}: {Path(side.path).name}"
         for axes, key, name in (
             (panels[0, 0], "cross_entropy", "training batch, nats per token"),
-            (panels[0, 1], "heldout/total", "held-out text, nats per token"),
+            (panels[0, 1], HELD_OUT, "held-out text, nats per token"),
             (panels[1, 0], "max_violation", "busiest expert above the uniform load"),
         ):
-            points = [(e["step"] * side.step_tokens, e[key]) for e in side.history if e.get(key) is not None]
-            if points:
-                style = "o-" if key == "heldout/total" else "-"
-                axes.plot(*zip(*points, strict=True), style, color=colour, lw=1, ms=4, label=label)
+            draw_curve(axes, side.history, key, side.step_tokens, color=colour, label=label)
             axes.set(xlabel="training tokens", title=name)
-            axes.grid(alpha=0.3)
         axes = panels[1, 1]
         named = {**side.evaluation.sources, "total": side.evaluation.total}
         places = np.arange(len(named)) + 0.36 * (number - 0.5)

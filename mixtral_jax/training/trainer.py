@@ -329,7 +329,9 @@ class Trainer:
         progress = lambda *_: processes.progress()  # noqa: E731
         evaluation = measure(self.score(state.arrays), texts, settings, config.data.seq_len, progress)
         named = {**evaluation.sources, "total": evaluation.total}
-        self.logger.log(step, {f"heldout/{name}": result.nats_per_token for name, result in named.items()})
+        nats = {f"heldout/{name}": result.nats_per_token for name, result in named.items()}
+        bits = {f"bits_per_byte/{name}": result.bits_per_byte for name, result in named.items()}
+        self.logger.log(step, nats | bits)
         self.logger.say(
             f"step {step}: held-out perplexity {evaluation.total.perplexity:,.2f}, "
             f"{evaluation.total.bits_per_byte:.4f} bits per byte"
