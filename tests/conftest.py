@@ -27,7 +27,14 @@ os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "true"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["PROGRAMS_OF_TESTS"]
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
+import hypothesis
 import pytest
+
+# The same examples in every run; `--hypothesis-profile=long` draws others, and many.
+ALWAYS = {"deadline": None, "database": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+hypothesis.settings.register_profile("few", derandomize=True, max_examples=30, **ALWAYS)
+hypothesis.settings.register_profile("long", max_examples=2000, **ALWAYS)
+hypothesis.settings.load_profile("few")
 
 # datatrove opens a log for every task, and loguru asks each time anew where libraries lie: half of a small `prepare`.
 sysconfig.get_path = functools.cache(sysconfig.get_path)

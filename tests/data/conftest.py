@@ -15,7 +15,7 @@ def mixtral():
     return load_tokenizer(DataConfig(tokenizer="mixtral"), 32000)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_documents():
     """Builds documents of given lengths: tokens count up from 100 over the buffer, with a gap before each document."""
 
@@ -29,7 +29,7 @@ def make_documents():
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def write_corpus():
     """Writes text files of random words and returns their texts in order."""
 

@@ -1,15 +1,14 @@
 """Packing: against an obvious loop, and every token a target once."""
 
-import random
 from collections import Counter
 
 import numpy as np
-import pytest
+from hypothesis import example, given
+from hypothesis.strategies import integers, lists
 
 from mixtral_jax.data.packing import num_rows, pack_rows
 
-RANDOM = [random.Random(0).randint(2, 40) for _ in range(80)]
-LENGTHS = [[3], [2], [50], [3, 4, 5, 6, 7], [8, 8, 8, 8], [9, 9], [100, 2, 2, 2, 31], RANDOM]
+LENGTHS = lists(integers(2, 60), min_size=1, max_size=12)
 
 
 def slow_rows(documents, seq_len):
@@ -34,8 +33,11 @@ def slow_rows(documents, seq_len):
         yield row
 
 
-@pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize("seq_len", [1, 4, 8, 64])
+@given(LENGTHS, integers(1, 70))
+@example([8, 8, 8, 8], 8)
+@example([9, 9], 8)
+@example([2], 1)
+@example([100, 2, 2, 2, 31], 64)
 def test_rows_equal_an_obvious_loop(make_documents, lengths, seq_len):
     documents = make_documents(lengths)
     expected = list(slow_rows(documents, seq_len))
@@ -49,8 +51,7 @@ def test_rows_equal_an_obvious_loop(make_documents, lengths, seq_len):
     assert kinds == {name: np.bool_ if name == "loss_mask" else np.int32 for name in expected[0]}
 
 
-@pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize("seq_len", [4, 7])
+@given(LENGTHS, integers(1, 70))
 def test_every_token_but_the_first_of_a_document_is_a_target_once(make_documents, lengths, seq_len):
     documents = make_documents(lengths)
     batch = pack_rows(documents, np.arange(num_rows(documents, seq_len)), seq_len)

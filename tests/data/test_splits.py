@@ -1,7 +1,12 @@
 """Held-out documents: disjoint from training, complete together, near the share, the same each time."""
 
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis.strategies import floats, integers, just, lists, one_of
 
 from mixtral_jax.config import SourceConfig
 from mixtral_jax.data.cache_files import cache_directory
@@ -14,16 +19,16 @@ MANY = [1 + (7 * number) % 60 for number in range(200)]
 FEW = [3000, 40, 5000, 4000]
 
 
+def opened(folder, write_corpus, mixtral, words):
+    (folder / "text").mkdir()
+    write_corpus(folder / "text", words)
+    source = SourceConfig(name="mine", path=str(folder / "text"))
+    return open_or_build(source, mixtral, cache_directory(str(folder / "cache")))
+
+
 @pytest.fixture
 def open_cache(tmp_path, write_corpus, mixtral):
-    def open_(words):
-        (tmp_path / "text").mkdir()
-        write_corpus(tmp_path / "text", words)
-        return open_or_build(
-            SourceConfig(name="mine", path=str(tmp_path / "text")), mixtral, cache_directory(str(tmp_path / "cache"))
-        )
-
-    return open_
+    return lambda words: opened(tmp_path, write_corpus, mixtral, words)
 
 
 def split_documents(cache, holdout, seed, tokenizer):
@@ -37,10 +42,8 @@ def pieces(view):
     return [view.tokens(index).tolist() for index in range(view.num_documents)]
 
 
-@pytest.mark.parametrize("words", [MANY, FEW, [2000], [1], [1, 1], [1, 5000]])
-@pytest.mark.parametrize("holdout", [0.0, 0.01, 0.2, 0.9])
-def test_both_views_make_the_source_again(open_cache, mixtral, words, holdout):
-    cache = open_cache(words)
+def assert_whole(cache, holdout, mixtral):
+    """Both views together are the source."""
     for seed in range(3):
         training, held_out = split_documents(cache, holdout, seed, mixtral)
         documents = [cache.document(index).tolist() for index in range(cache.num_documents)]
@@ -62,6 +65,17 @@ def test_both_views_make_the_source_again(open_cache, mixtral, words, holdout):
             assert view.num_tokens == sum(map(len, pieces(view)))
             assert view.total_bytes == sum(view.num_bytes(index) for index in range(view.num_documents))
         assert training.total_bytes + held_out.total_bytes == cache.document_bytes.sum()
+
+
+@given(lists(one_of(integers(1, 60), integers(1, 400)), min_size=1, max_size=12),
+       one_of(just(0.0), floats(0.001, 0.95)))  # fmt: skip
+@example(MANY, 0.01)
+@example(FEW, 0.2)
+@example([1], 0.9)
+@example([1, 5000], 0.01)
+def test_both_views_make_the_source_again(write_corpus, mixtral, words, holdout):
+    with tempfile.TemporaryDirectory() as held:
+        assert_whole(opened(Path(held), write_corpus, mixtral, words), holdout, mixtral)
 
 
 @pytest.mark.parametrize(("words", "holdout"), [(MANY, 0.01), (MANY, 0.2), (FEW, 0.01), (FEW, 0.3), ([2000], 0.05)])

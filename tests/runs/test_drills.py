@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,6 +104,43 @@ def test_a_limit_of_open_files_is_one_sentence_and_the_next_save_works(checkpoin
     assert_good(checkpoints, 3)
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 3 MB, where this user may mount one."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def fill(file: Path) -> None:
+    """Takes all room that there is."""
+    with open(file, "wb", buffering=0) as taken, contextlib.suppress(OSError):
+        while True:
+            taken.write(bytes(1 << 12))
+
+
+def test_a_small_file_system_that_fills_up_refuses_a_save_and_takes_the_next(small_disk, said, monkeypatch):
+    checkpoints = Checkpoints(small_disk / "checkpoints", CheckpointConfig(keep=2), said.append)
+    save(checkpoints, 1)
+    fill(small_disk / "other")
+    with pytest.raises(UserError, match=r"no room for a checkpoint in .*: .* the earlier checkpoints are intact"):
+        save(checkpoints, 2)
+    assert_good(checkpoints, 1)
+    (small_disk / "other").unlink()
+    with monkeypatch.context() as patch:  # room was found, and is gone where the arrays are written
+        patch.setattr(checkpoints, "_check_room", lambda _: fill(small_disk / "other"))
+        with pytest.raises(UserError, match=r"checkpoint 2 could not be written .*: the disk is full; .* intact"):
+            save(checkpoints, 2)
+    assert_good(checkpoints, 1)
+    (small_disk / "other").unlink()
+    save(checkpoints, 3)
+    assert_good(checkpoints, 3)
+
+
 def test_a_disk_that_fills_up_in_the_log_loses_no_line_before(tmp_path):
     path = tmp_path / "metrics.jsonl"
     file, written = MetricsFile(path, 0), 0
@@ -170,6 +208,15 @@ def test_zeroed_files_are_found(checkpoints, said):
         assert file.name in said[-1] or file.name == "manifest.json"
         file.write_bytes(content)
     assert_good(checkpoints, 2)
+
+
+def test_saves_leave_no_file_and_no_thread_open(checkpoints):
+    """In a whole run nothing grows, memory neither, which takes longer to see: `python -m tests.soak`."""
+    held = []
+    for step in range(1, 13):
+        save(checkpoints, step)
+        held.append((len(os.listdir("/proc/self/fd")), threading.active_count()))
+    assert np.max(held[-4:], axis=0).tolist() == np.max(held[4:8], axis=0).tolist()
 
 
 def test_a_directory_that_vanishes_is_made_again(checkpoints):
