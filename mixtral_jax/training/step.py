@@ -174,6 +174,8 @@ class Trainable:
             "skipped_in_a_row": state.skipped_in_a_row,
             **router_metrics(sums, counts, load),
         }
+        if self.trained == "params":
+            metrics["router_gradients"] = jnp.linalg.norm(grads["layers"]["moe"]["router"], axis=(1, 2))
         return state, metrics
 
     def _gradients(self, arrays: Arrays, batch: Batch) -> tuple[PyTree, Losses, RouterSums, Counts]:

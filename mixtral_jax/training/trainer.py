@@ -37,6 +37,7 @@ from mixtral_jax.runs.run_dir import RunDirectory
 from mixtral_jax.runtime import make_runtime
 from mixtral_jax.sharding import ANY_MESH
 from mixtral_jax.training.admission import admit_kernels
+from mixtral_jax.training.collapse import RouterWatch
 from mixtral_jax.training.preferences import check_answers
 from mixtral_jax.training.reference import with_reference
 from mixtral_jax.training.signals import StopRequest
@@ -79,6 +80,7 @@ class Trainer:
         self.config = dataclasses.replace(config, distributed=DistributedConfig())  # of this start, not of the run
         self.say = say
         self.warned = False  # that more than the peak was measured
+        self.watch = RouterWatch(config.model)
         self.runtime = make_runtime(config)
         keep_compiled(config.data.cache_dir)
         self.trainable = Trainable(Architecture(config.model, self.runtime, config.objective), config)
@@ -284,6 +286,8 @@ class Trainer:
             return
         values = {name: np.asarray(value) for name, value in metrics.items() if name != "skipped_in_a_row"}
         load = values.pop("expert_load")
+        for sentence in self.watch.look(step, load, values.pop("router_gradients", None)):
+            self.logger.say(f"step {step}: {sentence}")
         rates = self._rates(step, seconds) if seconds else {}
         scalars = {name: value.item() for name, value in values.items()}
         scalars |= rates | memory_in_use() | self.data.progress(step) | {"goodput": self.goodput.share()}

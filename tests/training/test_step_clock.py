@@ -24,6 +24,8 @@ COMPILES = 60.0  # seconds that the first step of a process takes more
 class Device:
     """Does one step after the other; every thread has a time of its own, up to which it has waited."""
 
+    load = np.full((2, 4), 0.25)
+
     def __init__(self, ahead: bool, done: int):
         self.ahead, self.done, self.free, self.thread = ahead, done, 0.0, threading.local()
         self.compiles, self.ready = COMPILES, {}
@@ -41,7 +43,7 @@ class Device:
         self.done += 1
         self.free = self.ready[self.done] = max(self.now(), self.free) + took(self.done) + self.compiles
         self.compiles = 0.0
-        metrics = {"loss": self.done, "skipped_in_a_row": 0, "expert_load": np.ones((2, 4))}
+        metrics = {"loss": self.done, "skipped_in_a_row": 0, "expert_load": self.load}
         if not self.ahead:
             self.wait(metrics)
         return state, {name: jnp.asarray(value) for name, value in metrics.items()}
@@ -58,8 +60,9 @@ def train(tmp_path, monkeypatch):
 
     def run(ahead: bool, every: int, begin: int, end: int, peak: float = 1e12) -> dict[int, dict]:
         device = Device(ahead, begin)
-        keys = (f"train.batch_size={BATCH}", "mesh.fsdp=8", f"train.steps={STEPS}", f"train.stop_at_step={end}",
-                f"train.log_every={every}", "train.eval_every=7", "checkpoint.every=9")  # fmt: skip
+        keys = (f"train.batch_size={BATCH}", "mesh.fsdp=8", f"train.steps={max(STEPS, end)}",
+                f"train.stop_at_step={end}", f"train.log_every={every}", "train.eval_every=7",
+                "checkpoint.every=9")  # fmt: skip
         made = Trainer(load_config(config, list(keys)), say=lambda text: None)
         made.data = SimpleNamespace(batch=lambda step, rows: padding(BATCH, SEQ_LEN), progress=lambda step: {})
         monkeypatch.setattr(step_clock, "time", SimpleNamespace(monotonic=device.now))
@@ -113,6 +116,15 @@ def test_a_rate_below_the_peak_is_no_matter(train, capsys):
     out = capsys.readouterr().out
     assert "warning" not in out
     assert "more than there is" not in out
+
+
+def test_a_router_that_collapses_is_named_in_the_log(train, monkeypatch, capsys):
+    train(True, 10, 0, 60)
+    assert "ROUTER" not in capsys.readouterr().out
+    monkeypatch.setattr(Device, "load", np.array([[0.25] * 4, [0.5, 0, 0, 0.5]]))
+    train(True, 10, 0, 60)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "ROUTER" in line)
+    assert line == "step 50: ROUTER of layer 1: 2 of 4 experts take most of the tokens for 40 steps and more"
 
 
 def test_a_start_tells_where_its_time_went(monkeypatch):
