@@ -13,9 +13,10 @@ from mixtral_jax.config import UserError
 from mixtral_jax.evaluation.experiment_file import choose, load_experiment
 from mixtral_jax.evaluation.experiments import outcome
 from mixtral_jax.evaluation.intervals import mean_interval
-from mixtral_jax.metrics import flops_per_token
+from mixtral_jax.metrics import flops_per_token, parameter_counts
 from mixtral_jax.training.trainer import Trainer
 from mixtral_jax.verbs import VERBS
+from tests.imports import ROOT
 from tests.small_run import write_config
 
 FILE = """
@@ -178,6 +179,15 @@ def test_mistakes_in_a_file_are_one_sentence(file, tmp_path, old, new, sentence)
     with pytest.raises(UserError, match=sentence) as error:
         experiment(tmp_path / "file.yaml")
     assert "\n" not in str(error.value)
+
+
+def test_the_mixture_and_the_dense_model_of_the_shipped_experiment_do_equal_work():
+    runs = load_experiment(ROOT / "configs" / "experiments" / "mixture_or_dense.yaml", [])
+    dense, mixture = (run.config for run in runs[:2])
+    assert [run.variant for run in runs[:2]] == ["dense", "mixture"]
+    for work in (lambda model: parameter_counts(model).active, lambda model: flops_per_token(model, 128)):
+        assert 1 <= work(mixture.model) / work(dense.model) < 1.03  # the routers'
+    assert mixture.train == dense.train
 
 
 def test_a_run_that_is_not_there_cannot_be_chosen(file):
