@@ -3,6 +3,7 @@
 import contextlib
 import resource
 from collections.abc import Iterator
+from pathlib import Path
 
 
 @contextlib.contextmanager
@@ -17,3 +18,11 @@ def limited(what: int, amount: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(what, (soft, hard))
+
+
+@contextlib.contextmanager
+def mapping_at_most(more: int) -> Iterator[None]:
+    """Lets this process map so many more bytes of memory."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    with limited(resource.RLIMIT_AS, pages * resource.getpagesize() + more):
+        yield

@@ -19,6 +19,8 @@ STEP = "training/test_step.py::test_"
 LOOP = "training/test_loop.py::test_"
 EXCHANGES = "model/test_exchanges.py::test_"
 BEGINNINGS = "training/test_beginnings.py::test_"
+CACHE = "data/test_token_cache.py::test_a_cache_"
+DRILLS = "runs/test_drills.py::test_"
 MOE = "model/test_moe.py::test_"
 TABLE: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("training/preferences.py", "training/test_preferences.py"): [
@@ -223,6 +225,33 @@ TABLE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("for step in reversed(self.steps()):", "for step in self.steps():"),
         ("if free < needed * 1.05:", "if free < needed * 0:"),
         ("[\"bundle\"]) != step:", "[\"bundle\"]) == -1:"),
+    ],
+    ("runs/checkpoint.py", "runs/test_checkpoint.py runs/test_drills.py"): [
+        ("if removed and (damage := ", "if False and (damage := "),
+        ("self.warn(f\"warning: the old checkpoint", "raise OSError(f\"warning: the old checkpoint"),
+        ("self._saver = self._saver or ocp.AsyncCheckpointer(", "self._saver = ocp.AsyncCheckpointer("),
+        ("            shutil.rmtree(bundle, ignore_errors=True)\n        self._saver = None", "            pass"),
+    ],
+    ("runs/run_dir.py", f"{DRILLS}a_file_system_without_locks_is_one_sentence"): [
+        ("except OSError as error:\n            os.close(self._lock)", "except KeyError as error:\n            pass"),
+    ],
+    ("data/cache_files.py", f"{DRILLS}a_file_system_without_locks_is_one_sentence"): [
+        ("with explained(target.parent):\n            try:\n                fcntl.",
+         "if True:\n            try:\n                fcntl."),
+    ],
+    ("data/token_cache.py", f"{CACHE}that_changes_under_a_run_is_named_or_does_no_harm"): [
+        ("if (now := _status(file)) != before and now[0] == before[0]:", "if False:"),
+        ("!= before and now[0] == before[0]:", "!= before:"),
+    ],
+    ("data/token_cache.py", "fuzz/test_fuzz.py::test_what_was_found"): [("if not _agrees(index):", "if False:")],
+    ("weights/torch_files.py", "fuzz/test_fuzz.py::test_what_was_found"): [
+        ("class _Unpickler(pickle._Unpickler)", "class _Unpickler(pickle.Unpickler)"),
+        ("or len(shape) != len(strides) or", "or"),
+    ],
+    ("data/pipeline.py", "data/test_pipeline.py"): [("        for check in self._checks:\n            check()", "")],
+    ("data/row_order.py", "fuzz/test_properties.py"): [
+        ("for key in reversed(keys):", "for key in keys:"),
+        ("counts.append((rows * share + SHARES // 2) // SHARES)", "counts.append(rows * share // SHARES)"),
     ],
     ("model/routing.py", f"{MOE}the_selection_bias_moves_the_choice_and_not_the_weights"): [
         ("jax.nn.softmax(router_logits, axis=-1) + selection_bias", "jax.nn.softmax(router_logits, axis=-1)"),

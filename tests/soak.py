@@ -4,10 +4,12 @@ Memory, open files and threads must not grow, and the last states and all losses
 """
 
 import argparse
+import json
 import os
 import random
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -20,7 +22,7 @@ from mixtral_jax.config import CheckpointConfig
 from mixtral_jax.runs.checkpoint import Checkpoints
 from mixtral_jax.runs.metrics_file import read_metrics
 from mixtral_jax.runs.streaming import read_blocks
-from tests.small_run import start, write_config
+from tests.small_run import ROOT, environment, write_config
 
 FEWEST = 20  # samples of a process from which growth is told
 TOLERANCE = 1.03  # of memory; files and threads may not grow at all
@@ -34,9 +36,14 @@ class Sample(NamedTuple):
 
 
 def last_step(run: Path) -> int:
-    """Of the log; a last line may be half-written."""
+    """Of the end of the log, whose last line may be half-written."""
     file = run / "metrics.jsonl"
-    return max((entry["step"] for entry in read_metrics(file)), default=0) if file.exists() else 0
+    if not file.exists():
+        return 0
+    with file.open("rb") as log:
+        log.seek(max(0, os.fstat(log.fileno()).st_size - 10_000))
+        whole = log.read().split(b"\n")[:-1]
+    return json.loads(whole[-1])["step"] if whole else 0
 
 
 def sample(process: int, run: Path) -> Sample | None:
@@ -51,19 +58,17 @@ def sample(process: int, run: Path) -> Sample | None:
 
 def train(config: Path, run: Path, keys: list[str], kill_at: int | None) -> list[Sample]:
     """Trains until the end, or until a step is in the log, where the process is killed."""
-    process = start("train.py", config, f"run_dir={run}", *keys)
-    with open(run.with_suffix(".out"), "a") as out:
-        assert process.stdout is not None
-        samples = list[Sample]()
+    samples = list[Sample]()
+    command = [sys.executable, str(ROOT / "train.py"), str(config), f"run_dir={run}", *keys]
+    with open(run.with_suffix(".out"), "ab") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, env=environment(XLA_FLAGS=""))
         while process.poll() is None:
             if (found := sample(process.pid, run)) is not None and (not samples or found.step > samples[-1].step):
                 samples.append(found)
                 if kill_at is not None and found.step >= kill_at:
-                    os.kill(process.pid, signal.SIGKILL)
-            time.sleep(0.2)
-        text, errors = process.communicate()
-        out.write(text + errors)
-    assert process.returncode == (0 if kill_at is None else -signal.SIGKILL), errors
+                    process.kill()
+            time.sleep(0.1)
+    assert process.returncode == (0 if kill_at is None else -signal.SIGKILL), f"see {out.name}"
     return samples
 
 

@@ -8,7 +8,6 @@ import dataclasses
 import gzip
 import io
 import json
-import resource
 import signal
 import tempfile
 import zipfile
@@ -44,7 +43,7 @@ from tests.data.test_answers import LABELS, PAIRS
 from tests.fuzz import samples
 from tests.fuzz.samples import lines
 from tests.fuzz.server import body
-from tests.limits import limited
+from tests.limits import mapping_at_most
 from tests.preparation.pages import read, record
 from tests.serving.server import tokenizer
 from tests.tiny import TINY
@@ -73,14 +72,6 @@ class Target:
                 return True
         assert sentence.isprintable(), sentence
         return False
-
-
-@contextlib.contextmanager
-def mapping_at_most(more: int) -> Iterator[None]:
-    """Lets this process map so many more bytes of memory."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    with limited(resource.RLIMIT_AS, pages * resource.getpagesize() + more):
-        yield
 
 
 @contextlib.contextmanager

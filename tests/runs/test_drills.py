@@ -23,7 +23,7 @@ from mixtral_jax.runs.checkpoint import Checkpoints
 from mixtral_jax.runs.metrics_file import MetricsFile, read_metrics
 from mixtral_jax.runs.run_dir import RunDirectory
 from mixtral_jax.runs.tensorboard import TensorBoard
-from tests.limits import limited
+from tests.limits import limited, mapping_at_most
 from tests.processes import fork
 from tests.tiny import tiny_config
 
@@ -194,6 +194,23 @@ def test_a_process_killed_in_a_save_or_before_its_mark_leaves_the_one_before(che
     assert (checkpoints.directory / "2" / "state" / "params").exists() == (at == "write_manifest")
     assert_good(checkpoints, 1)
     assert "checkpoints/2 is passed over: it is unfinished: there is no manifest" in said[0]
+    save(checkpoints, 2)
+    assert_good(checkpoints, 2)
+
+
+def save_without_memory(directory: Path) -> None:
+    checkpoints = Checkpoints(directory, CheckpointConfig())
+    save(checkpoints, 1)
+    with mapping_at_most(20 << 20):
+        save(checkpoints, 2)
+
+
+def test_a_process_that_gets_no_memory_in_a_save_ends_and_leaves_the_one_before(checkpoints):
+    """How it ends is the libraries' choice."""
+    process = fork(save_without_memory, checkpoints.directory)
+    process.join(60)
+    assert process.exitcode
+    assert_good(checkpoints, 1)
     save(checkpoints, 2)
     assert_good(checkpoints, 2)
 
