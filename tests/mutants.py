@@ -229,8 +229,6 @@ TABLE: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("runs/checkpoint.py", "runs/test_checkpoint.py runs/test_drills.py"): [
         ("if removed and (damage := ", "if False and (damage := "),
         ("self.warn(f\"warning: the old checkpoint", "raise OSError(f\"warning: the old checkpoint"),
-        ("self._saver = self._saver or ocp.AsyncCheckpointer(", "self._saver = ocp.AsyncCheckpointer("),
-        ("            shutil.rmtree(bundle, ignore_errors=True)\n        self._saver = None", "            pass"),
     ],
     ("runs/run_dir.py", f"{DRILLS}a_file_system_without_locks_is_one_sentence"): [
         ("except OSError as error:\n            os.close(self._lock)", "except KeyError as error:\n            pass"),
