@@ -11,7 +11,7 @@ import struct
 import zipfile
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt
@@ -69,6 +69,11 @@ class _RefusedError(Exception):
 
 
 class _Unpickler(pickle._Unpickler):  # written in Python: the other one takes as much memory as a file asks for
+    # This one does so for arrays of bytes, which hold no tensors.
+    dispatch: ClassVar[dict[int, Any]] = {
+        code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]
+    }
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return _RebuildTensor()
@@ -100,6 +105,8 @@ def read_torch(file: Path) -> dict[str, StoredTensor]:
         raise UserError(
             f"{file} contains more than tensors: its pickle calls {error}, which was not run; use safetensors"
         ) from None
+    except MemoryError:
+        raise
     except Exception:  # pickle raises what it likes
         raise UserError(f"the pickle inside of {file} is corrupt: download the file again") from None
     if not isinstance(loaded, dict):

@@ -64,6 +64,7 @@ FOUND = {
     "an archive with a password": ("torch", in_directory(seed("torch"), 8, 1)),
     "an archive of a later kind": ("torch", in_directory(seed("torch"), 6, 64)),
     "a pickle that asks for 32 GB": ("torch-pickle", b"\x80\x02}r" + struct.pack("<I", 1 << 31) + b"."),
+    "a pickle that asks for a terabyte": ("torch-pickle", b"\x80\x05\x96" + struct.pack("<Q", 1 << 40) + b"."),
     "more strides than axes": ("torch-pickle", seed("torch-pickle").replace(b"t\x89", b"J\1\0\0\0t\x89", 1)),
     "an evaluation set too deep": ("decontamination", DEEP),
     "an evaluation set that is damaged": ("decontamination.gz", seed("decontamination.gz")[:10] + b"\xff" * 9),
