@@ -251,7 +251,7 @@ class KernelsConfig:
     experts: str = "auto"  # products over rows sorted by expert
     exchange: str = "auto"  # how rows reach the experts of other devices, the same numbers from each
     block_size: int = 0  # rows of a block of kernels.experts=grouped_blocks; 0: several sizes, from the expected load
-    loss_chunk: int = 512  # tokens of a device whose logits exist at once
+    loss_chunk: int = 0  # tokens of a device whose logits exist at once; 0: 4096 on a GPU, 512 elsewhere
     admission: bool = True  # on an accelerator, compare kernels with float32 references before training
 
 

@@ -27,7 +27,6 @@ def validate(config: Config) -> None:
         (train, ("steps", "batch_size", "microbatches", "log_every", "eval_batches", "max_nonfinite_steps")),
         (config.optimizer, ("learning_rate", "eps")),
         (config.checkpoint, ("every", "keep")),
-        (config.kernels, ("loss_chunk",)),
         (config.eval, ("batch_size",)),
     )  # fmt: skip
     for section, names in positive:
@@ -42,7 +41,7 @@ def validate(config: Config) -> None:
         (config.optimizer, ("warmup_steps", "decay_steps", "weight_decay", "clip_norm", "final_learning_rate_ratio")),
         (config.losses, ("load_balance", "router_z", "selection_bias_rate")),
         (config.checkpoint, ("keep_every",)),
-        (config.kernels, ("block_size",)),
+        (config.kernels, ("block_size", "loss_chunk")),
         (config.eval, ("context", "max_tokens")),
     )
     for section, names in not_negative:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from mixtral_jax.config import Config, UserError
+from mixtral_jax.config import Config, KernelsConfig, UserError
 from mixtral_jax.kernels.backends import Target, choose, find
 from mixtral_jax.precision import Precision, make_precision
 from mixtral_jax.sharding import RULES, axis_size, make_mesh
@@ -65,7 +65,12 @@ class Runtime:
     @property
     def unrolled(self) -> bool:
         """Whether layers are written out: a loop moves what each keeps into a stack and out of it again."""
-        return self.platform == "gpu" and self.mesh.size == 1 and self.remat == "none"
+        return self.platform == "gpu" and self.mesh.size == 1 and self.remat == "none" and not self.deterministic
+
+    @property
+    def carries_experts(self) -> bool:
+        """Whether the experts of all layers are carried through the layers; see `ExpertWeights`."""
+        return self.unrolled and self.reads_stack and find("experts", self.experts).writes_stack
 
     def describe(self) -> str:
         """Says in one line what was chosen."""
@@ -142,10 +147,18 @@ def make_runtime(config: Config, mesh: Mesh | None = None) -> Runtime:
         adamw=choose("adamw", "auto", place),
         decoding=choose("decoding", "auto", place),
         block_sizes=(kernels.block_size,) if kernels.block_size else (),
-        loss_chunk=kernels.loss_chunk,
+        loss_chunk=loss_chunk(kernels, place.platform),
         remat="named" if saves_named else config.train.remat,
         deterministic=config.train.deterministic and place.platform == "gpu",  # others always do
     )
+
+
+def loss_chunk(kernels: KernelsConfig, platform: str) -> int:
+    """Says of how many tokens of a device the logits exist at once.
+
+    Every chunk reads and writes the head's gradient, which a GPU waits for; a CPU caches a few.
+    """
+    return kernels.loss_chunk or (4096 if platform == "gpu" else 512)
 
 
 def check_divides(mesh: Mesh, axis: str, key: str, value: int) -> None:

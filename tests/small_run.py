@@ -62,7 +62,8 @@ mesh: {{fsdp: 1}}
 
 def environment(**variables: str | None) -> dict[str, str]:
     """Variables for a program of these tests; None takes one away."""
-    chosen = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    chosen = {**os.environ, "PYTHONPATH": path, **variables}
     return {name: value for name, value in chosen.items() if value is not None}
 
 

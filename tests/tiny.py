@@ -141,7 +141,7 @@ def moe_layer(config: Config, runtime: Runtime) -> Callable[..., Any]:
     def apply(x, router, w_gate, w_up, w_down, valid):
         named = {"router": router, "w_gate": w_gate, "w_up": w_up, "w_down": w_down}
         state = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(named))
-        y, out = nnx.merge(graph, state, bias)(x, valid)
+        y, out, _ = nnx.merge(graph, state, bias)(x, valid)
         return y, out.dropped
 
     @jax.jit

@@ -109,7 +109,7 @@ def extend(
         keys, values = (constrain(all_[number], runtime.mesh, LAYER_SLOTS) for all_ in cache)
         out = _attend(rotate(q, *rotary), keys, values, visible)
         x = x + project(out, ("wo",), layer.attention, number)[0]
-        y, router = layer.moe(layer.moe_norm(x), valid, stack_of(number))
+        y, router, _ = layer.moe(layer.moe_norm(x), valid, stack_of(number))
         return (x + y, cache), router.expert_indices
 
     x, numbers = embed(model.embedding[...], tokens, runtime), jnp.arange(config.num_layers, dtype=jnp.int32)

@@ -59,7 +59,9 @@ class Backend:
     needs: tuple[Need, ...] = ()
     if_asked: tuple[str, ...] = ()  # where it runs too, but slowly or interpreted
     in_words: str = ""  # `describe` adds it
+    row_multiple: int = 1  # would have every expert begin at a multiple of so many rows
     reads_stack: bool = False  # reads the experts' weights where they lie in the stack of all layers
+    writes_stack: bool = False  # and can write their gradients there
 
 
 def on_x86() -> bool:
@@ -147,7 +149,8 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
         Backend("mkl", CPU, "cpu.experts", "oneMKL's products in one batch", (NOT_8_BIT, _with_matmul("mkl")),
                 reads_stack=True),
         Backend("hopper", GPU, "gpu.hopper_ffn", "our grouped kernels for Hopper: TMA, warp specialisation",
-                (IS_HOPPER, NOT_FLOAT32, NOT_8_BIT, WIDTHS, NO_EXCHANGE), reads_stack=True),
+                (IS_HOPPER, NOT_FLOAT32, NOT_8_BIT, WIDTHS, NO_EXCHANGE), row_multiple=128, reads_stack=True,
+                writes_stack=True),
         Backend("triton", GPU, "gpu.triton_grouped", "our grouped kernels, from compute capability 8.0",
                 (NOT_8_BIT,), if_asked=CPU),
         Backend("megablox", TPU, "tpu.megablox", "JAX's grouped kernel for TPU", if_asked=CPU),

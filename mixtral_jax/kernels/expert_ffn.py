@@ -1,6 +1,6 @@
 """The SwiGLU experts over rows that are sorted by expert: work for the chosen experts only; see `backends`."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,8 @@ from jaxtyping import Array, Float, Int
 from mixtral_jax.kernels.backends import load
 from mixtral_jax.kernels.quantized import EightBitProduct, quantized_ffn
 from mixtral_jax.kernels.stored import StoredExperts
+
+T = TypeVar("T")
 
 
 class ExpertStack(NamedTuple):
@@ -21,21 +23,31 @@ class ExpertStack(NamedTuple):
     layer: Int[Array, ""]
 
 
+Carried = tuple[
+    Float[Array, "layers experts d_model d_ff"],
+    Float[Array, "layers experts d_model d_ff"],
+    Float[Array, "layers experts d_ff d_model"],
+]
+
+
 class ExpertWeights(NamedTuple):
-    """The experts of one layer; gradients flow to these arrays.
+    """The experts of one layer; gradients flow to these arrays, or to what is carried.
 
     A backend that reads the same numbers in the stack, if there is one, leaves the arrays alone: then XLA never cuts
-    them out of the stack.
+    them out of the stack. Gate, up and down of all layers may also be carried through the layers, from each to the
+    next: then their gradients come back through the layers, and each writes its own part where it lies. Otherwise
+    every layer's would be copied into a stack afterwards.
     """
 
     w_gate: Float[Array, "experts d_model d_ff"]
     w_up: Float[Array, "experts d_model d_ff"]
     w_down: Float[Array, "experts d_ff d_model"]
     stack: ExpertStack | StoredExperts | None = None
+    carried: Carried | None = None
 
     def in_stack(self) -> ExpertStack:
         """Returns where to read them: in the stack, or in one of this layer alone."""
-        w_gate, w_up, w_down, stack = self
+        w_gate, w_up, w_down, stack, _ = self
         assert not isinstance(stack, StoredExperts)
         return stack or ExpertStack(w_gate[None], w_up[None], w_down[None], jnp.zeros((), jnp.int32))
 
@@ -50,6 +62,7 @@ def expert_ffn(
     interpret: bool = False,
     eight_bit: DTypeLike | None = None,
     decoding: str = "stored",
+    row_multiple: int = 1,
 ) -> Float[Array, "rows d_model"]:
     """Computes w_down(silu(w_gate x) * w_up x) with each row's expert.
 
@@ -61,13 +74,14 @@ def expert_ffn(
         block_sizes: rows of the blocks of `grouped_blocks`, largest first; see `choose_block_sizes`.
         interpret: run a kernel of the platform step by step, on a CPU.
         decoding: backend for `StoredExperts`.
+        row_multiple: what divides all group sizes; their padding rows are zero.
         eight_bit: type that the products' factors are rounded to, see `quantized`; None: none.
 
     Returns:
         One output a row; padding rows are finite and otherwise unspecified.
     """
     sizes = group_sizes.astype(jnp.int32)
-    w_gate, w_up, w_down, stack = weights
+    w_gate, w_up, w_down, stack, _ = weights
     if isinstance(stack, StoredExperts):
         return load("decoding", decoding).stored_ffn(rows, sizes, stack)  # type: ignore[no-any-return]
     if eight_bit is not None:
@@ -84,7 +98,7 @@ def expert_ffn(
     if backend == "grouped_blocks":
         out: Array = engine.grouped_blocks_ffn(rows, sizes, w_gate, w_up, w_down, block_sizes)
     elif backend == "hopper":
-        out = engine.hopper_ffn(rows, sizes, weights)
+        out = engine.hopper_ffn(rows, sizes, weights, row_multiple=row_multiple)
     elif backend == "triton":
         out = engine.grouped_ffn(rows, sizes, w_gate, w_up, w_down, interpret)
     elif backend == "megablox":
@@ -92,3 +106,34 @@ def expert_ffn(
     else:
         out = engine.engine_ffn(rows, sizes, weights, backend)
     return out
+
+
+def carrying_ffn(
+    rows: Float[Array, "rows d_model"],
+    group_sizes: Int[Array, " experts"],
+    weights: ExpertWeights,
+    *,
+    backend: str,
+    row_multiple: int,
+) -> tuple[Float[Array, "rows d_model"], Carried]:
+    """Computes `expert_ffn` and hands on what is carried; for backends that write gradients where they lie."""
+    sizes = group_sizes.astype(jnp.int32)
+    out, carried = load("experts", backend).carrying_ffn(rows, sizes, weights, row_multiple=row_multiple)
+    return out, carried
+
+
+@jax.custom_vjp
+def end_of_layers(x: T, carried: Carried) -> T:
+    """Says that no layer follows: the memory for the gradients of what was carried begins here, with any content."""
+    return x
+
+
+def _end_fwd(x: T, carried: Carried) -> tuple[T, Carried]:
+    return x, carried
+
+
+def _end_bwd(carried: Carried, d_x: T) -> tuple[T, Carried]:
+    return d_x, jax.tree.map(lambda w: jax.lax.empty(w.shape, w.dtype), carried)
+
+
+end_of_layers.defvjp(_end_fwd, _end_bwd)

@@ -3,6 +3,8 @@
 Both directions need the map from rows to assignments and its inverse. Assignment `t * k + j` is choice j of token t.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -95,3 +97,31 @@ def _sum_choices(rows: Array, row_of: Array) -> Array:
     for j in range(1, row_of.shape[1]):
         total = total + _choice(rows, row_of, j)
     return total
+
+
+class Padding(NamedTuple):
+    """Where the rows of every group are once each group begins at a multiple of a tile's height."""
+
+    source: Int[Array, " padded"]  # row that a padded one is; the number of rows: none
+    place: Int[Array, "rows 1"]  # padded row that a row is; the number of padded rows: none
+    sizes: Int[Array, " groups"]  # padded rows of each group
+
+
+def pad_groups(sizes: Int[Array, " groups"], num_rows: int, height: int) -> Padding:
+    """Finds where rows sorted by group go when each group is padded with empty rows to a multiple of `height`."""
+    counts = -(-sizes // height) * height
+    ends, padded_ends = jnp.cumsum(sizes), jnp.cumsum(counts)
+    num_padded = (num_rows + sizes.size * (height - 1)) // height * height  # as many as there can be
+
+    def group_of(index: Array, ends: Array) -> Array:
+        return jnp.searchsorted(ends, index, side="right", method="compare_all")
+
+    def moved(index: Array, ends: Array, starts: Array, new_starts: Array, limits: Array, none: int) -> Array:
+        group = jnp.minimum(group_of(index, ends), sizes.size - 1)
+        within = index - starts[group]
+        return jnp.where(within < limits[group], new_starts[group] + within, none).astype(jnp.int32)
+
+    starts, padded_starts = ends - sizes, padded_ends - counts
+    source = moved(jnp.arange(num_padded), padded_ends, padded_starts, starts, sizes, num_rows)
+    place = moved(jnp.arange(num_rows), ends, starts, padded_starts, sizes, num_padded)
+    return Padding(source, place[:, None], counts)

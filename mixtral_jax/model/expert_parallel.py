@@ -20,7 +20,7 @@ from mixtral_jax.kernels.exchange import (
     ragged_exchange,
     sort_arrivals,
 )
-from mixtral_jax.kernels.permutation import combine_rows, dispatch_rows
+from mixtral_jax.kernels.permutation import combine_rows, dispatch_rows, pad_groups
 from mixtral_jax.model.routing import RowPlan, capacity_plan, dropless_plan
 from mixtral_jax.precision import FULL
 from mixtral_jax.remat import save_for_backward
@@ -35,6 +35,7 @@ class ExpertGroup:
     devices: int
     exchange: str
     quota: int  # assignments that a device may have for one device of the group; at most so many there are
+    row_multiple: int = 1  # every expert's rows begin at a multiple of it; more than 1 without other devices alone
     capacity: int | None = None  # assignments of a sequence to an expert, in buffers of one size; None: as many as come
 
     @property
@@ -86,6 +87,8 @@ def dispatch(tokens: RoutedTokens, group: ExpertGroup) -> RoutedRows:
         plan = dropless_plan(experts, here, group.devices * group.quota if group.gathers else experts.size)
     if group.devices > 1 and group.exchange == "padded" and group.capacity is None:
         plan = in_blocks(plan, group.devices, group.quota)
+    if group.row_multiple > 1:
+        plan = at_multiples(plan, group.row_multiple)
     plan = save_for_backward(plan)
     return RoutedRows(dispatch_rows(x, plan.source, plan.row_of), plan.group_sizes, plan, weights)
 
@@ -175,6 +178,15 @@ def in_blocks(plan: RowPlan, devices: int, block: int) -> RowPlan:
     sorted_row = jnp.where(filled, begins[row // block] + row % block, 0)
     source = jnp.where(filled, plan.source[sorted_row], tokens * k).astype(jnp.int32)
     return RowPlan(source, row_of.astype(jnp.int32), plan.group_sizes)
+
+
+def at_multiples(plan: RowPlan, row_multiple: int) -> RowPlan:
+    """Moves every expert's rows to a multiple of `row_multiple`, and counts its padding as its rows."""
+    padding = pad_groups(plan.group_sizes, plan.source.size, row_multiple)
+    nobody = plan.row_of.size
+    source = jnp.take(plan.source, padding.source, mode="fill", fill_value=nobody)
+    row_of = jnp.take(padding.place[:, 0], plan.row_of, mode="fill", fill_value=source.size)
+    return RowPlan(source, row_of, padding.sizes)
 
 
 def _swap(rows: Array, first: int, second: int) -> Array:

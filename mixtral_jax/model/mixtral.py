@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from mixtral_jax.config import ModelConfig, ObjectiveConfig
 from mixtral_jax.kernels.chosen_experts import few
-from mixtral_jax.kernels.expert_ffn import ExpertStack
+from mixtral_jax.kernels.expert_ffn import Carried, ExpertStack, end_of_layers
 from mixtral_jax.kernels.stored import EightBitWeights, StoredExperts, matrices
 from mixtral_jax.model import adapters
 from mixtral_jax.model.attention import Attention
@@ -25,6 +25,7 @@ from mixtral_jax.runtime import Runtime
 from mixtral_jax.sharding import Axes, constrain, named_sharding
 
 RESIDUAL = ("batch", "sequence", None)
+EXPERTS = "w_gate", "w_up", "w_down"
 
 
 class DecoderLayer(nnx.Module):
@@ -44,12 +45,13 @@ class DecoderLayer(nnx.Module):
         attention_ids: Int[Array, "batch seq"],
         rotary: Rotary,
         stack: ExpertStack | None = None,
-    ) -> tuple[Float[Array, "batch seq d_model"], RouterOutput]:
-        """Runs the layer; `attention_ids` say who may see whom, `segment_ids` 0 marks padding; `stack`: see `MoE`."""
+        carried: Carried | None = None,
+    ) -> tuple[Float[Array, "batch seq d_model"], RouterOutput, Carried | None]:
+        """Runs the layer; `attention_ids` say who may see whom, `segment_ids` 0 marks padding; the rest: see `MoE`."""
         attended = self.attention(self.attention_norm(x), attention_ids, rotary)
         x = save_for_backward(x + constrain(attended, self.mesh, RESIDUAL))
-        y, router = self.moe(self.moe_norm(x), segment_ids > 0, stack)
-        return constrain(x + y, self.mesh, RESIDUAL), router
+        y, router, carried = self.moe(self.moe_norm(x), segment_ids > 0, stack, carried)
+        return constrain(x + y, self.mesh, RESIDUAL), router, carried
 
 
 class Mixtral(nnx.Module):
@@ -93,24 +95,40 @@ class Mixtral(nnx.Module):
         rotary = rotary_tables(positions, config)
         attention_ids = (segment_ids > 0).astype(segment_ids.dtype) if config.attend_across_documents else segment_ids
         graph, params = nnx.split(self.layers)
-        stack_of = self.expert_stacks()
+        stack_of, carried = self.expert_stacks(), self._carried()
+        if carried is not None:
+            moe: Any = params["moe"]
+            for name in EXPERTS:  # their gradients come back by what is carried
+                moe[name] = moe[name].replace(jax.lax.stop_gradient(moe[name][...]))
 
-        def body(x: Array, inputs: Any) -> tuple[Array, RouterOutput]:
+        def body(carry: Any, inputs: Any) -> tuple[Any, RouterOutput]:
+            x, carried = carry
             number, params, factors = inputs
             layer = nnx.merge(graph, params)
             for path, pair in factors.items():
                 weight = operator.attrgetter(path.replace("/", "."))(layer)
                 weight.set_value(adapters.add(weight[...], pair, path, self.adapters_scale))
-            y, router = layer(x, segment_ids, attention_ids, rotary, stack_of(number))
-            return y, router
+            y, router, carried = layer(x, segment_ids, attention_ids, rotary, stack_of(number), carried)
+            return (y, carried), router
 
         remat = "named" if self.adapters and runtime.remat != "full" else runtime.remat  # others keep the sums
         if remat != "none":
             body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
         numbers = jnp.arange(config.num_layers, dtype=jnp.int32)
         unroll = runtime.unrolled and not self.adapters
-        x, router = jax.lax.scan(body, x, (numbers, params, dict(self.adapters)), unroll=unroll)
+        (x, carried), router = jax.lax.scan(body, (x, carried), (numbers, params, dict(self.adapters)), unroll=unroll)
+        x = x if carried is None else end_of_layers(x, carried)
         return self.final_norm(x), router
+
+    def _carried(self) -> Carried | None:
+        """The experts of all layers, where the layers are to write their gradients there."""
+        if not self.runtime.carries_experts or self.adapters:
+            return None
+        w_gate, w_up, w_down = (w.astype(self.runtime.precision.compute) for w in self._experts())
+        return w_gate, w_up, w_down
+
+    def _experts(self) -> list[Any]:
+        return [getattr(self.layers.moe, name)[...] for name in EXPERTS]
 
     def expert_stacks(self, decoding: int = 0) -> Callable[[Int[Array, ""]], Any]:
         """Returns where a layer finds its experts among those of all layers, for a backend that reads them there.
@@ -118,8 +136,7 @@ class Mixtral(nnx.Module):
         Args:
             decoding: tokens that run, without gradients; 0: this is no decoding.
         """
-        moe, runtime, config = self.layers.moe, self.runtime, self.config
-        experts = [w[...] for w in (moe.w_gate, moe.w_up, moe.w_down)]
+        runtime, config, experts = self.runtime, self.config, self._experts()
         assignments = decoding * config.num_experts_per_tok // runtime.mesh.shape["data"]
         chosen = runtime.decoding == "chosen" and not runtime.reads_stack and few(assignments, config.num_experts)
         if decoding and (chosen or runtime.decoding == "stored"):

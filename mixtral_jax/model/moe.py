@@ -10,7 +10,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.kernels.expert_ffn import ExpertStack, ExpertWeights, expert_ffn
+from mixtral_jax.kernels.backends import find
+from mixtral_jax.kernels.expert_ffn import Carried, ExpertStack, ExpertWeights, carrying_ffn, expert_ffn
 from mixtral_jax.kernels.grouped_blocks import choose_block_sizes
 from mixtral_jax.kernels.matmul import exact_contract
 from mixtral_jax.kernels.stored import StoredExperts
@@ -67,13 +68,15 @@ class MoE(nnx.Module):
         x: Float[Array, "batch seq d_model"],
         valid: Bool[Array, "batch seq"],
         stack: ExpertStack | StoredExperts | None = None,
-    ) -> tuple[Float[Array, "batch seq d_model"], RouterOutput]:
+        carried: Carried | None = None,
+    ) -> tuple[Float[Array, "batch seq d_model"], RouterOutput, Carried | None]:
         """Routes and computes; positions that are not `valid` (padding) reach no expert and return zero.
 
         Args:
             x: normalised activations.
             valid: not padding.
             stack: the same experts among those of all layers, for a backend that reads them there.
+            carried: those of all layers again, for a backend that writes gradients there; they are handed on.
         """
         compute, mesh = self.runtime.precision.compute, self.runtime.mesh
         logits = exact_contract(x.astype(FULL), self.router[...].astype(FULL), backend=self.runtime.matmul)
@@ -82,13 +85,22 @@ class MoE(nnx.Module):
         w_in, w_out = spec(("experts", "expert_d_model", "d_ff")), spec(("experts", "d_ff", "expert_d_model"))
         split = axis_size(mesh, "expert_d_model") > 1
         local: Any = self._local
-        y, indices, dropped = by_device(
+        whole = jax.tree.map(lambda _: ONE_DEVICE, carried)
+        y, indices, dropped, carried = by_device(
             jax.checkpoint(local, policy=_all_but_whole_weights, prevent_cse=False) if split else local,
             mesh,
-            (tokens, tokens, spec(("batch", "sequence")), PartitionSpec(), (w_in, w_in, w_out), _in_stack(stack)),
-            (tokens, tokens, PartitionSpec()),
-        )(x, logits, valid, self.selection_bias[...], (w_gate, w_up, w_down), stack)
-        return y, RouterOutput(logits, indices, dropped)
+            (
+                tokens,
+                tokens,
+                spec(("batch", "sequence")),
+                PartitionSpec(),
+                (w_in, w_in, w_out),
+                _in_stack(stack),
+                whole,
+            ),
+            (tokens, tokens, PartitionSpec(), whole),
+        )(x, logits, valid, self.selection_bias[...], (w_gate, w_up, w_down), stack, carried)
+        return y, RouterOutput(logits, indices, dropped), carried
 
     def _local(
         self,
@@ -98,9 +110,10 @@ class MoE(nnx.Module):
         bias: Array,
         weights: tuple[Array, ...],
         stack: ExpertStack | StoredExperts | None,
-    ) -> tuple[Array, Array, Array]:
+        carried: Carried | None,
+    ) -> tuple[Array, Array, Array, Carried | None]:
         """Computes one device's part: its tokens with the experts of its group, whoever holds them."""
-        mesh, group = self.runtime.mesh, self._group(*valid.shape)
+        mesh, group = self.runtime.mesh, self._group(valid.shape, decodes=isinstance(stack, StoredExperts))
         w_gate, w_up, w_down = (
             gather(w, mesh, "expert_d_model", axis) for w, axis in zip(weights, (1, 1, 2), strict=True)
         )
@@ -110,19 +123,23 @@ class MoE(nnx.Module):
         if group.capacity is not None:
             dropped = count_dropped(tokens, rows, group)
         rows = exchange(rows, group)
-        rows = self._run_experts(rows, ExpertWeights(w_gate, w_up, w_down, stack), group, valid.size)
+        experts = ExpertWeights(w_gate, w_up, w_down, stack, carried)
+        rows, carried = self._run_experts(rows, experts, group, valid.size)
         rows = exchange_back(rows, group)
         y = scatter_sums(combine(rows), group).reshape(x.shape)
-        return add_up(y, mesh, "tensor"), indices, add_up(dropped, mesh, "data", "fsdp", "expert", "context")
+        dropped = add_up(dropped, mesh, "data", "fsdp", "expert", "context")
+        return add_up(y, mesh, "tensor"), indices, dropped, carried
 
-    def _group(self, batch: int, seq_len: int) -> ExpertGroup:
+    def _group(self, shape: tuple[int, ...], *, decodes: bool) -> ExpertGroup:
         """Says how much room this device's tokens have; buffers of one size need whole sequences."""
-        config, mesh = self.config, self.runtime.mesh
+        config, mesh, (batch, seq_len) = self.config, self.runtime.mesh, shape
         devices, k = mesh.shape["expert"], config.num_experts_per_tok
         quota = device_quota(batch * seq_len, k, config.num_experts, devices, config.buffer_factor)
         equal = config.dispatch == "capacity" and mesh.shape["context"] == 1
         capacity = expert_capacity(seq_len, k, config.num_experts, config.capacity_factor) if equal else None
-        return ExpertGroup(config.num_experts, devices, self.runtime.exchange, quota, capacity)
+        as_they_come = devices > 1 or capacity is not None or decodes
+        multiple = 1 if as_they_come else find("experts", self.runtime.experts).row_multiple
+        return ExpertGroup(config.num_experts, devices, self.runtime.exchange, quota, multiple, capacity)
 
     def _route(
         self, x: Array, logits: Array, valid: Array, bias: Array, group: ExpertGroup
@@ -141,9 +158,15 @@ class MoE(nnx.Module):
         dropped = jnp.sum((kept == config.num_experts) & (experts < config.num_experts), dtype=FULL)
         return indices, RoutedTokens(x, kept, weights), dropped
 
-    def _run_experts(self, routed: RoutedRows, weights: ExpertWeights, group: ExpertGroup, tokens: int) -> RoutedRows:
+    def _run_experts(
+        self, routed: RoutedRows, weights: ExpertWeights, group: ExpertGroup, tokens: int
+    ) -> tuple[RoutedRows, Carried | None]:
         """Computes the experts that this device holds; `tokens` are its own, from which their load is expected."""
         runtime = self.runtime
+        if weights.carried is not None:
+            settings: dict[str, Any] = {"backend": runtime.experts, "row_multiple": group.row_multiple}
+            rows, carried = carrying_ffn(routed.rows, routed.group_sizes, weights, **settings)
+            return routed._replace(rows=rows), carried
         load = tokens * self.config.num_experts_per_tok
         rows = expert_ffn(
             routed.rows,
@@ -154,8 +177,9 @@ class MoE(nnx.Module):
             interpret=runtime.interpret,
             eight_bit=runtime.precision.experts,
             decoding=runtime.decoding,
+            row_multiple=group.row_multiple,
         )
-        return routed._replace(rows=rows)
+        return routed._replace(rows=rows), None
 
 
 def _in_stack(stack: ExpertStack | StoredExperts | None) -> Any:

@@ -18,7 +18,7 @@ from mixtral_jax.planning.collectives import Collective
 from mixtral_jax.planning.network import Seconds, network_time
 from mixtral_jax.planning.topology import Topology
 from mixtral_jax.precision import FULL, make_precision
-from mixtral_jax.runtime import target_of
+from mixtral_jax.runtime import loss_chunk, target_of
 from mixtral_jax.sharding import MESH_AXES
 
 WIDE = jnp.dtype(FULL).itemsize
@@ -102,7 +102,10 @@ def estimate(config: Config, topology: Topology) -> Estimate:
     gathered = experts + attention
     expert_layer = rows * (WIDE_BUFFERS * f / tensor + NARROW_BUFFERS * d) * compute + 2 * gathered
     tables = vocab * d / tensor
-    loss = tables * (2 * WIDE + compute) + config.kernels.loss_chunk * vocab / tensor * 3 * WIDE
+    loss = (
+        tables * (2 * WIDE + compute)
+        + loss_chunk(config.kernels, PLATFORMS[topology.platform]) * vocab / tensor * 3 * WIDE
+    )
     working = max(expert_layer, loss)
 
     # Time.

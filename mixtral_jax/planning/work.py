@@ -147,8 +147,10 @@ def _traffic(instruction: Instruction, computation: Computation, module: Module,
     """Bytes that an operation reads and writes; slices, gathers and updates in place count what they touch."""
     operands = _operands(instruction, computation)
     if ours := _our_kernel(instruction):
-        read = sum(_bytes_of_rows(shape, rows, experts) for operand in operands for shape in operand.shapes)
-        return read + sum(s.bytes if ours == "gmm" else _bytes_of_rows(s, rows) for s in instruction.shapes)
+        # What `tgmm` takes of three dimensions is the stack that it writes a layer's part of.
+        taken = (s for o in operands for s in o.shapes if ours != "tgmm" or len(s.dims) < 3)
+        read = sum(_bytes_of_rows(shape, rows, experts) for shape in taken)
+        return read + sum(s.bytes if ours == "gmm" else _bytes_of_rows(s, rows, experts) for s in instruction.shapes)
     if instruction.opcode in SLICING:
         return 2 * _in_memory(instruction.shapes)
     if instruction.opcode in ("dynamic-update-slice", "scatter"):

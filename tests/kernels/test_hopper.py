@@ -9,9 +9,10 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mixtral_jax.kernels.expert_ffn import ExpertStack, ExpertWeights
-from mixtral_jax.kernels.gpu.hopper_ffn import hopper_ffn, pad_groups
+from mixtral_jax.kernels.gpu.hopper_ffn import carrying_ffn, hopper_ffn
 from mixtral_jax.kernels.gpu.hopper_grouped import gated, gmm, matrices_of_blocks, tgmm
 from mixtral_jax.kernels.gpu.hopper_ring import Tiling, place
+from mixtral_jax.kernels.permutation import pad_groups
 from tests import oracles
 
 interpreted = pytest.mark.skipif(
@@ -20,7 +21,7 @@ interpreted = pytest.mark.skipif(
 ROWS, INNER, OUTER = 256, 128, 256
 CASES = {  # sizes, tiling, multiprocessors
     "one after the other, by columns": ([128, 0], Tiling(width=128, stages=2, neighbours=2, split=1), 1),
-    "more than tiles, partners": ([0, 128, 128], Tiling(width=128, stages=3, neighbours=2, partners=2), 6),
+    "more than tiles": ([0, 128, 128], Tiling(width=128, stages=3, neighbours=2), 6),
 }
 
 
@@ -110,6 +111,33 @@ def test_experts_and_their_gradients(monkeypatch):
         np.testing.assert_array_equal(array[used:], 0)
 
 
+@interpreted
+def test_gradients_of_what_is_carried_lie_in_the_layer_s_place(monkeypatch):
+    """Those of the layer are what they are elsewhere; those of other layers, which come back first, are left alone."""
+    monkeypatch.setattr("mixtral_jax.kernels.gpu.hopper_ring.num_processors", lambda: 2)
+    sizes, width = jnp.array([128, 0]), 256
+    rows, d_out = (normal(seed, 128, width) for seed in (0, 1))
+    weights = [normal(seed, 2, width, width, scale=width**-0.5) for seed in (2, 3, 4)]
+    carried = tuple(jnp.stack([w, w, w]) for w in weights)
+    stack = ExpertStack(*carried, jnp.int32(1))
+
+    def ours(x, carried):
+        experts = ExpertWeights(*weights, stack, carried)
+        return carrying_ffn(x, sizes, experts, interpret(), row_multiple=128)
+
+    (out, handed_on), pull = jax.vjp(ours, rows, carried)
+    before = tuple(normal(5 + n, *w.shape) for n, w in enumerate(carried))
+    d_rows, d_carried = pull((d_out, before))
+    wanted, pull_plain = jax.vjp(lambda x, *w: hopper_ffn(x, sizes, ExpertWeights(*w), interpret()), rows, *weights)
+    wanted_rows, *wanted_weights = pull_plain(d_out)
+    np.testing.assert_array_equal(out, wanted)
+    np.testing.assert_array_equal(d_rows, wanted_rows)
+    for found, own, old in zip(d_carried, wanted_weights, before, strict=True):
+        np.testing.assert_array_equal(found, old.at[1].set(own))
+    for given, handed in zip(carried, handed_on, strict=True):
+        np.testing.assert_array_equal(given, handed)
+
+
 def random_sizes(seed, num_rows):
     """Sizes of 1 to 9 groups, some of them empty; of the first seed all are, of the second none."""
     rng = np.random.default_rng(seed)
@@ -140,9 +168,8 @@ def test_every_row_has_a_place_in_its_padded_group(seed):
     np.testing.assert_array_equal(blocks, [*(7 + owners(counts // height)), *[-1] * nobody])
 
 
-@pytest.mark.parametrize("tiling", [Tiling(), Tiling(neighbours=3), Tiling(partners=2)])
+@pytest.mark.parametrize("tiling", [Tiling(), Tiling(neighbours=3)])
 @pytest.mark.parametrize("grid", [(2, 2), (34, 6), (20, 58)])
 def test_every_tile_has_one_place(grid, tiling):
-    turns, partners = np.divmod(np.arange(grid[0] * grid[1], dtype=np.int32), np.int32(tiling.partners))
-    i, j = jax.vmap(lambda turn, partner: place(turn, partner, grid, tiling))(turns, partners)
+    i, j = jax.vmap(lambda index: place(index, grid, tiling))(np.arange(grid[0] * grid[1], dtype=np.int32))
     assert sorted(zip(i.tolist(), j.tolist(), strict=True)) == list(itertools.product(*map(range, grid)))

@@ -1,5 +1,6 @@
 """The mixture layer against a reference that goes token by token: output and every gradient, every backend."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,8 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mixtral_jax.kernels import backends
+from mixtral_jax.model.expert_parallel import at_multiples
 from mixtral_jax.model.moe import MoE
-from mixtral_jax.model.routing import choose_experts, expert_capacity
+from mixtral_jax.model.routing import choose_experts, dropless_plan, expert_capacity
 from mixtral_jax.runtime import make_runtime
 from tests import oracles
 from tests.tiny import LIMITS, by_engine, mesh_of, moe_layer, tiny_config
@@ -93,6 +96,32 @@ def test_equals_the_reference(variant, k, scenario):
         assert load[2] == 0
     if scenario == "all on one expert":
         assert load[1] == BATCH * SEQ
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_every_expert_may_begin_at_a_multiple(monkeypatch, scenario):
+    of_table = backends.find
+    monkeypatch.setattr(
+        "mixtral_jax.model.moe.find", lambda *names: dataclasses.replace(of_table(*names), row_multiple=8)
+    )
+    check(("dropless", "grouped_blocks", 6, 1.0), 2, scenario)
+
+
+@pytest.mark.parametrize("experts", [[[0, 2], [2, 1], [2, 0]], [[3, 3]], [[1, 3], [3, 3], [1, 1], [1, 1], [1, 1]]])
+def test_a_plan_moved_to_multiples_holds_the_same_assignments(experts):
+    flat = np.asarray(experts).ravel()
+    plan = dropless_plan(jnp.asarray(experts), 3, flat.size)  # expert 3 is nobody
+    moved = jax.tree.map(np.asarray, at_multiples(plan, 4))
+    np.testing.assert_array_equal(moved.group_sizes, -(-np.bincount(flat, minlength=4)[:3] // 4) * 4)
+    ends = np.cumsum(moved.group_sizes)
+    filled = np.full(len(moved.source), flat.size)
+    for assignment, row in enumerate(moved.row_of.ravel()):
+        if flat[assignment] == 3:
+            assert row == len(moved.source)
+        else:
+            assert ends[flat[assignment]] - moved.group_sizes[flat[assignment]] <= row < ends[flat[assignment]]
+            filled[row] = assignment
+    np.testing.assert_array_equal(moved.source, filled)
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)

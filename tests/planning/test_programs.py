@@ -185,13 +185,15 @@ def test_kernels_for_hopper_count_by_formula_and_read_the_experts_of_a_layer():
   %y = (bf16[64,16]{1,0}, bf16[64,16]{1,0}, bf16[64,16]{1,0}) custom-call(%b, %x, %w, %w), custom_call_target="mosaic_gpu_v2", metadata={op_name="jit(f)/hopper_gated/mpmd_map"}
   %g = bf16[64,16]{1,0} get-tuple-element(%y), index=0
   %z = bf16[64,32]{1,0} custom-call(%b, %g, %w), custom_call_target="mosaic_gpu_v2", metadata={op_name="jit(f)/hopper_gmm/mpmd_map"}
-  ROOT %d = bf16[2,32,16]{2,1,0} custom-call(%b, %z, %g), custom_call_target="mosaic_gpu_v2", metadata={op_name="jit(f)/hopper_tgmm/mpmd_map"}
+  %d = bf16[2,32,16]{2,1,0} custom-call(%b, %z, %g), custom_call_target="mosaic_gpu_v2", metadata={op_name="jit(f)/hopper_tgmm/mpmd_map"}
+  ROOT %e = bf16[6,32,16]{2,1,0} custom-call(%b, %z, %g, %w), custom_call_target="mosaic_gpu_v2", metadata={op_name="jit(f)/hopper_tgmm/mpmd_map"}
 }
 """  # noqa: E501
     work = count_work(parse(text), attention_product=0.0, expert_rows=10.0, experts=2)
-    assert work.grouped == (2 + 1 + 1) * 2 * 10 * 32 * 16
-    products = 10 * (32 + 3 * 16) + 2 * 2 * 32 * 16, 10 * 16 + 2 * 32 * 16 + 64 * 32, 10 * (32 + 16) + 2 * 32 * 16
-    assert work.memory_bytes == 3 * 4 * 8 + 2 * sum(products)
+    assert work.grouped == (2 + 1 + 1 + 1) * 2 * 10 * 32 * 16
+    sums = 10 * (32 + 16) + 2 * 32 * 16  # new, and written in a stack of all layers': the same
+    products = 10 * (32 + 3 * 16) + 2 * 2 * 32 * 16, 10 * 16 + 2 * 32 * 16 + 64 * 32, sums, sums
+    assert work.memory_bytes == 4 * 4 * 8 + 2 * sum(products)
 
 
 def test_arrays_in_a_core_s_own_memory_are_not_traffic():

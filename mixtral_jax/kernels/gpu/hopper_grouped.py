@@ -46,8 +46,8 @@ def gmm(
     grid, steps = (num_rows // tiling.height, outer // tiling.width), inner // tiling.depth
     matrix_of_block = matrices_of_blocks(sizes, first_matrix, grid[0], tiling.height)
 
-    def tile(index: Array, partner: Array, matrix_ref: Any, *refs: Any) -> Tile:
-        block, column = place(index, partner, grid, tiling)
+    def tile(index: Array, matrix_ref: Any, *refs: Any) -> Tile:
+        block, column = place(index, grid, tiling)
         matrix, somebody = jnp.maximum(matrix_ref[block], 0), matrix_ref[block] >= 0
 
         def send(step: Array, copy: Callable[..., None]) -> None:
@@ -68,9 +68,11 @@ def gmm(
 
         return Tile(jnp.where(somebody, len(pairs) * steps, 0), send, results, somebody | fill)
 
-    ring = Ring(tile, grid[0] * grid[1] // tiling.partners, 1, (False, transposed), tiling, dtype)
+    ring = Ring(tile, grid[0] * grid[1], 1, (False, transposed), tiling, dtype)
     result = jax.ShapeDtypeStruct((num_rows, outer), dtype)
-    return ring.kernel("hopper_gmm", result, processors, interpret)(matrix_of_block, *(x for p in pairs for x in p))
+    return ring.kernel("hopper_gmm", result, dtype, processors, interpret)(
+        matrix_of_block, *(x for p in pairs for x in p)
+    )
 
 
 def gated(
@@ -89,8 +91,8 @@ def gated(
     half = tiling.width // 2  # columns of a tile are half those of the gate's and half those of up's
     grid, steps = (num_rows // tiling.height, outer // half), inner // tiling.depth
 
-    def tile(index: Array, partner: Array, matrix_ref: Any, rows_ref: Any, *refs: Any) -> Tile:
-        block, column = place(index, partner, grid, tiling)
+    def tile(index: Array, matrix_ref: Any, rows_ref: Any, *refs: Any) -> Tile:
+        block, column = place(index, grid, tiling)
         matrix, somebody = jnp.maximum(matrix_ref[block], 0), matrix_ref[block] >= 0
         mine = cut(block, tiling.height), cut(column, half)
 
@@ -100,16 +102,16 @@ def gated(
             for i, matrices_ref in enumerate(refs[:2]):
                 copy(1, matrices_ref.at[matrix, deep, mine[1]], i)
 
-        def results(rows: Any, _: Any, gate: Array, up: Array) -> list[tuple[Array, Any]]:
+        def results(rows: Any, columns: Any, gate: Array, up: Array) -> list[tuple[Array, Any]]:
             values = gate, up, gate / (1 + jnp.exp(-gate)) * up
-            return [(value, ref.at[mine].at[rows]) for value, ref in zip(values, refs[2:], strict=True)]
+            return [(value, ref.at[mine].at[rows, columns]) for value, ref in zip(values, refs[2:], strict=True)]
 
         return Tile(jnp.where(somebody, steps, 0), send, results, somebody)
 
-    ring = Ring(tile, grid[0] * grid[1] // tiling.partners, 2, (False, False), tiling, dtype)
+    ring = Ring(tile, grid[0] * grid[1], 2, (False, False), tiling, dtype)
     result = [jax.ShapeDtypeStruct((num_rows, outer), dtype)] * 3
     arrays = matrices_of_blocks(sizes, first_matrix, grid[0], tiling.height), rows, gate_matrices, up_matrices
-    return ring.kernel("hopper_gated", result, processors, interpret)(*arrays)
+    return ring.kernel("hopper_gated", result, dtype, processors, interpret)(*arrays)
 
 
 def tgmm(
@@ -118,29 +120,31 @@ def tgmm(
     sizes: Int[Array, " groups"],
     dtype: DTypeLike,
     *,
+    into: tuple[Float[Array, "matrices inner outer"], Int[Array, ""] | int] | None = None,
     tiling: Tiling = TILING,
     processors: int | None = None,
     interpret: Any = None,
-) -> Float[Array, "groups inner outer"]:
+) -> Float[Array, "matrices inner outer"]:
     """Sums over every group's rows the products of each left element with each right one.
 
     Args:
         left, right: rows sorted by group.
         sizes: rows of each group, multiples of the tiling's depth.
         dtype: of the result.
+        into: matrices of that type, and that of the first group: they are written over and returned; None: new ones.
         tiling: how to cut the product.
         processors: how many to run on; None: all of the device.
         interpret: how to run the kernel step by step, on a CPU.
     """
     inner, outer, groups = left.shape[1], right.shape[1], sizes.size
     grid = inner // tiling.height, outer // tiling.width
-    of_group = grid[0] * grid[1] // tiling.partners
+    of_group = grid[0] * grid[1]
     counts = sizes // tiling.depth
     first = jnp.cumsum(counts) - counts
 
-    def tile(index: Array, partner: Array, first_ref: Any, count_ref: Any, *refs: Any) -> Tile:
+    def tile(index: Array, first_ref: Any, count_ref: Any, place_ref: Any, *refs: Any) -> Tile:
         group = lax.div(index, jnp.int32(of_group))
-        i, j = place(lax.rem(index, jnp.int32(of_group)), partner, grid, tiling)
+        i, j = place(lax.rem(index, jnp.int32(of_group)), grid, tiling)
         left_ref, right_ref, out_ref = refs
         above, below, start = cut(i, tiling.height), cut(j, tiling.width), first_ref[group]
 
@@ -150,14 +154,21 @@ def tgmm(
             copy(1, right_ref.at[deep, below])
 
         def results(rows: Any, columns: Any, sums: Array) -> list[tuple[Array, Any]]:
-            return [(sums, out_ref.at[group, above, below].at[rows, columns])]
+            return [(sums, out_ref.at[place_ref[0] + group, above, below].at[rows, columns])]
 
         return Tile(count_ref[group], send, results, True)
 
     ring = Ring(tile, groups * of_group, 1, (True, False), tiling, left.dtype)
-    result = jax.ShapeDtypeStruct((groups, inner, outer), dtype)
-    arrays = first.astype(jnp.int32), counts.astype(jnp.int32), left, right
-    return ring.kernel("hopper_tgmm", result, processors, interpret)(*arrays)
+    matrices, place_of_first = into or (None, 0)
+    place_of_first = jnp.asarray(place_of_first, jnp.int32)[None]
+    arrays = first.astype(jnp.int32), counts.astype(jnp.int32), place_of_first, left, right
+    if matrices is None:
+        result = jax.ShapeDtypeStruct((groups, inner, outer), dtype)
+        return ring.kernel("hopper_tgmm", result, dtype, processors, interpret)(*arrays)
+    assert matrices.dtype == dtype
+    target = jax.new_ref(matrices)
+    ring.kernel("hopper_tgmm", (), dtype, processors, interpret)(*arrays, target)
+    return jax.freeze(target)
 
 
 def matrices_of_blocks(

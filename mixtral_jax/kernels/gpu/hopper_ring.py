@@ -8,6 +8,7 @@ other two, each with its part of the tile in its registers, still multiply or st
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -35,9 +36,6 @@ class Tiling:
     depth: int = 64  # of a stage
     stages: int = 4
     neighbours: int = 16  # tiles below each other that share columns in the second-level cache
-    partners: int = (
-        1  # multiprocessors that work on tiles beside each other and share what they read of the left factor
-    )
     split: int = 0  # axis of a tile that the two multiplying warpgroups divide
 
 
@@ -55,15 +53,15 @@ class Ring:
     """A product as every multiprocessor computes its share of the tiles."""
 
     tile: Callable[..., Tile]
-    num_tiles: int  # or pairs of partners' tiles
+    num_tiles: int
     products: int  # with one left factor and as many right ones, that divide the width
     turned: tuple[bool, bool]  # whether the left, the right factor lies transposed in memory
     tiling: Tiling
     dtype: DTypeLike  # of the factors
 
-    def kernel(self, name: str, result: Any, processors: int | None, interpret: Any) -> Any:
-        """Builds the kernel, whose results all have one type."""
-        tiling, partners = self.tiling, self.tiling.partners
+    def kernel(self, name: str, result: Any, dtype: DTypeLike, processors: int | None, interpret: Any) -> Any:
+        """Builds the kernel; `dtype` is that of all results, and of what it writes over."""
+        tiling = self.tiling
         sides = [(1, tiling.height, tiling.depth), (self.products, tiling.depth, tiling.width // self.products)]
         left, right = (
             plgpu.SMEM(
@@ -72,27 +70,29 @@ class Ring:
             for (count, *side), turned in zip(sides, self.turned, strict=True)
         )
         height, width = self.part
-        dtype = jax.tree.leaves(result)[0].dtype
-        parts = (MULTIPLIERS, STORES, min(height, 64), min(width, SWIZZLE // dtype.itemsize))
-        shared: dict[str, Any] = {"collective_axes": ("partner",)} if partners > 1 else {}
-        freed: Any = plgpu.ClusterBarrier if partners > 1 else plgpu.Barrier
-        cluster: dict[str, Any] = {"cluster": (partners,), "cluster_names": ("partner",)} if partners > 1 else {}
-        return plgpu.kernel(
-            self.run,
-            out_type=result,
-            scratch_types=[
-                left,
-                right,
-                plgpu.SMEM(parts, dtype, transforms=_layout(dtype)),
-                plgpu.Barrier(num_arrivals=1 + self.products, num_barriers=tiling.stages),
-                freed(num_arrivals=MULTIPLIERS, num_barriers=tiling.stages, **shared),
-            ],
-            grid=((processors or num_processors()) // partners,),
-            grid_names=("processor",),
-            **cluster,
-            num_threads=MULTIPLIERS + 1,
-            thread_name="warpgroup",
-            kernel_name=name,
+        parts = (MULTIPLIERS, STORES, min(height, 64), min(width, SWIZZLE // jnp.dtype(dtype).itemsize))
+        scratch = [
+            left,
+            right,
+            plgpu.SMEM(parts, dtype, transforms=_layout(dtype)),
+            plgpu.Barrier(num_arrivals=1 + self.products, num_barriers=tiling.stages),
+            plgpu.Barrier(num_arrivals=MULTIPLIERS, num_barriers=tiling.stages),
+        ]
+
+        def body(*refs: Any) -> None:
+            pl.run_scoped(partial(self.run, *refs), *scratch, collective_axes="warpgroup")
+
+        return pl.kernel(
+            body,
+            result,
+            mesh=plgpu.Mesh(
+                grid=(processors or num_processors(),),
+                grid_names=("processor",),
+                num_threads=MULTIPLIERS + 1,
+                thread_name="warpgroup",
+                kernel_name=name,
+            ),
+            name=name,
             compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
             interpret=interpret,
         )
@@ -107,14 +107,13 @@ class Ring:
         """Runs the kernel's body: every warpgroup its role."""
         *arrays, left, right, outgoing, filled, freed = refs
         me, stride = lax.axis_index("processor"), lax.axis_size("processor")
-        partner = lax.axis_index("partner") if self.tiling.partners > 1 else jnp.int32(0)
         warpgroup = lax.axis_index("warpgroup")
 
         def tiles(body: Callable[[Tile, Array], None]) -> Array:
             """Calls the body with each tile of this multiprocessor and the number of stages before it; counts all."""
 
             def one(i: Array, done: Array) -> Array:
-                tile = self.tile(me + i * stride, partner, *arrays)
+                tile = self.tile(me + i * stride, *arrays)
                 body(tile, done)
                 return done + tile.steps
 
@@ -124,7 +123,7 @@ class Ring:
         def copier() -> None:
             plgpu.set_max_registers(COPIER_REGISTERS, action="decrease")
             done = tiles(lambda tile, done: self.fill(tile, done, left, right, filled, freed))
-            # Partners must not leave while the others' signals are under way.
+            # Nobody may end while others still signal at its barriers.
             lax.fori_loop(jnp.maximum(done - self.tiling.stages, 0), done, lambda i, _: self.wait(freed, i), None)
 
         def multiplier() -> None:
@@ -136,7 +135,7 @@ class Ring:
 
     def fill(self, tile: Tile, done: Array, left: Any, right: Any, filled: Any, freed: Any) -> None:
         """Copies the factors of a tile into the ring, stage by stage as they become free."""
-        stages, partners = self.tiling.stages, self.tiling.partners
+        stages = self.tiling.stages
 
         def one(step: Array, _: None) -> None:
             total = done + step
@@ -144,9 +143,7 @@ class Ring:
             pl.when(total >= stages)(lambda: plgpu.barrier_wait(freed.at[slot]))
 
             def copy(side: int, block: Any, product: int = 0) -> None:
-                shared = "partner" if partners > 1 and side == 0 else None
-                place = (left, right)[side].at[slot, product]
-                plgpu.copy_gmem_to_smem(block, place, filled.at[slot], collective_axes=shared)
+                plgpu.copy_gmem_to_smem(block, (left, right)[side].at[slot, product], filled.at[slot])
 
             tile.send(step, copy)
 
@@ -208,10 +205,10 @@ def num_processors() -> int:
     return getattr(jax.devices()[0], "core_count", 132) if jax.default_backend() == "gpu" else 132
 
 
-def place(index: Array, partner: Array, grid: tuple[int, int], tiling: Tiling) -> tuple[Array, Array]:
+def place(index: Array, grid: tuple[int, int], tiling: Tiling) -> tuple[Array, Array]:
     """Orders a result's tiles so that those computed at the same time share rows and columns."""
-    i, j = plgpu.planar_snake(index, (grid[0], grid[1] // tiling.partners), 0, tiling.neighbours)
-    return i, j * tiling.partners + partner if tiling.partners > 1 else j
+    i, j = plgpu.planar_snake(index, grid, 0, tiling.neighbours)
+    return i, j
 
 
 def cut(index: Array, size: int) -> Any:
