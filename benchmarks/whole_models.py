@@ -130,11 +130,8 @@ def again(options: Options) -> None:
 
 def wide(options: Options) -> None:
     """Steps of layers of 8x7B."""
-    for deterministic in ("false", "true"):
-        config = wide_config(options.tiny, f"train.deterministic={deterministic}")
-        train(
-            f"{config.model.num_layers} layers of 8x7B, deterministic={deterministic}", config, 4 if options.tiny else 8
-        )
+    config = wide_config(options.tiny)
+    train(f"{config.model.num_layers} layers of 8x7B", config, 4 if options.tiny else 8)
 
 
 def train(title: str, config: Config, steps: int, turns: tuple[str, ...] = ("first",)) -> None:

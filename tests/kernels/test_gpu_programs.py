@@ -144,7 +144,7 @@ def test_the_step_uses_the_kernels_alone_and_moves_rows_by_ragged_exchanges_and_
     assert runs["ragged-all-to-all"] == config.model.num_layers * (4 + 2 * (remat == "full"))
 
 
-def test_one_gpu_reads_the_experts_where_they_lie_and_writes_the_layers_out():
+def test_one_gpu_reads_the_experts_and_writes_their_gradients_where_they_lie():
     config = tiny_config(
         model={"d_model": 256, "d_ff": 512, "num_heads": 2, "num_kv_heads": 1, "head_dim": 128, "num_layers": 2},
         precision={"compute": "bfloat16"},
@@ -163,6 +163,21 @@ def test_one_gpu_reads_the_experts_where_they_lie_and_writes_the_layers_out():
     assert runs == [1, 1]  # no loop over layers
     whole = rf"bf16\[{2 * config.model.num_experts},256,512\]"
     assert len(re.findall(rf"hopper_gated.*{whole}|{whole}.*hopper_gated", program.text)) == 2
+    # Each layer's product writes into the stack of all; nothing puts layers together or copies them.
+    sums = [line for line in program.text.splitlines() if "hopper_tgmm" in line and "custom-call(" in line]
+    assert len(sums) == 2 * 3
+    assert all(
+        "output_to_operand_aliasing" in line and f"bf16[{2 * config.model.num_experts}," in line for line in sums
+    )
+    stacks = {(2, config.model.num_experts, *sides) for sides in ((256, 512), (512, 256))}
+    moved = [
+        instruction.name
+        for name, computation in module.computations.items()
+        for instruction in computation.values()
+        if module.runs[name] and instruction.opcode in ("copy", "concatenate", "dynamic-update-slice")
+        if instruction.shapes[0].dims in stacks
+    ]
+    assert not moved
 
 
 @pytest.mark.parametrize(("gpu", "experts"), [("a100", "triton"), ("b200", "triton")])
