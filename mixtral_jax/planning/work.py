@@ -21,7 +21,7 @@ ATTENTION_PRODUCTS = {
 
 GROUPED = re.compile(r"(t?gmm|ragged-dot-none)\b")  # kernels of grouped products: megablox's two and XLA's for TPU
 # Those of `kernels.gpu`. They leave padding rows alone; only the results of `gmm` are filled there.
-ON_GPU = re.compile(r'[{ ]name = "(t?gmm|gmm_unfilled|swiglu)"|/hopper_(t?gmm|gated)/')
+ON_GPU = re.compile(r'[{ ]name = "(t?gmm|gmm_unfilled|swiglu)"|\bhopper_(t?gmm|gated)\b')
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def kernels(module: Module) -> collections.Counter:
     found = collections.Counter()
     for name, computation in module.computations.items():
         for instruction in computation.values():
-            ours = re.search(r'[{ ]name = "(\w+)"|/(hopper_\w+)/', instruction.attributes)
+            ours = re.search(r'[{ ]name = "(\w+)"|\b(hopper_\w+)\b', instruction.attributes)
             kernel = ours[1] or ours[2] if ours else instruction.attribute("custom_call_target").strip('"')
             if instruction.opcode == "custom-call":
                 found[kernel] += module.runs[name]
