@@ -17,9 +17,8 @@ class ExperimentConfig:
     """The keys of an experiment's file."""
 
     base: str = MISSING  # a configuration; relative to the experiment's file
-    variants: dict[str, list[str]] = (
-        MISSING  # name -> changes, section.key=value; the first is what others compare with
-    )
+    # By name what each changes, section.key=value; the first is what others compare with.
+    variants: dict[str, list[str]] = MISSING
     seeds: list[int] = MISSING
     overrides: list[str] = field(default_factory=list)  # of all variants
     run_dir: str = ""  # holds a directory a variant, and in it a run a seed; empty: runs/<name of the file>

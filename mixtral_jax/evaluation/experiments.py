@@ -23,7 +23,7 @@ MEASURES = (("nats_per_token", "nats/token", HELD_OUT), ("bits_per_byte", "bits/
 
 @dataclass(frozen=True)
 class Seed:
-    """A run that has ended."""
+    """A run and its log."""
 
     config: Config
     history: History
@@ -65,11 +65,10 @@ def plan(runs: Sequence[Run]) -> Table:
     for name in ("", "run", "parameters", "active", "tokens", "useful FLOPs", "state"):
         table.add_column(name, justify="left" if name in ("run", "state") else "right")
     for number, run in enumerate(runs):
-        model, data, train = run.config.model, run.config.data, run.config.train
-        counts, tokens = parameter_counts(model), train.steps * train.batch_size * data.seq_len
+        counts, steps, cost = parameter_counts(run.config.model), run.config.train.steps, Seed(run.config, [])
         state = "done" if read_seed(run.config) else "to go on" if Path(run.config.run_dir).exists() else "to do"
-        flops = tokens * flops_per_token(model, data.seq_len)
-        cells = (f"{counts.total:,}", f"{counts.active:,}", f"{tokens:,}", f"{flops:.3g}", state)
+        tokens, flops = f"{steps * cost.step_tokens:,.0f}", f"{steps * cost.step_flops:.3g}"
+        cells = (f"{counts.total:,}", f"{counts.active:,}", tokens, flops, state)
         table.add_row(str(number), str(run), *cells)
     return table
 

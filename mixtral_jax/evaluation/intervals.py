@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float64
-from scipy.special import stdtrit
 
 REPLICATES = 1000
 SEED = 0
@@ -57,5 +56,7 @@ def mean_interval(values: Float64[np.ndarray, " seeds"], coverage: float = COVER
     """Returns Student's interval of the mean of normal values; None of fewer than two, of which nothing can be said."""
     if len(values) < 2:
         return None
+    from scipy.special import stdtrit  # here, because no evaluation needs it
+
     far = stdtrit(len(values) - 1, (1 + coverage) / 2) * np.std(values, ddof=1) / len(values) ** 0.5
     return float(np.mean(values) - far), float(np.mean(values) + far)

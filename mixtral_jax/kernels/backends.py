@@ -15,7 +15,8 @@ from types import ModuleType
 
 from mixtral_jax.config import UserError
 
-HOPPER, HOPPER_WIDTH = 9.0, 256  # compute capability, and columns of a tile of its grouped products
+HOPPER = 9.0  # compute capability
+HOPPER_HEIGHT, HOPPER_WIDTH = 128, 256  # rows and columns of a tile of its grouped products
 LARGEST_AMX_HEAD = 256  # elements; what is made of some blocks of such heads fits the L2 cache
 
 
@@ -149,7 +150,7 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
         Backend("mkl", CPU, "cpu.experts", "oneMKL's products in one batch", (NOT_8_BIT, _with_matmul("mkl")),
                 reads_stack=True),
         Backend("hopper", GPU, "gpu.hopper_ffn", "our grouped kernels for Hopper: TMA, warp specialisation",
-                (IS_HOPPER, NOT_FLOAT32, NOT_8_BIT, WIDTHS, NO_EXCHANGE), row_multiple=128, reads_stack=True,
+                (IS_HOPPER, NOT_FLOAT32, NOT_8_BIT, WIDTHS, NO_EXCHANGE), row_multiple=HOPPER_HEIGHT, reads_stack=True,
                 writes_stack=True),
         Backend("triton", GPU, "gpu.triton_grouped", "our grouped kernels, from compute capability 8.0",
                 (NOT_8_BIT,), if_asked=CPU),

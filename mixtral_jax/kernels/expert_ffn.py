@@ -98,7 +98,7 @@ def expert_ffn(
     if backend == "grouped_blocks":
         out: Array = engine.grouped_blocks_ffn(rows, sizes, w_gate, w_up, w_down, block_sizes)
     elif backend == "hopper":
-        out = engine.hopper_ffn(rows, sizes, weights, row_multiple=row_multiple)
+        out, _ = engine.carrying_ffn(rows, sizes, weights, row_multiple=row_multiple)
     elif backend == "triton":
         out = engine.grouped_ffn(rows, sizes, w_gate, w_up, w_down, interpret)
     elif backend == "megablox":

@@ -16,29 +16,9 @@ from mixtral_jax.kernels.gpu.hopper_ring import Tiling
 from mixtral_jax.kernels.permutation import collect_rows, dispatch_rows, pad_groups
 from mixtral_jax.precision import FULL
 
-HEIGHT = Tiling().height  # `row_multiple` of the table of backends
+HEIGHT = Tiling().height
 # The fastest of those tried on an H200 at the widths of 8x7B; see docs/performance-log.md.
 BY_COLUMN, FEW_NEIGHBOURS = Tiling(split=1), Tiling(split=1, neighbours=8)
-
-
-def hopper_ffn(
-    rows: Float[Array, "rows d_model"],
-    group_sizes: Int[Array, " experts"],
-    weights: ExpertWeights,
-    interpret: Any = None,
-    *,
-    row_multiple: int = 1,
-) -> Float[Array, "rows d_model"]:
-    """Computes `expert_ffn`, adding up in float32; padding rows become zero.
-
-    Args:
-        rows: sorted by expert.
-        group_sizes: rows of each expert.
-        weights: the experts; `backends` says which widths.
-        interpret: how to run the kernels step by step, on a CPU.
-        row_multiple: what divides all group sizes; rows of others are moved to tiles first.
-    """
-    return carrying_ffn(rows, group_sizes, weights, interpret, row_multiple=row_multiple)[0]
 
 
 def carrying_ffn(
@@ -49,7 +29,15 @@ def carrying_ffn(
     *,
     row_multiple: int = 1,
 ) -> tuple[Float[Array, "rows d_model"], Carried | None]:
-    """Computes `hopper_ffn` and hands on what is carried."""
+    """Computes `expert_ffn`, adding up in float32, padding rows to zero, and hands on what is carried.
+
+    Args:
+        rows: sorted by expert.
+        group_sizes: rows of each expert.
+        weights: the experts; `backends` says which widths.
+        interpret: how to run the kernels step by step, on a CPU.
+        row_multiple: what divides all group sizes; rows of others are moved to tiles first.
+    """
     if row_multiple % HEIGHT == 0:
         return padded_ffn(rows, group_sizes, weights, interpret)
     padding = pad_groups(group_sizes, rows.shape[0], HEIGHT)

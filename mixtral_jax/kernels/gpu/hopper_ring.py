@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
+from mixtral_jax.kernels.backends import HOPPER_HEIGHT, HOPPER_WIDTH
 from mixtral_jax.precision import FULL
 
 MULTIPLIERS = 2  # warpgroups that multiply
@@ -31,8 +32,8 @@ STORES = 2  # parts of a tile that are on their way out of shared memory, of eac
 class Tiling:
     """How a product is cut: 4 stages of 128 x 64 and 64 x 256 bfloat16, and the stores, take 224 of 227 KiB."""
 
-    height: int = 128  # of a tile of the result; groups of rows are padded to it
-    width: int = 256
+    height: int = HOPPER_HEIGHT  # of a tile of the result; groups of rows are padded to it
+    width: int = HOPPER_WIDTH
     depth: int = 64  # of a stage
     stages: int = 4
     neighbours: int = 16  # tiles below each other that share columns in the second-level cache
