@@ -10,7 +10,7 @@ from mixtral_jax.console import make_console
 from mixtral_jax.distributed.processes import distributed_config, joined
 from mixtral_jax.evaluation.outputs import check_outputs
 
-MODES = ("perplexity", "context", "passkey", "routing", "tasks")
+MODES = ("perplexity", "context", "passkey", "routing", "ablation", "saturation", "tasks")
 
 
 def main(arguments: list[str]) -> None:
@@ -53,7 +53,7 @@ def measure(options: argparse.Namespace, mode: str, tasks: list[str], overrides:
     from mixtral_jax.evaluation.loading import load_model
 
     console = make_console()
-    loaded = load_model(options.checkpoint, overrides, packed=mode in ("perplexity", "routing"))
+    loaded = load_model(options.checkpoint, overrides, packed=mode not in ("context", "passkey", "tasks"))
     console.print(loaded.architecture.runtime.describe())
     report = modes.tasks(loaded, tasks) if tasks else modes.MODES[mode](loaded)
     modes.show(report, console, options.json, options.plots)

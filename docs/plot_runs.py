@@ -4,8 +4,10 @@
 `python docs/plot_runs.py balance RUN_WITH RUN_WITHOUT docs/images/balance.png`
 `python docs/plot_runs.py sources RUN docs/images/languages.png`
 `python docs/plot_runs.py runs RUN [RUN ...] docs/images/quantized.png`
+`python docs/plot_runs.py gain docs/results/mixture_or_dense.json docs/images/gain.png`
 """
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -93,7 +95,32 @@ def draw_runs(*runs_and_picture: str) -> None:
     figure.savefig(picture, dpi=120)
 
 
+def draw_gain(results: str, picture: str) -> None:
+    """Draws what an experiment wrote with --json: the first two variants' loss, and the second's gain seed by seed."""
+    variants = json.loads(Path(results).read_text())["variants"]
+    (first, base), (second, other) = list(variants.items())[:2]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for number, (name, found) in enumerate(((first, base), (second, other))):
+        curves = np.array(list(found["curve"].values()))  # seeds, measurements, tokens and nats
+        active = f"{found['active_parameters'] / 1e6:.2f}M of {found['parameters'] / 1e6:.2f}M parameters a token"
+        tokens = curves[0, :, 0] / 1e6
+        left.plot(tokens, curves[..., 1].mean(axis=0), "o-", color=f"C{number}", label=f"{name}: {active}")
+        for curve in curves:
+            left.plot(tokens, curve[:, 1], color=f"C{number}", lw=0.7, alpha=0.5)
+    for seed, curve in other["curve"].items():
+        gain = np.array(base["curve"][seed])[:, 1] - np.array(curve)[:, 1]
+        right.plot(np.array(curve)[:, 0] / 1e6, gain, "o-", ms=4, lw=1, color="C1", alpha=0.8, label=f"seed {seed}")
+    difference, (low, high) = -other["nats_per_token"]["difference"], other["nats_per_token"]["interval"]
+    right.axhline(0, color="black", lw=0.8)
+    left.set(xlabel="training tokens, millions", ylabel="nats per token", title="held-out text, mean and each seed")
+    right.set(xlabel="training tokens, millions", ylim=(min(0, right.get_ylim()[0]), None),
+              title=f"{second} better by {difference:.3f} nats, 95% interval {-high:.3f} to {-low:.3f}")  # fmt: skip
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    left.legend(fontsize=8)
+    figure.savefig(picture, dpi=120)
+
+
 if __name__ == "__main__":
-    {"curve": draw_curve, "balance": draw_balance, "sources": draw_sources, "runs": draw_runs}[sys.argv[1]](
-        *sys.argv[2:]
-    )
+    draw = {"curve": draw_curve, "balance": draw_balance, "sources": draw_sources, "runs": draw_runs, "gain": draw_gain}
+    draw[sys.argv[1]](*sys.argv[2:])

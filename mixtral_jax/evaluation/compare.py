@@ -1,6 +1,5 @@
 """Two runs or checkpoints side by side: how they learnt, and what they know."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +21,9 @@ from mixtral_jax.evaluation.history import (
     median_rate,
     read_history,
 )
-from mixtral_jax.evaluation.intervals import Interval, bootstrap_sums, interval
 from mixtral_jax.evaluation.loading import LoadedModel, load_model
 from mixtral_jax.evaluation.modes import Report
-from mixtral_jax.evaluation.perplexity import Evaluation, Result
+from mixtral_jax.evaluation.perplexity import Difference, Evaluation, difference
 from mixtral_jax.evaluation.pictures import new_figure, save
 from mixtral_jax.evaluation.results import measure_with_progress, numbers_of
 from mixtral_jax.evaluation.scoring import make_scorer
@@ -46,14 +44,6 @@ class Side:
     evaluation: Evaluation
     texts: list[MeasuredText]
     notes: list[str]
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Bits per byte of the second less those of the first, on one text."""
-
-    bits_per_byte: float
-    interval: Interval | None  # by drawing the same documents for both; None: too few, or other documents
 
 
 def compare_runs(first: str, second: str, overrides: Sequence[str]) -> Report:
@@ -86,18 +76,6 @@ def compare_runs(first: str, second: str, overrides: Sequence[str]) -> Report:
         [f"{letter}: {note}" for letter, side in zip("AB", sides, strict=True) for note in side.notes],
         {"compare.png": lambda path: _draw(sides, path)},
     )
-
-
-def difference(first: Result, second: Result) -> Difference:
-    """Subtracts bits per byte, with an interval where both were measured on the same documents."""
-    value = second.bits_per_byte - first.bits_per_byte
-    sizes = [[stratum[:, 1] for stratum in result.documents] for result in (first, second)]
-    same = len(sizes[0]) == len(sizes[1]) and all(map(np.array_equal, *sizes))
-    if not same:
-        return Difference(value, None)
-    pairs = zip(first.documents, second.documents, strict=True)
-    sums = bootstrap_sums([np.stack([a[:, 1], b[:, 2] - a[:, 2]], axis=1) for a, b in pairs])
-    return Difference(value, None if sums is None else interval(sums[:, 1] / sums[:, 0] / math.log(2)))
 
 
 def _look_at(path: str, overrides: list[str]) -> Side:

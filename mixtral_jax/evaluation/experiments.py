@@ -11,7 +11,7 @@ from rich.table import Table
 from mixtral_jax.config import Config
 from mixtral_jax.console import two_lines
 from mixtral_jax.evaluation.experiment_file import Run
-from mixtral_jax.evaluation.history import HELD_OUT, History, at_end, draw_curve, median_rate, read_history
+from mixtral_jax.evaluation.history import HELD_OUT, LAST, History, at_end, draw_curve, median_rate, read_history
 from mixtral_jax.evaluation.intervals import mean_interval
 from mixtral_jax.evaluation.modes import Report
 from mixtral_jax.evaluation.pictures import new_figure, save
@@ -19,6 +19,14 @@ from mixtral_jax.metrics import flops_per_token, parameter_counts
 
 # What is compared: in the JSON, for people, the name in the log.
 MEASURES = (("nats_per_token", "nats/token", HELD_OUT), ("bits_per_byte", "bits/byte", "bits_per_byte/total"))
+# Of the routers at the end of training: in the log, for people, how it is shown.
+ROUTERS = (
+    ("load_balance_loss", "balance\nloss", ".3f"),
+    ("max_violation", "busiest,\nexcess", ".2f"),
+    ("dead_experts", "dead\nexperts", ".1f"),
+    ("router_entropy", "entropy,\nnats", ".2f"),
+    ("dropped_share", "dropped", ".1%"),
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,11 @@ class Seed:
     def step_seconds(self) -> float:
         """Seconds of a step at the run's median speed; NaN where the log has no speed."""
         return self.step_tokens / (median_rate(self.history) or float("nan"))
+
+    @property
+    def measured(self) -> dict[str, Any]:
+        """The last measurement of held-out text, as it was logged."""
+        return next((entry for entry in reversed(self.history) if HELD_OUT in entry), {})
 
     def last(self, name: str) -> float:
         """The last measurement under a name of the log; NaN where it is not finite."""
@@ -94,7 +107,17 @@ def _report(variants: Variants, missing: Sequence[str]) -> Report:
     numbers = {name: _numbers(seeds, next(iter(variants.values()))) for name, seeds in variants.items() if seeds}
     notes = [f"not there yet: {', '.join(missing)}"] if missing else []
     content = {"evaluation": "experiment", "variants": numbers, "missing": list(missing)}
-    return Report([_table(numbers)], content, notes, {"experiment.png": lambda path: _draw(variants, path)})
+    tables = [_table(numbers)]
+    if any(len(found["by_source"]) > 1 for found in numbers.values()):
+        tables.append(_sources_table(numbers))
+    routed = {
+        name: found
+        for name, found in numbers.items()
+        if any(seed.config.model.num_experts > 1 for seed in variants[name].values())
+    }
+    if routed:
+        tables.append(_routers_table(routed))
+    return Report(tables, content, notes, {"experiment.png": lambda path: _draw(variants, path)})
 
 
 def _numbers(seeds: Mapping[int, Seed], first: Mapping[int, Seed]) -> dict[str, Any]:
@@ -107,23 +130,33 @@ def _numbers(seeds: Mapping[int, Seed], first: Mapping[int, Seed]) -> dict[str, 
         "tokens": round(steps * some.step_tokens),
         "flops": steps * some.step_flops,
         "seconds": _finite(np.mean([steps * seed.step_seconds for seed in seeds.values()])),
-        "load_balance_loss": {seed: at_end(run.history, "load_balance_loss") for seed, run in seeds.items()},
-        "dead_experts": {seed: at_end(run.history, "dead_experts") for seed, run in seeds.items()},
+        **{name: {seed: at_end(run.history, name) for seed, run in seeds.items()} for name, *_ in ROUTERS},
+        "curve": {  # tokens, held-out nats per token
+            seed: [(entry["step"] * run.step_tokens, entry[HELD_OUT]) for entry in run.history if HELD_OUT in entry]
+            for seed, run in seeds.items()
+        },
         "held_out": {
             seed: {name: value for entry in run.history if HELD_OUT in entry for name, value in entry.items()}
             for seed, run in seeds.items()
         },
     }
-    for name, _, logged in MEASURES:
-        values = np.array([run.last(logged) for run in seeds.values()])
-        pairs = np.array([run.last(logged) - first[seed].last(logged) for seed, run in seeds.items() if seed in first])
-        found[name] = {
-            "mean": _finite(values.mean()),
-            "spread": _finite(values.std(ddof=1)) if len(values) > 1 else None,
-            "difference": _finite(pairs.mean()) if len(pairs) else None,
-            "interval": mean_interval(pairs) if np.isfinite(pairs).all() else None,
-        }
+    found |= {name: _compared(seeds, first, logged) for name, _, logged in MEASURES}
+    names = [source.name for source in some.config.data.sources if f"bits_per_byte/{source.name}" in some.measured]
+    found["by_source"] = {name: _compared(seeds, first, f"bits_per_byte/{name}") for name in names}
     return found
+
+
+def _compared(seeds: Mapping[int, Seed], first: Mapping[int, Seed], logged: str) -> dict[str, Any]:
+    """Summarises the last measurement under a name of the log, and its differences to the first variant."""
+    values = np.array([run.last(logged) for run in seeds.values()])
+    both = [(run, first[seed]) for seed, run in seeds.items() if seed in first and logged in first[seed].measured]
+    pairs = np.array([run.last(logged) - other.last(logged) for run, other in both])
+    return {
+        "mean": _finite(values.mean()),
+        "spread": _finite(values.std(ddof=1)) if len(values) > 1 else None,
+        "difference": _finite(pairs.mean()) if len(pairs) else None,
+        "interval": mean_interval(pairs) if np.isfinite(pairs).all() else None,
+    }
 
 
 def _finite(value: float | np.floating[Any]) -> float | None:
@@ -147,6 +180,34 @@ def _table(numbers: Mapping[str, dict[str, Any]]) -> Table:
             two_lines(f"{found['tokens']:,}", f"{found['flops']:.3g}\n{_shown(found['seconds'], ',.0f')}"),
             *(_measure(found[name], number > 0) for name, _, _ in MEASURES),
         )
+    return table
+
+
+def _sources_table(numbers: Mapping[str, dict[str, Any]]) -> Table:
+    table = Table(caption="held-out text, bits per byte of each source; below, as above")
+    table.add_column("variant")
+    names = list(dict.fromkeys(name for found in numbers.values() for name in found["by_source"]))
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    for number, (variant, found) in enumerate(numbers.items()):
+        cells = [_measure(found["by_source"][name], number > 0) if name in found["by_source"] else "" for name in names]
+        table.add_row(variant, *cells)
+    return table
+
+
+def _routers_table(numbers: Mapping[str, dict[str, Any]]) -> Table:
+    table = Table(
+        caption=f"routers, means over seeds and the last {LAST} logged steps: balancing loss, 1 at balance; the "
+        "busiest expert's share above the uniform one; experts without a token in a step; assignments without room"
+    )
+    table.add_column("variant")
+    for _, name, _ in ROUTERS:
+        table.add_column(name, justify="right")
+    for variant, found in numbers.items():
+        values = [list(found[name].values()) for name, *_ in ROUTERS]
+        means = [None if None in seeds else float(np.mean(seeds)) for seeds in values]
+        cells = ["" if mean is None else format(mean, form) for mean, (*_, form) in zip(means, ROUTERS, strict=True)]
+        table.add_row(variant, *cells)
     return table
 
 

@@ -10,7 +10,7 @@ from mixtral_jax.data.record import DocumentRecord
 from mixtral_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mixtral_jax.evaluation.windows import window_sizes
 from mixtral_jax.model.mixtral import Architecture, Arrays
-from mixtral_jax.runs.checkpoint import find_checkpoint
+from mixtral_jax.runs.checkpoint import Checkpoints, find_checkpoint
 from mixtral_jax.runs.restoring import restore_model
 from mixtral_jax.runtime import check_sequence, make_runtime
 from mixtral_jax.sharding import ANY_MESH
@@ -22,6 +22,7 @@ class LoadedModel:
 
     config: Config  # of the checkpoint, with the overrides
     record: DocumentRecord | None  # of what it was trained on; None: not known
+    checkpoints: Checkpoints  # where it lies, with others of the run
     step: int
     training_tokens: int | None  # up to that step, without padding; None: not known
     architecture: Architecture
@@ -62,4 +63,4 @@ def load_model(path: str, overrides: list[str], *, packed: bool = True) -> Loade
     architecture = Architecture(config.model, runtime)
     arrays = restore_model(checkpoints, step, architecture, config.init_from)
     record = checkpoints.read_record(step)
-    return LoadedModel(config, record, step, meta.get("training_tokens"), architecture, arrays, tokenizer)
+    return LoadedModel(config, record, checkpoints, step, meta.get("training_tokens"), architecture, arrays, tokenizer)

@@ -8,29 +8,40 @@ from typing import Any
 
 from rich.console import Console, RenderableType
 
-from mixtral_jax.config import UserError
+from mixtral_jax.config import Config, UserError
 from mixtral_jax.console import ProgressLine
 from mixtral_jax.distributed.processes import is_main
-from mixtral_jax.evaluation import pictures
+from mixtral_jax.evaluation import pictures, routing_pictures
+from mixtral_jax.evaluation.ablation import measure_ablation
 from mixtral_jax.evaluation.context import context_lengths, measure_contexts, num_windows
 from mixtral_jax.evaluation.loading import LoadedModel
 from mixtral_jax.evaluation.outputs import write_json
 from mixtral_jax.evaluation.passkey import PasskeyPlan, measure_passkey, passkey_lengths
 from mixtral_jax.evaluation.results import measure_with_progress, results_json, results_table
-from mixtral_jax.evaluation.routing import measure_routing, route_sample, routing_batches
+from mixtral_jax.evaluation.routed_text import route_sample
+from mixtral_jax.evaluation.routing import all_sources, measure_routing, routing_batches
 from mixtral_jax.evaluation.routing_page import write_page
-from mixtral_jax.evaluation.scoring import make_router, make_scorer
-from mixtral_jax.evaluation.tables import (
-    context_json,
-    context_table,
-    passkey_json,
-    passkey_table,
+from mixtral_jax.evaluation.routing_tables import (
+    ablation_json,
+    ablation_table,
+    paths_json,
+    paths_table,
     routing_json,
     routing_table,
+    saturation_json,
+    saturation_table,
+    sources_table,
+    together_table,
+    vocabulary_json,
+    vocabulary_table,
 )
+from mixtral_jax.evaluation.saturation import measure_saturation
+from mixtral_jax.evaluation.scoring import Route, make_router, make_scorer
+from mixtral_jax.evaluation.tables import context_json, context_table, passkey_json, passkey_table
 from mixtral_jax.evaluation.tasks import measure_tasks, tasks_table
 from mixtral_jax.evaluation.texts import add_facts, describe, evaluation_texts, notes
-from mixtral_jax.evaluation.windows import window_sizes
+from mixtral_jax.evaluation.windows import Documents, window_sizes
+from mixtral_jax.runs.restoring import restore_model
 from mixtral_jax.zigzag import sequence_multiple
 
 
@@ -113,38 +124,83 @@ def passkey(loaded: LoadedModel) -> Report:
 
 
 def routing(loaded: LoadedModel) -> Report:
-    """Counts which experts the tokens of each source go to, cut as for perplexity."""
-    config = loaded.config
+    """Counts which experts the tokens of each source go to, cut as for perplexity; one pass feeds all of it."""
+    config, model = loaded.config, loaded.config.model
     found = evaluation_texts(loaded)
     texts = [text.documents for text in found]
     route = make_router(loaded.architecture)(loaded.arrays)
-    seq_len, experts = config.data.seq_len, config.model.num_experts
+    seq_len, experts = config.data.seq_len, model.num_experts
     counts = {}
-    done = 0
-    with ProgressLine("routing", routing_batches(texts, config.eval, seq_len), plain_line_seconds=30.0) as progress:
+    with _Steps("routing", texts, config, 1) as step:
         for text in texts:
-            counts[text.name] = measure_routing(
-                route,
-                text,
-                config.eval,
-                seq_len,
-                experts,
-                partial(_advance, progress, done, text.name),
-            )
-            done += len(counts[text.name].batch_loads)
+            counts[text.name] = measure_routing(route, text, config.eval, seq_len, model, lambda name, *_: step(name))
+    total = all_sources(list(counts.values()), model)
     context, _ = window_sizes(config.eval, seq_len)
     samples = [route_sample(route, text, loaded.tokenizer.decode, context) for text in texts]
+    piece = partial(_piece, loaded)
+    vocabulary, paths = vocabulary_json(total, piece), paths_json(total, counts)
     return Report(
-        [routing_table(counts)],
-        add_facts(routing_json(counts), found) | _about(loaded),
+        [routing_table(counts), together_table(total), sources_table(counts), vocabulary_table(vocabulary),
+         paths_table(paths)],
+        add_facts(routing_json(counts), found) | {"vocabulary": vocabulary, "paths": paths} | _about(loaded),
         notes(found, loaded.record),
         {
-            "routing_shares.png": lambda path: pictures.draw_shares(counts, path),
-            "routing_repeats.png": lambda path: pictures.draw_repeats(counts, path),
-            "routing_load.png": lambda path: pictures.draw_batch_load(counts, path),
-            "routing_text.png": lambda path: pictures.draw_text(samples[0], experts, path),
+            "routing_shares.png": lambda path: routing_pictures.draw_shares(counts, path),
+            "routing_repeats.png": lambda path: routing_pictures.draw_repeats(counts, path),
+            "routing_load.png": lambda path: routing_pictures.draw_batch_load(counts, path),
+            "routing_text.png": lambda path: routing_pictures.draw_text(samples[0], experts, path),
+            "routing_together.png": lambda path: routing_pictures.draw_together(total, path),
+            "routing_sources.png": lambda path: routing_pictures.draw_sources(counts, path),
+            "routing_vocabulary.png": lambda path: routing_pictures.draw_vocabulary(total, piece, path),
+            "routing_paths.png": lambda path: routing_pictures.draw_paths(total, path),
             "routing.html": lambda path: write_page(samples, experts, path),
         },
+    )  # fmt: skip
+
+
+def ablation(loaded: LoadedModel) -> Report:
+    """Measures what each source loses without each expert, cut as for perplexity."""
+    config, model = loaded.config, loaded.config.model
+    found = evaluation_texts(loaded)
+    texts = [text.documents for text in found]
+    score_of = make_scorer(loaded.architecture)
+    with _Steps("ablation", texts, config, 1 + model.num_layers * model.num_experts) as step:
+        measured = measure_ablation(score_of, loaded.arrays, texts, config.eval, config.data.seq_len, model, step)
+    return Report(
+        [ablation_table(measured)],
+        add_facts(ablation_json(measured), found) | _about(loaded),
+        notes(found, loaded.record),
+        {"ablation.png": lambda path: routing_pictures.draw_ablation(measured, path)},
+    )
+
+
+def saturation(loaded: LoadedModel) -> Report:
+    """Compares the routers of the run's earlier checkpoints with those of the one that was named."""
+    config, checkpoints, last = loaded.config, loaded.checkpoints, loaded.step
+    earlier = [step for step in checkpoints.steps() if step < last and checkpoints.find_damage(step) is None]
+    if not earlier:
+        raise UserError(
+            f"{checkpoints.directory} has no good checkpoint before step {last}, with which it could be compared: keep "
+            "some with checkpoint.keep or checkpoint.keep_every"
+        )
+    found = evaluation_texts(loaded)
+    texts = [text.documents for text in found]
+    router = make_router(loaded.architecture)
+
+    def route_at(step: int) -> Route:
+        if step == last:
+            return router(loaded.arrays)
+        return router(restore_model(checkpoints, step, loaded.architecture, config.init_from))
+
+    settings = config.eval, config.data.seq_len, config.model
+    with _Steps("saturation", texts, config, 1 + len(earlier)) as step:
+        moments = measure_saturation(last, earlier, route_at, texts, *settings, step)
+    numbers = saturation_json(moments) | {"sources": {text.name: {} for text in texts}}
+    return Report(
+        [saturation_table(moments, config.model.num_experts_per_tok)],
+        add_facts(numbers, found) | _about(loaded),
+        notes(found, loaded.record),
+        {"saturation.png": lambda path: routing_pictures.draw_saturation(moments, path)},
     )
 
 
@@ -160,6 +216,8 @@ MODES: dict[str, Callable[[LoadedModel], Report]] = {
     "context": context,
     "passkey": passkey,
     "routing": routing,
+    "ablation": ablation,
+    "saturation": saturation,
 }
 
 
@@ -187,6 +245,30 @@ def show(report: Report, console: Console, json_file: Path | None, plots: Path |
         console.print(f"pictures: {', '.join(str(plots / name) for name in report.pictures)}")
     elif report.pictures:
         console.print("--plots DIR draws this", style="dim")
+
+
+class _Steps:
+    """A progress bar over the batches of several passes over all sources; called after each batch."""
+
+    def __init__(self, title: str, texts: Sequence[Documents], config: Config, passes: int):
+        self._done, self._total = 0, passes * routing_batches(texts, config.eval, config.data.seq_len)
+        self._line = ProgressLine(title, self._total, plain_line_seconds=30.0)
+
+    def __call__(self, what: str) -> None:
+        self._done += 1
+        self._line.update(self._done, what)
+
+    def __enter__(self) -> "_Steps":
+        self._line.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._line.__exit__(*error)
+
+
+def _piece(loaded: LoadedModel, token: int) -> str:
+    """A token's text in one line, with its spaces to be seen."""
+    return repr(loaded.tokenizer.describe(token)[0])[1:-1].replace(" ", "\N{OPEN BOX}")
 
 
 def _advance(progress: ProgressLine, before: int, name: str, done: int) -> None:

@@ -86,6 +86,26 @@ def add_up(results: Sequence[Result]) -> Result:
     )
 
 
+@dataclass(frozen=True)
+class Difference:
+    """Bits per byte of the second less those of the first, on one text."""
+
+    bits_per_byte: float
+    interval: Interval | None  # by drawing the same documents for both; None: too few, or other documents
+
+
+def difference(first: Result, second: Result) -> Difference:
+    """Subtracts bits per byte, with an interval where both were measured on the same documents."""
+    value = second.bits_per_byte - first.bits_per_byte
+    sizes = [[stratum[:, 1] for stratum in result.documents] for result in (first, second)]
+    same = len(sizes[0]) == len(sizes[1]) and all(map(np.array_equal, *sizes))
+    if not same:
+        return Difference(value, None)
+    pairs = zip(first.documents, second.documents, strict=True)
+    sums = bootstrap_sums([np.stack([a[:, 1], b[:, 2] - a[:, 2]], axis=1) for a, b in pairs])
+    return Difference(value, None if sums is None else interval(sums[:, 1] / sums[:, 0] / math.log(2)))
+
+
 def measure(
     score: Score,
     sources: Sequence[Documents],

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from mixtral_jax.evaluation.routing import RoutedText
+from mixtral_jax.evaluation.routed_text import RoutedText
 
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Tokens by expert</title>

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Integer
 
 from mixtral_jax.data.batch import Batch, HostBatch, put_batch
 from mixtral_jax.kernels.cross_entropy import token_losses
@@ -29,8 +29,16 @@ class TokenScores(NamedTuple):
 
 # Scores a batch of [rows, context] arrays (see `evaluation_batches`); where `loss_mask` is false, numbers mean nothing.
 Score = Callable[[HostBatch], TokenScores]
-# The experts chosen in every layer, best first: [rows, context, layers, k]; of padding, they mean nothing.
-Route = Callable[[HostBatch], np.ndarray]
+
+
+class Routes(NamedTuple):
+    """What the routers say of every position of a batch; of padding, it means nothing."""
+
+    experts: Integer[np.ndarray, "rows context layers k"]  # chosen, best first
+    entropy: Float[np.ndarray, "rows context layers"]  # of the probabilities of all experts, nats
+
+
+Route = Callable[[HostBatch], Routes]
 
 
 def make_scorer(architecture: Architecture) -> Callable[[Arrays], Score]:
@@ -55,11 +63,18 @@ def make_router(architecture: Architecture) -> Callable[[Arrays], Route]:
     """Compiles routing once a shape and returns a function from a model's arrays to the routes of host batches."""
     small = jnp.uint8 if architecture.config.num_experts <= 1 << 8 else jnp.uint16
 
-    def routes(model: Mixtral, batch: Batch) -> jax.Array:
+    def routes(model: Mixtral, batch: Batch) -> Any:
         _, router = model(batch.tokens, batch.segment_ids, batch.positions)
-        return jnp.moveaxis(router.expert_indices, 0, 2).astype(small)
+        entropy = jnp.sum(jax.scipy.special.entr(jax.nn.softmax(router.router_logits, axis=-1)), axis=-1)
+        return jnp.moveaxis(router.expert_indices, 0, 2).astype(small), jnp.moveaxis(entropy, 0, 2)
 
-    return _compile(architecture, routes)
+    compiled = _compile(architecture, routes)
+
+    def with_arrays(arrays: Arrays) -> Route:
+        call = compiled(arrays)
+        return lambda batch: Routes(*call(batch))
+
+    return with_arrays
 
 
 def _compile(

@@ -10,7 +10,6 @@ from mixtral_jax.console import two_lines
 from mixtral_jax.evaluation.context import ContextCurve
 from mixtral_jax.evaluation.passkey import PasskeyGrid
 from mixtral_jax.evaluation.results import interval_text
-from mixtral_jax.evaluation.routing import RoutingCounts, random_repeats
 
 
 def context_table(curves: Mapping[str, ContextCurve]) -> Table:
@@ -72,68 +71,4 @@ def passkey_json(grid: PasskeyGrid) -> dict[str, Any]:
         "accuracy": grid.accuracy.tolist(),
         "nats_per_token": grid.nats_per_token.tolist(),
         "total": {"accuracy": float(grid.accuracy.mean()), "nats_per_token": float(grid.nats_per_token.mean())},
-    }
-
-
-def shown_layers(layers: int) -> list[int]:
-    """Chooses the first, the middle and the last layer."""
-    return sorted({0, layers // 2, layers - 1})
-
-
-def routing_table(counts: Mapping[str, RoutingCounts]) -> Table:
-    """Makes the paper's table 5 with the shares beside it, for the first, the middle and the last layer."""
-    k, layers, num_experts = next(iter(counts.values())).assignments.shape
-    random_first, random_any = random_repeats(num_experts, k)
-    table = Table(
-        caption=f"{k} of {num_experts} experts a token. share: of the assignments, least and most used expert. "
-        "repeats: neighbouring tokens with the same first choice, or with any choice in common. busiest: the most used "
-        "expert of a batch against the uniform load."
-    )
-    for name in ("layer", "source"):
-        table.add_column(name)
-    for name in ("share, %\n1st", "\nall", "repeats\n1st", "\nany", "busiest\nmean", "\nworst"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for layer in shown_layers(layers):
-        for number, (name, count) in enumerate(counts.items()):
-            first, every = 100 * count.shares(0)[layer], 100 * count.shares()[layer]
-            busiest = 1 + count.batch_violations()[:, layer]
-            table.add_row(
-                str(layer) if number == 0 else "",
-                name,
-                interval_text((first.min(), first.max()), ".1f"),
-                interval_text((every.min(), every.max()), ".1f"),
-                f"{count.first_repeats()[layer]:.1%}",
-                f"{count.any_repeats()[layer]:.1%}",
-                f"{busiest.mean():.2f}x",
-                f"{busiest.max():.2f}x",
-                end_section=number == len(counts) - 1,
-            )
-    uniform = f"{100 / num_experts:.1f}"
-    table.add_row("", "random", uniform, uniform, f"{random_first:.1%}", f"{random_any:.1%}", "1.00x", "", style="dim")
-    return table
-
-
-def routing_json(counts: Mapping[str, RoutingCounts]) -> dict[str, Any]:
-    """Makes `sources`: shares by choice, layer and expert, repetitions by layer, loads by batch; and `random`."""
-    k, _, num_experts = next(iter(counts.values())).assignments.shape
-    random_first, random_any = random_repeats(num_experts, k)
-    return {
-        "evaluation": "routing",
-        "sources": {
-            name: {
-                "tokens": count.tokens,
-                "pairs": count.pairs,
-                "shares_by_choice": [count.shares(choice).tolist() for choice in range(k)],
-                "shares": count.shares().tolist(),
-                "repeats_first_choice": count.first_repeats().tolist(),
-                "repeats_any_choice": count.any_repeats().tolist(),
-                "max_violation_by_batch": count.batch_violations().tolist(),
-            }
-            for name, count in counts.items()
-        },
-        "random": {
-            "share": 1 / num_experts,
-            "repeats_first_choice": random_first,
-            "repeats_any_choice": random_any,
-        },
     }

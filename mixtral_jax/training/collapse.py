@@ -19,7 +19,7 @@ class Trouble(NamedTuple):
     """What is wrong with a router at one look."""
 
     layer: int
-    kind: str  # idle, few or frozen
+    kind: str  # idle, few, frozen or not finite
     expert: int = -1
 
 
@@ -70,10 +70,22 @@ class RouterWatch:
         for layer, norm in enumerate([] if gradients is None else gradients):
             if norm == 0:
                 yield Trouble(layer, "frozen")
+            elif not np.isfinite(norm):
+                yield Trouble(layer, "not finite")
 
     def _sentence(self, layer: int, kind: str, experts: list[int]) -> str:
         if kind == "frozen":
             return f"ROUTER of layer {layer}: no gradient reaches it"
+        if kind == "not finite":
+            return f"ROUTER of layer {layer}: its gradient is not finite, so that no step learns,"
         if kind == "few":
             return f"ROUTER of layer {layer}: {self._chosen} of {self._experts} experts take most of the tokens"
         return f"ROUTER of layer {layer}: hardly a token has gone to expert {', '.join(map(str, experts))}"
+
+
+def name_not_finite(loss: float, gradients: Shaped[np.ndarray, " layers"] | None) -> str:
+    """Says what of a step was not finite: the loss, a router's gradient, the one nearest to the loss, or another."""
+    if not np.isfinite(loss):
+        return "the loss"
+    layers = np.flatnonzero(~np.isfinite(np.ones(0) if gradients is None else gradients))
+    return f"the gradient of the router of layer {layers[-1]}" if len(layers) else "a gradient"

@@ -37,7 +37,7 @@ from mixtral_jax.runs.run_dir import RunDirectory
 from mixtral_jax.runtime import make_runtime
 from mixtral_jax.sharding import ANY_MESH
 from mixtral_jax.training.admission import admit_kernels
-from mixtral_jax.training.collapse import RouterWatch
+from mixtral_jax.training.collapse import RouterWatch, name_not_finite
 from mixtral_jax.training.preferences import check_answers
 from mixtral_jax.training.reference import with_reference
 from mixtral_jax.training.signals import StopRequest
@@ -277,9 +277,11 @@ class Trainer:
         config = self.config.train
         in_a_row = int(metrics["skipped_in_a_row"])
         if in_a_row >= config.max_nonfinite_steps:
+            routers = metrics.get("router_gradients")
+            what = name_not_finite(metrics["loss"].item(), None if routers is None else np.asarray(routers))
             raise UserError(
-                f"the loss or a gradient was not finite in {in_a_row} steps in a row, up to step {step}: lower "
-                "optimizer.learning_rate or look at the data; the checkpoints hold the last good parameters"
+                f"{what} was not finite in {in_a_row} steps in a row, up to step {step}: lower optimizer.learning_rate "
+                "or look at the data; the checkpoints hold the last good parameters"
             )
         if not self._is_logged(step):
             self.logger.advance(step)

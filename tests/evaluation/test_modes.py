@@ -14,8 +14,7 @@ from mixtral_jax.config import UserError
 from mixtral_jax.config_loading import parse_config
 from mixtral_jax.data.tokenizer_training import train_model
 from mixtral_jax.evaluation import modes
-from mixtral_jax.evaluation.compare import difference
-from mixtral_jax.evaluation.perplexity import Result
+from mixtral_jax.evaluation.perplexity import Result, difference
 from tests.evaluation.checkpoint import make_run
 
 ROOT = Path(__file__).parents[2]
@@ -128,10 +127,34 @@ def test_routing(run, tmp_path):
         shares = np.array(source["shares_by_choice"])
         assert shares.shape == (2, 2, 4)
         np.testing.assert_allclose(shares.sum(axis=-1), 1)
-    assert pictures == {
-        "routing_shares.png", "routing_repeats.png", "routing_load.png", "routing_text.png", "routing.html",
-    }  # fmt: skip
+        for shares in source["specialisation"]:
+            assert sum(shares) == pytest.approx(2)  # experts a token
+        np.testing.assert_allclose(np.diagonal(source["coactivation"], axis1=1, axis2=2), 1)
+    assert len(numbers["vocabulary"]) == 2
+    assert sum(path["share"] for path in numbers["paths"]["most_frequent"]) == pytest.approx(1)
+    kinds = ("shares", "repeats", "load", "text", "together", "sources", "vocabulary", "paths")
+    assert pictures == {*(f"routing_{kind}.png" for kind in kinds), "routing.html"}
     assert "<h2>two</h2>" in (tmp_path / "plots" / "routing.html").read_text(encoding="utf-8")
+
+
+def test_ablation(run, tmp_path):
+    numbers, pictures = measured(tmp_path, run, "ablation", "eval.max_tokens=300")
+    assert [(each["layer"], each["expert"]) for each in numbers["without"]] == [
+        (i, j) for i in (0, 1) for j in range(4)
+    ]
+    assert all(
+        each["changes"][name]["bits_per_byte"] for each in numbers["without"] for name in ("one", "two", "total")
+    )
+    assert pictures == {"ablation.png"}
+
+
+def test_saturation(run, tmp_path):
+    numbers, pictures = measured(tmp_path, run, "saturation", "eval.max_tokens=300")
+    early, late = numbers["checkpoints"]
+    assert (early["step"], late["step"]) == (1, 2)
+    assert late["saturation"] == [1, 1]
+    assert 0.5 < min(early["saturation"]) <= max(early["saturation"]) <= 1
+    assert pictures == {"saturation.png"}
 
 
 def test_compare(run, tmp_path, capsys):
@@ -169,7 +192,7 @@ def test_a_difference_is_paired_only_on_the_same_documents():
 @pytest.mark.parametrize(("arguments", "sentence"), [
     (["context", "routing"], "one mode at a time: context, routing"),
     (["routing", "--tasks", "x"], "one mode at a time: routing, tasks"),
-    (["perplexty"], r"'perplexty' is neither a mode \(perplexity, context, passkey, routing, tasks\) nor key=value"),
+    (["perplexty"], r"'perplexty' is neither a mode \(perplexity, .*, saturation, tasks\) nor key=value"),
     (["tasks"], "the mode tasks needs --tasks"),
     (["context", "eval.context=20000"], "source 'one' has no held-out document of 20,000 tokens, the longest has"),
     (["passkey"], "a context of 64 tokens is too short for a passkey"),

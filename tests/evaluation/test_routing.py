@@ -11,18 +11,13 @@ import numpy as np
 import pytest
 
 from mixtral_jax.config import EvalConfig, UserError
-from mixtral_jax.evaluation.routing import (
-    RoutedText,
-    count_routes,
-    decode_pieces,
-    measure_routing,
-    random_repeats,
-    route_sample,
-)
+from mixtral_jax.evaluation.routed_text import RoutedText, decode_pieces, route_sample
+from mixtral_jax.evaluation.routing import measure_routing, random_repeats
 from mixtral_jax.evaluation.routing_page import expert_colour, routing_page
+from mixtral_jax.evaluation.routing_tables import routing_json, routing_table
 from mixtral_jax.evaluation.scoring import make_router
-from mixtral_jax.evaluation.tables import routing_json, routing_table
 from tests.evaluation.corpus import Corpus, random_corpus
+from tests.evaluation.planted import counted
 from tests.tiny import mesh_of, tiny_architecture, tiny_config
 
 EXPERTS, LAYERS, CLASSES = 4, 2, 8
@@ -75,7 +70,7 @@ def test_a_router_set_by_hand_is_read_exactly(mesh):
     route = make_router(architecture)(by_hand(architecture))
     corpus = random_corpus(np.random.default_rng(0), documents=20, longest=50, vocab=64)
     eval = EvalConfig("document", 16, batch_size=3)
-    counts = measure_routing(route, corpus, eval, seq_len=16, num_experts=EXPERTS)
+    counts = measure_routing(route, corpus, eval, 16, config.model)
     tokens, pairs, assignments, same, overlap = slow_counts(corpus, eval)
     assert (counts.tokens, counts.pairs) == (tokens, pairs)
     np.testing.assert_array_equal(counts.assignments, assignments)
@@ -84,29 +79,34 @@ def test_a_router_set_by_hand_is_read_exactly(mesh):
     assert counts.first_repeats()[1] == 1.0  # everything in layer 1 goes to expert 3 first
     np.testing.assert_allclose(counts.shares(0)[1], [0, 0, 0, 1])
     np.testing.assert_allclose(counts.shares(), assignments.sum(0) / (2 * tokens))
-    loads = counts.batch_loads
-    assert loads.sum(axis=-1) == pytest.approx(1)
+    assert np.sum(counts.batch_loads, axis=-1) == pytest.approx(1)
+    odds = np.exp([2, 1, 0, 0]) / np.exp([2, 1, 0, 0]).sum()  # RMSNorm leaves one direction of length sqrt(32)
+    odds = odds ** np.sqrt(32) / (odds ** np.sqrt(32)).sum()
+    np.testing.assert_allclose(counts.router_entropy(), -(odds * np.log(odds)).sum(), rtol=1e-3)
     np.testing.assert_allclose(counts.batch_violations()[:, 1], 0.5 * EXPERTS - 1)
 
 
 def test_padding_and_boundaries_by_pencil():
     experts = np.array([[[[0, 1]], [[0, 2]], [[0, 1]], [[3, 0]], [[9, 9]]]], np.uint8)  # [1 row, 5, 1 layer, k 2]
-    counts = count_routes(np.where(experts == 9, 0, experts), np.array([[1, 1, 2, 2, 0]]), 4)
+    counts = counted(np.where(experts == 9, 0, experts), segment_ids=np.array([[1, 1, 2, 2, 0]]), num_experts=4)
     assert (counts.tokens, counts.pairs) == (4, 2)
     assert counts.assignments.tolist() == [[[3, 0, 0, 1]], [[1, 2, 1, 0]]]
     assert counts.same_first.tolist() == [1]  # 0-0 in the first document; 0-3 in the second
     assert counts.overlap.tolist() == [2]  # 3,0 shares its second choice with 0,1
-    assert counts.batch_loads.tolist() == [[[4 / 8, 2 / 8, 1 / 8, 1 / 8]]]
+    assert np.array(counts.batch_loads).tolist() == [[[4 / 8, 2 / 8, 1 / 8, 1 / 8]]]
 
 
 @pytest.mark.parametrize(("experts", "k"), [(8, 2), (8, 1), (4, 3), (64, 6)])
 def test_what_chance_gives(experts, k):
     rng = np.random.default_rng(0)
     drawn = np.argsort(rng.random((1, 20_000, 1, experts)), axis=-1)[..., :k].astype(np.uint8)
-    counts = count_routes(drawn, np.ones((1, 20_000), int), experts)
+    counts = counted(drawn, num_experts=experts)
     first, either = random_repeats(experts, k)
     assert counts.first_repeats()[0] == pytest.approx(first, abs=0.01)
     assert counts.any_repeats()[0] == pytest.approx(either, abs=0.02)
+    others = counts.coactivation()[0][~np.eye(experts, dtype=bool)]
+    np.testing.assert_allclose(others, (k - 1) / (experts - 1), atol=0.04)
+    np.testing.assert_allclose(counts.specialisation()[0], k / experts, atol=0.02)
 
 
 def test_the_papers_chance():
@@ -118,7 +118,7 @@ def test_the_papers_chance():
 
 def test_nothing_to_route_is_a_sentence():
     with pytest.raises(UserError, match="source 'none' has no held-out text"):
-        measure_routing(lambda batch: np.zeros(0), Corpus([], name="none"), EvalConfig(), 8, 4)
+        measure_routing(lambda batch: None, Corpus([], name="none"), EvalConfig(), 8, tiny_config().model)
 
 
 def letters(ids):
@@ -154,7 +154,7 @@ def test_table_and_json():
     architecture = tiny_architecture(tiny_config())
     route = make_router(architecture)(by_hand(architecture))
     corpus = random_corpus(np.random.default_rng(0), documents=8, longest=50, vocab=64)
-    counts = {"letters": measure_routing(route, corpus, EvalConfig("packed", 16), 16, EXPERTS)}
+    counts = {"letters": measure_routing(route, corpus, EvalConfig("packed", 16), 16, tiny_config().model)}
     numbers = routing_json(counts)
     json.dumps(numbers, allow_nan=False)
     source = numbers["sources"]["letters"]

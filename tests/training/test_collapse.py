@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from mixtral_jax.training.collapse import RouterWatch
+from mixtral_jax.training.collapse import RouterWatch, name_not_finite
 from tests.tiny import tiny_batch, tiny_config, tiny_trainable
 
 EXPERTS, LAYERS, BEGINS = 8, 3, 200  # step at which something goes wrong
@@ -31,10 +31,15 @@ def frozen(load, gradients):
     gradients[2] = 0
 
 
+def poisoned(load, gradients):
+    gradients[1] = np.nan
+
+
 PLANTED = {
     dead: "ROUTER of layer 1: hardly a token has gone to expert 2, 5 for 40 steps and more",
     two: "ROUTER of layer 0: 2 of 8 experts take most of the tokens for 40 steps and more",
     frozen: "ROUTER of layer 2: no gradient reaches it for 40 steps and more",
+    poisoned: "ROUTER of layer 1: its gradient is not finite, so that no step learns, for 40 steps and more",
 }
 
 
@@ -65,7 +70,7 @@ def test_planted_collapse_is_named_once_and_within_fifty_steps(plant, every):
 
 def test_a_collapse_of_the_first_steps_is_named_too():
     assert list(watched(plant=two, begins=1)) == [50]
-    assert list(watched(plant=frozen, begins=1)) == [50]
+    assert list(watched(plant=frozen, begins=1)) == list(watched(plant=poisoned, begins=1)) == [50]
     assert list(watched(plant=dead, begins=1)) == [100]
 
 
@@ -98,3 +103,9 @@ def test_the_step_measures_the_routers_gradients():
     assert metrics["router_gradients"].shape == (2,)
     np.testing.assert_allclose(metrics["router_gradients"], expected, rtol=1e-5)
     assert expected.min() > 0
+
+
+def test_what_was_not_finite_is_named():
+    assert name_not_finite(np.nan, np.full(3, np.nan)) == "the loss"
+    assert name_not_finite(2.0, np.array([np.nan, np.inf, 1.0])) == "the gradient of the router of layer 1"
+    assert name_not_finite(2.0, np.ones(3)) == name_not_finite(2.0, None) == "a gradient"

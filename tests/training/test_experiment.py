@@ -87,8 +87,8 @@ def test_runs_go_on_where_they_were_killed_and_what_is_done_is_skipped(file, tmp
         experiment(file, "optimizer.beta1=0.5")
 
 
-def written(directory, runs, losses):
-    """The logs of runs, as if they had been trained."""
+def written(directory, runs, losses, others=()):
+    """The logs of runs, as if they had been trained; of two sources, if `others` has the bits per byte of one."""
     for run, loss in zip(runs, losses, strict=True):
         place = directory / str(run)
         place.mkdir(parents=True)
@@ -97,6 +97,8 @@ def written(directory, runs, losses):
             {"step": 2, "heldout/total": 9.0, "heldout/words": 9.0, "bits_per_byte/total": 9.0},
             {"step": 4, "heldout/total": loss, "heldout/words": loss, "bits_per_byte/total": loss and loss / 2},
         ]
+        if others:
+            lines[-1] |= {"bits_per_byte/words": loss / 2, "bits_per_byte/other": others[str(run)]}
         (place / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return [
         dataclasses.replace(run, config=dataclasses.replace(run.config, run_dir=str(directory / str(run))))
@@ -116,6 +118,20 @@ def test_numbers_are_those_worked_out_by_hand(file, tmp_path):
     assert found["seconds"] == 4 * 2 * 32 / 64
     assert found["flops"] == 4 * 2 * 32 * flops_per_token(runs[1].config.model, 32)
     assert found["held_out"][7]["heldout/words"] == 4.7
+    assert found["curve"][7] == [(2 * 2 * 32, 9.0), (4 * 2 * 32, 4.7)]
+
+
+def test_sources_and_routers_have_tables_of_their_own(file, tmp_path):
+    sources = f"data.sources=[{{name: words, path: {file.parent}/a}}, {{name: other, path: {file.parent}/b}}]"
+    others = {"mixture/0": 2.0, "dense/0": 2.5, "mixture/7": 1.0, "dense/7": 1.7}
+    report = outcome(written(tmp_path, load_experiment(file, [sources]), [3.0, 2.5, 5.0, 4.7], others))
+    found = report.numbers["variants"]["dense"]["by_source"]
+    assert found["other"]["mean"] == pytest.approx(2.1)
+    assert found["other"]["difference"] == pytest.approx(0.6)
+    assert found["words"]["difference"] == pytest.approx(-0.2)
+    _, by_source, routers = report.tables
+    assert [column.header for column in by_source.columns] == ["variant", "words", "other"]
+    assert [list(column.cells) for column in routers.columns][:4] == [["mixture"], ["1.500"], [""], ["1.0"]]
 
 
 def test_what_is_not_there_is_named_and_compared_by_the_seeds_that_are(file, tmp_path):
@@ -181,13 +197,18 @@ def test_mistakes_in_a_file_are_one_sentence(file, tmp_path, old, new, sentence)
     assert "\n" not in str(error.value)
 
 
-def test_the_mixture_and_the_dense_model_of_the_shipped_experiment_do_equal_work():
-    runs = load_experiment(ROOT / "configs" / "experiments" / "mixture_or_dense.yaml", [])
+def test_mixtures_and_dense_models_of_the_shipped_experiments_do_equal_work_or_are_as_large():
+    shipped = ROOT / "configs" / "experiments"
+    runs = load_experiment(shipped / "mixture_or_dense.yaml", [])
     dense, mixture = (run.config for run in runs[:2])
     assert [run.variant for run in runs[:2]] == ["dense", "mixture"]
     for work in (lambda model: parameter_counts(model).active, lambda model: flops_per_token(model, 128)):
         assert 1 <= work(mixture.model) / work(dense.model) < 1.03  # the routers'
     assert mixture.train == dense.train
+    dense, mixture, whole = (run.config for run in load_experiment(shipped / "languages.yaml", [])[:3])
+    assert parameter_counts(whole.model).total / parameter_counts(mixture.model).total == pytest.approx(1, abs=0.003)
+    assert dense.data == mixture.data == whole.data
+    assert dense.train == mixture.train == whole.train
 
 
 def test_a_run_that_is_not_there_cannot_be_chosen(file):

@@ -102,7 +102,7 @@ def test_the_run_ends_with_the_last_of_so_many_steps_that_were_not_finite(traine
         return dataclasses.replace(state, params=params), step
 
     monkeypatch.setattr(Trainer, "_first_state", poisoned)
-    with pytest.raises(UserError, match="not finite in 3 steps in a row, up to step 3: lower"):
+    with pytest.raises(UserError, match=r"^the loss was not finite in 3 steps in a row, up to step 3: lower"):
         trainer.run()
     assert trainer.checkpoints.steps() == []
     assert not prefetching()

@@ -24,7 +24,7 @@ COMPILES = 60.0  # seconds that the first step of a process takes more
 class Device:
     """Does one step after the other; every thread has a time of its own, up to which it has waited."""
 
-    load = np.full((2, 4), 0.25)
+    load, gradients = np.full((2, 4), 0.25), np.ones(2)  # of routers
 
     def __init__(self, ahead: bool, done: int):
         self.ahead, self.done, self.free, self.thread = ahead, done, 0.0, threading.local()
@@ -44,6 +44,7 @@ class Device:
         self.free = self.ready[self.done] = max(self.now(), self.free) + took(self.done) + self.compiles
         self.compiles = 0.0
         metrics = {"loss": self.done, "skipped_in_a_row": 0, "expert_load": self.load}
+        metrics["router_gradients"] = self.gradients
         if not self.ahead:
             self.wait(metrics)
         return state, {name: jnp.asarray(value) for name, value in metrics.items()}
@@ -125,6 +126,17 @@ def test_a_router_that_collapses_is_named_in_the_log(train, monkeypatch, capsys)
     train(True, 10, 0, 60)
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "ROUTER" in line)
     assert line == "step 50: ROUTER of layer 1: 2 of 4 experts take most of the tokens for 40 steps and more"
+
+
+@pytest.mark.parametrize(
+    ("gradient", "said"),
+    [(0, "no gradient reaches it"), (np.nan, "its gradient is not finite, so that no step learns,")],
+)
+def test_a_router_that_is_frozen_is_named_in_the_log(train, monkeypatch, capsys, gradient, said):
+    monkeypatch.setattr(Device, "gradients", np.array([1.0, gradient]))
+    train(True, 10, 0, 60)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "ROUTER" in line)
+    assert line == f"step 50: ROUTER of layer 1: {said} for 40 steps and more"
 
 
 def test_a_start_tells_where_its_time_went(monkeypatch):
