@@ -89,6 +89,7 @@ def add(
     rate = step_bytes(model, batch, ITEMSIZE[kind]) * new / seconds / 1e9
     ratio = None if "failed" in first else median_ratio(first["seconds"], result["seconds"])
     report.add(**row, tokens_s=batch * new / seconds, weights_GB_s=rate, ratio=ratio)
+    print(f"{name}, {kind}, {batch} texts: {batch * new / seconds:.1f} tokens/s", flush=True)  # the table comes last
 
 
 def step_bytes(model: ModelConfig, batch: int, itemsize: int) -> float:

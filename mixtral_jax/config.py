@@ -54,7 +54,8 @@ class ModelConfig:
     # Rows that a device has room for from its expert group, as a multiple of the balanced load, an equal share for each
     # sender; what goes beyond is dropped and counted. 0: the worst case, nothing is dropped. dispatch=dropless only.
     buffer_factor: float = 0.0
-    # Of all matrices; those that write to the residual stream get init_std / sqrt(2 * num_layers).
+    # Of all matrices; those that write to the residual stream get init_std / sqrt(2 * num_layers), and routers
+    # init_std * min(1, 256 / d_model), so that wide ones do not choose before anything is learnt.
     init_std: float = 0.02
     attend_across_documents: bool = False  # let attention in packed rows cross document boundaries
 
@@ -127,6 +128,9 @@ class OptimizerConfig:
     beta1: float = 0.9  # decay of Adam's first moment
     beta2: float = 0.95  # decay of Adam's second moment
     eps: float = 1e-8  # in Adam's denominator
+    # Routers learn at learning_rate * min(1, router_width / model.d_model): a step of Adam moves a logit by up to the
+    # rate times a sum over d_model activations. 0: at the rate of all.
+    router_width: int = 512
     weight_decay: float = 0.1  # matrices only, never norm scales
     clip_norm: float = 1.0  # of the global gradient; 0: no clipping
 

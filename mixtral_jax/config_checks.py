@@ -38,7 +38,10 @@ def validate(config: Config) -> None:
         check_name(operation, getattr(config.kernels, operation))
     not_negative: tuple[tuple[Any, tuple[str, ...]], ...] = (
         (train, ("eval_every",)),
-        (config.optimizer, ("warmup_steps", "decay_steps", "weight_decay", "clip_norm", "final_learning_rate_ratio")),
+        (
+            config.optimizer,
+            ("warmup_steps", "decay_steps", "router_width", "weight_decay", "clip_norm", "final_learning_rate_ratio"),
+        ),
         (config.losses, ("load_balance", "router_z", "selection_bias_rate")),
         (config.checkpoint, ("keep_every",)),
         (config.kernels, ("block_size", "loss_chunk")),

@@ -64,12 +64,8 @@ class Runtime:
 
     @property
     def unrolled(self) -> bool:
-        """Whether layers are written out: a loop moves what each keeps into a stack and out of it again.
-
-        Not with deterministic operations: XLA then marks the first of several equal cuDNN calls alone as such, and ends
-        the program where it looks for the others (jax 0.11.2).
-        """
-        return self.platform == "gpu" and self.mesh.size == 1 and self.remat == "none" and not self.deterministic
+        """Whether layers are written out: a loop moves what each keeps into a stack and out of it again."""
+        return self.platform == "gpu" and self.mesh.size == 1 and self.remat == "none"
 
     @property
     def carries_experts(self) -> bool:

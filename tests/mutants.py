@@ -295,7 +295,7 @@ TABLE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("_HF_EXPERT + \"w1.weight\", _HF", "_HF_EXPERT + \"w3.weight\", _HF"),
     ],
     ("weights/upcycling.py", "weights/test_upcycling.py"): [
-        ("config.init_std * jax.random.normal", "0 * jax.random.normal"),
+        ("router_init_std(config) * jax.random.normal", "0 * jax.random.normal"),
         ("noise * spread * jax.random", "noise * jax.random"),
         ("jax.random.split(key, weights.shape[0])", "jnp.stack([key] * weights.shape[0])"),
     ],

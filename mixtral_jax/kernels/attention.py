@@ -4,6 +4,7 @@ Along the mesh axis `context` every device computes its own queries, against key
 gathers. Columns come in the order of `zigzag`.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -38,6 +39,7 @@ def attention(
     *,
     mesh: Mesh,
     backend: str,
+    deterministic: bool = False,
 ) -> Float[Array, "batch seq heads head_dim"]:
     """Computes softmax(q k / sqrt(head_dim)) v over the earlier positions of the same segment.
 
@@ -49,16 +51,19 @@ def attention(
             decrease with the position, except that padding (0) may follow.
         mesh: where the arrays lie.
         backend: of `attention`.
+        deterministic: whether a GPU must sum in one order.
 
     Raises:
         UserError: a length that splash does not take, or more elements than cuDNN does.
     """
     axis_size, seq_len = mesh.shape[AXIS], q.shape[1]
     queries, keys = spec(("batch", "sequence", "heads", None)), spec(("batch", "sequence", "kv_heads", None))
-    engine: Any = load("attention", backend)
+    attend: Any = load("attention", backend).attend
+    if backend == "cudnn":  # the others always do
+        attend = partial(attend, deterministic=deterministic)
     kernel = splits = None
     if backend == "splash":  # its masks are arrays, split over the mesh like the queries
-        kernel, splits = engine.make_kernel(mesh, seq_len, q.shape[2] // mesh.shape["tensor"])
+        kernel, splits = load("attention", backend).make_kernel(mesh, seq_len, q.shape[2] // mesh.shape["tensor"])
 
     def local(q: Array, k: Array, v: Array, q_ids: Array, kernel: Any) -> Array:
         ids, starts = q_ids, chunk_starts(seq_len, axis_size, 0)
@@ -66,7 +71,7 @@ def attention(
             k, v, ids = (in_order(jax.lax.all_gather(a, AXIS, axis=1, tiled=True), axis_size) for a in (k, v, ids))
             starts = chunk_starts(seq_len, axis_size, jax.lax.axis_index(AXIS))
         inputs = AttentionInputs(q, k, v, q_ids, ids, starts)
-        out: Array = engine.attend(inputs, mesh if kernel is None else kernel)
+        out: Array = attend(inputs, mesh if kernel is None else kernel)
         return out
 
     return by_device(

@@ -43,5 +43,6 @@ class Attention(nnx.Module):
         k = rotate(project(self.wk, KV_HEADS), *rotary)
         v = project(self.wv, KV_HEADS)
         q, k, v = save_for_backward((q, k, v))
-        out = attention(q, k, v, segment_ids, mesh=mesh, backend=self.runtime.attention)
+        backend, deterministic = self.runtime.attention, self.runtime.deterministic
+        out = attention(q, k, v, segment_ids, mesh=mesh, backend=backend, deterministic=deterministic)
         return contract(out, self.wo[...].astype(compute), 2, backend=matmul)

@@ -29,7 +29,13 @@ from mixtral_jax.model.expert_parallel import (
     scatter_sums,
 )
 from mixtral_jax.model.layers import parameter
-from mixtral_jax.model.routing import choose_experts, device_quota, drop_beyond_quota, expert_capacity
+from mixtral_jax.model.routing import (
+    choose_experts,
+    device_quota,
+    drop_beyond_quota,
+    expert_capacity,
+    router_init_std,
+)
 from mixtral_jax.precision import FULL
 from mixtral_jax.remat import save_for_backward
 from mixtral_jax.runtime import Runtime
@@ -55,7 +61,7 @@ class MoE(nnx.Module):
         d, f, e = config.d_model, config.d_ff, config.num_experts
         std, out_std = config.init_std, config.init_std / math.sqrt(2 * config.num_layers)
         precision = runtime.precision
-        self.router = parameter(rngs, (d, e), (None, None), std, precision)
+        self.router = parameter(rngs, (d, e), (None, None), router_init_std(config), precision)
         self.selection_bias = SelectionBias(jnp.zeros((e,), FULL), axes=(None,))
         self.w_gate = parameter(rngs, (e, d, f), ("experts", "expert_d_model", "d_ff"), std, precision)
         self.w_up = parameter(rngs, (e, d, f), ("experts", "expert_d_model", "d_ff"), std, precision)

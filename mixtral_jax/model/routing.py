@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from mixtral_jax.config import ModelConfig
 from mixtral_jax.precision import EXACT_PRODUCT
 from mixtral_jax.remat import save_for_backward
 
@@ -17,6 +18,15 @@ class RowPlan(NamedTuple):
     source: Int[Array, " rows"]  # assignment of each row; tokens * k: empty
     row_of: Int[Array, "tokens k"]  # row of each assignment; the number of rows: none
     group_sizes: Int[Array, " experts"]  # rows of each expert
+
+
+def router_init_std(config: ModelConfig) -> float:
+    """Standard deviation of a router's weights at birth: that of the others up to d_model 256, then as 1 / d_model.
+
+    With that of the others at 4096 its logits begin at 0.64 and choose before anything is learnt, see docs/learning.md.
+    Source: the rule for outputs in arXiv 2203.03466.
+    """
+    return config.init_std * min(1, 256 / config.d_model)
 
 
 def choose_experts(

@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,9 @@ def admit_kernels(config: Config, runtime: Runtime) -> str:
     known = differences is not None
     if differences is None:
         names = f"attention: {runtime.attention}", f"experts: {runtime.experts}"
-        differences = {name: _differences(*case, runtime) for name, case in zip(names, cases, strict=True)}
+        with ThreadPoolExecutor() as pool:  # XLA compiles several programs at a time
+            asked = [_differences(*case, runtime, pool) for case in cases]
+            differences = {name: answer() for name, answer in zip(names, asked, strict=True)}
     _check(differences, runtime)
     if kept and facts and not known:
         write_file(_file(kept, facts), json.dumps(_sealed(facts, differences)).encode())
@@ -221,15 +224,18 @@ def _differences(
     names: tuple[str, ...],
     shapes: Sequence[tuple[int, ...]],
     runtime: Runtime,
-) -> dict[str, float]:
-    """Relative differences of the output and of each gradient; the last shape is that of the output."""
+    pool: ThreadPoolExecutor,
+) -> Callable[[], dict[str, float]]:
+    """Compiles in the pool what then says relative differences of the output and of each gradient.
+
+    The last shape is that of the output.
+    """
     compute = runtime.precision.compute
 
     def value_and_pull(function: Callable[..., Array], arrays: list[Array]) -> tuple[Array, ...]:
         out, pull = jax.vjp(function, *arrays[:-1])
         return out, *pull(arrays[-1].astype(out.dtype))
 
-    @jax.jit
     def make(key: Array) -> list[Array]:
         scales = [shape[1] ** -0.5 if len(shape) == 3 else 1.0 for shape in shapes]  # matrices of unit gain
         keys = jax.random.split(key, len(shapes))
@@ -238,10 +244,6 @@ def _differences(
         ]
         return [array.astype(compute) for array in arrays]
 
-    # The reference in XLA's first choice of products: to time all of them takes longer than the products.
-    quickly = {"xla_gpu_autotune_level": 0} if runtime.platform == "gpu" else None
-
-    @partial(jax.jit, compiler_options=quickly)
     def compare(found: tuple[Array, ...], arrays: list[Array]) -> list[Array]:
         with jax.default_matmul_precision(EXACT_PRODUCT.name.lower()):
             expected = value_and_pull(reference, [array.astype(FULL) for array in arrays])
@@ -250,7 +252,20 @@ def _differences(
             for a, b in zip(found, expected, strict=True)
         ]
 
-    with jax.default_device(jax.local_devices()[0]):
-        arrays = make(jax.random.key(0))
-        found = jax.jit(partial(value_and_pull, kernel))(arrays)
-        return {name: float(value) for name, value in zip(names, compare(found, arrays), strict=True)}
+    def compiled(function: Callable[..., Any], *arguments: Any, **options: Any) -> Future[Any]:
+        with jax.default_device(jax.local_devices()[0]):
+            return pool.submit(jax.jit(function, **options).lower(*arguments).compile)
+
+    # The reference in XLA's first choice of products: to time all of them takes longer than the products.
+    quickly = {"xla_gpu_autotune_level": 0} if runtime.platform == "gpu" else None
+    key, compute_kernel = jax.random.key(0), partial(value_and_pull, kernel)
+    arrays = jax.eval_shape(make, key)
+    making, computing = compiled(make, key), compiled(compute_kernel, arrays)
+    comparing = compiled(compare, jax.eval_shape(compute_kernel, arrays), arrays, compiler_options=quickly)
+
+    def answer() -> dict[str, float]:
+        arrays = making.result()(key)
+        differences = comparing.result()(computing.result()(arrays), arrays)
+        return {name: float(value) for name, value in zip(names, differences, strict=True)}
+
+    return answer

@@ -117,11 +117,13 @@ def update(
         config.eps, config.weight_decay,
     )  # fmt: skip
 
-    def of_array(p: Array, grad: Array, mean: Array, square: Array, decays: bool) -> Moments:
+    def of_array(path: Any, p: Array, grad: Array, mean: Array, square: Array, decays: bool) -> Moments:
         own = factors if decays else factors._replace(weight_decay=0.0)
+        if path[-1].key == "router" and config.router_width:
+            own = own._replace(learning_rate=learning_rate * min(1, config.router_width / p.shape[-2]))
         return adamw.update(Moments(p, mean, square), grad, own, gradients.finite, backend=backend)
 
-    results = jax.tree.map(of_array, params, gradients.grads, adam.mu, adam.nu, decay_mask(axes))
+    results = jax.tree.map_with_path(of_array, params, gradients.grads, adam.mu, adam.nu, decay_mask(axes))
     one = jax.tree.structure(Moments(learning_rate, learning_rate, learning_rate))
     new: Any = jax.tree.transpose(jax.tree.structure(params), one, results)
     return new.params, (*state[:place], adam._replace(count=count, mu=new.mean, nu=new.square), *state[place + 1 :])

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.model.mixtral import Arrays
+from mixtral_jax.model.routing import router_init_std
 from mixtral_jax.precision import FULL
 from mixtral_jax.weights.released import Upcycling
 
@@ -26,7 +27,7 @@ def finish_upcycling(arrays: Arrays, config: ModelConfig, upcycling: Upcycling) 
     router_key, *keys = jax.random.split(jax.random.key(upcycling.seed), 4)
     router = moe["router"]
     draw = jax.jit(
-        lambda key: (config.init_std * jax.random.normal(key, router.shape, FULL)).astype(router.dtype),
+        lambda key: (router_init_std(config) * jax.random.normal(key, router.shape, FULL)).astype(router.dtype),
         out_shardings=router.sharding,
     )
     moe["router"] = draw(router_key)

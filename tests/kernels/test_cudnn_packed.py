@@ -22,7 +22,7 @@ DOCUMENTS = {
 }
 
 
-def stand_in(target, shapes, *arrays, places, products):
+def stand_in(target, shapes, *arrays, places, products, deterministic=False):
     """Forward or backward of the sequences that lengths and offsets name, or of whole rows, out of flat memory."""
     scale = HEAD_DIM**-0.5
     if not places:
@@ -97,7 +97,7 @@ def test_the_call_with_the_least_room_that_is_enough_computes(monkeypatch, docum
     """Documents of two rows: 2, 4, 11, 3, 2, 6; the number of places of a row is counted as the call runs."""
     called = []
 
-    def watched(target, shapes, *arrays, places, products):
+    def watched(target, shapes, *arrays, places, products, deterministic=False):
         results = stand_in(target, shapes, *arrays, places=places, products=products)
         jax.debug.callback(lambda: called.append(places[0].shape[1] if places else 1))
         return results
@@ -111,9 +111,26 @@ def test_the_call_with_the_least_room_that_is_enough_computes(monkeypatch, docum
     assert called == [next(room for room in (1, 2, 6) if number <= 2 * room)] * 2
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_gradients_are_asked_for_in_one_order_where_that_is_wanted(monkeypatch, deterministic):
+    """By every call: XLA's own mark does not reach all of them."""
+    asked = []
+
+    def watched(target, shapes, *arrays, places, products, deterministic=False):
+        if target.endswith("Backward"):
+            asked.append(deterministic)
+        return [jnp.zeros(shape, dtype) for shape, dtype in shapes]
+
+    monkeypatch.setattr(cudnn_packed, "_call", watched)
+    q = jnp.zeros((1, 64, 1, 8))
+    run = lambda q: packed_attention(q, q, q, jnp.ones(q.shape[:2], jnp.int32), deterministic)  # noqa: E731
+    jax.eval_shape(lambda q: jax.vjp(run, q)[1](q), q)
+    assert asked == [deterministic] * len(cudnn_packed.rooms(64))
+
+
 @pytest.mark.parametrize("documents", DOCUMENTS)
 def test_more_documents_than_there_is_room_for_are_computed_in_blocks(monkeypatch, documents):
-    def wrong(target, shapes, *arrays, places, products):
+    def wrong(target, shapes, *arrays, places, products, deterministic=False):
         return [jnp.full(shape, jnp.nan, dtype) for shape, dtype in shapes]
 
     monkeypatch.setattr(cudnn_packed, "_call", wrong)

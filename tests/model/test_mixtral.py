@@ -132,11 +132,12 @@ def test_shipped_configs_have_the_parameters_of_the_released_models(name, total)
     assert sum(x.size for x in jax.tree.leaves(params)) == total
 
 
-def test_initial_values_have_the_declared_spread():
-    config = tiny_config(model={"num_layers": 8})
+@pytest.mark.parametrize("width", [32, 1024])
+def test_initial_values_have_the_declared_spread(width):
+    config = tiny_config(model={"num_layers": 8, "d_model": width, "head_dim": width // 4})
     params = tiny_architecture(config).init(0)["params"]
     narrow = 0.02 / (2 * 8) ** 0.5
-    expected = {"wo": narrow, "w_down": narrow}
+    expected = {"wo": narrow, "w_down": narrow, "router": 0.02 if width == 32 else 0.005}
     for path, x in jax.tree_util.tree_leaves_with_path(params):
         name = path[-1].key
         if name == "scale":

@@ -105,7 +105,9 @@ def adamw(config, params, grads_of_steps, learning_rate):
             square[k] = config.beta2 * square[k] + (1 - config.beta2) * (g * factor) ** 2
             step = mean[k] / (1 - config.beta1**t) / (np.sqrt(square[k] / (1 - config.beta2**t)) + config.eps)
             decay = config.weight_decay * params[k] if params[k].ndim > 1 else 0
-            params[k] = params[k] - learning_rate * (step + decay)
+            wide = k == "router" and config.router_width
+            rate = learning_rate * min(1, config.router_width / len(params[k])) if wide else learning_rate
+            params[k] = params[k] - rate * (step + decay)
     return params
 
 
@@ -113,13 +115,14 @@ ADAMW = ["xla", pytest.param("fused", marks=pytest.mark.skipif(not find_spec("nu
 
 
 @pytest.mark.parametrize("backend", ADAMW)
-@pytest.mark.parametrize("clip_norm", [0.0, 0.5, 1e6])
-def test_steps_equal_the_equations(backend, clip_norm):
+@pytest.mark.parametrize(("clip_norm", "router_width"), [(0.0, 512), (0.5, 0), (1e6, 2000)])
+def test_steps_equal_the_equations(backend, clip_norm, router_width):
     """Four steps, the second of which is not finite, over arrays of less and of more than a block."""
-    config = OptimizerConfig(clip_norm=clip_norm, weight_decay=0.3)
+    config = OptimizerConfig(clip_norm=clip_norm, weight_decay=0.3, router_width=router_width)
     rng = np.random.default_rng(0)
-    axes = {"matrix": (None, None), "scale": (None,)}
-    params = {"matrix": rng.standard_normal((300, 701)), "scale": rng.standard_normal(7)}
+    axes = {"matrix": (None, None), "router": (None, None), "scale": (None,)}
+    shapes = {"matrix": (300, 701), "router": (1500, 3), "scale": (7,)}
+    params = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
     grads = [{k: rng.standard_normal(v.shape) * 3**t for k, v in params.items()} for t in range(4)]
     expected = adamw(config, dict(params), [grads[0], *grads[2:]], 0.1)
     grads[1]["scale"][3] = np.nan

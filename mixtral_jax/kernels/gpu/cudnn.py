@@ -15,7 +15,9 @@ from mixtral_jax.kernels.gpu.cudnn_packed import packed_attention
 PACKS_FROM = 9.0  # compute capability: Hopper
 
 
-def attend(inputs: AttentionInputs, mesh: Mesh) -> Float[Array, "batch queries heads head_dim"]:
+def attend(
+    inputs: AttentionInputs, mesh: Mesh, deterministic: bool = False
+) -> Float[Array, "batch queries heads head_dim"]:
     """Computes `kernels.attention` of this device's queries.
 
     Raises:
@@ -23,7 +25,7 @@ def attend(inputs: AttentionInputs, mesh: Mesh) -> Float[Array, "batch queries h
     """
     q, k, v, q_ids, ids, starts = inputs
     if mesh.shape[AXIS] == 1 and float(mesh.devices.flat[0].compute_capability) >= PACKS_FROM:
-        return packed_attention(q, k, v, q_ids)
+        return packed_attention(q, k, v, q_ids, deterministic)
     position = (starts[:, None] + jnp.arange(q.shape[1] // starts.size)).reshape(-1)
     causal = position[:, None] >= jnp.arange(k.shape[1])
     mask = causal & (q_ids[:, None, :, None] == ids[:, None, None, :])

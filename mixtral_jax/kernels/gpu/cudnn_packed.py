@@ -39,19 +39,20 @@ BACKWARD = {
 }  # fmt: skip
 
 
-@jax.custom_vjp
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
 def packed_attention(
     q: Float[Array, "rows seq heads head_dim"],
     k: Float[Array, "rows seq kv_heads head_dim"],
     v: Float[Array, "rows seq kv_heads head_dim"],
     segment_ids: Int[Array, "rows seq"],
+    deterministic: bool = False,
 ) -> Float[Array, "rows seq heads head_dim"]:
     """Computes `kernels.attention` on one device, in types of two bytes.
 
     Raises:
         UserError: a head_dim that cuDNN lacks, or more elements than 32-bit offsets reach.
     """
-    return _fwd(q, k, v, segment_ids)[0]
+    return _fwd(q, k, v, segment_ids, deterministic)[0]
 
 
 def rooms(seq_len: int) -> tuple[int, ...]:
@@ -83,7 +84,7 @@ def find_documents(
     return jnp.diff(first[: rows * room + 1]), first, number[-1]
 
 
-def _fwd(q: Array, k: Array, v: Array, segment_ids: Array) -> tuple[Array, tuple[Array, ...]]:
+def _fwd(q: Array, k: Array, v: Array, segment_ids: Array, deterministic: bool) -> tuple[Array, tuple[Array, ...]]:
     if q.shape[3] % HEAD_DIM_MULTIPLE or q.shape[3] > LARGEST_HEAD_DIM:
         raise UserError(
             f"kernels.attention=cudnn takes a model.head_dim of {HEAD_DIM_MULTIPLE} to {LARGEST_HEAD_DIM} in steps of "
@@ -106,13 +107,14 @@ def _fwd(q: Array, k: Array, v: Array, segment_ids: Array) -> tuple[Array, tuple
     return out, (q, k, v, segment_ids, lengths, first, chosen, out, stats)
 
 
-def _bwd(residuals: tuple[Array, ...], d_out: Array) -> tuple[Array | None, ...]:
+def _bwd(deterministic: bool, residuals: tuple[Array, ...], d_out: Array) -> tuple[Array | None, ...]:
     q, k, v, segment_ids, lengths, first, chosen, out, stats = residuals
 
     def unusual(q: Array, k: Array, v: Array, lengths: Array, first: Array, d_out: Array, *_: Array) -> tuple:
         return tuple(map(_as_cudnn, jax.vjp(partial(_portable, segment_ids), q, k, v)[1](d_out)))
 
-    calls = [_with_room(_flash_gradients, room) for room in rooms(q.shape[1])]
+    gradients = partial(_flash_gradients, deterministic=deterministic)
+    calls = [_with_room(gradients, room) for room in rooms(q.shape[1])]
     return *jax.lax.switch(chosen, [*calls, unusual], q, k, v, lengths, first, d_out, out, stats), None
 
 
@@ -156,12 +158,13 @@ def _flash(q: Array, k: Array, v: Array, places: tuple[Array, ...]) -> tuple[Arr
 
 
 def _flash_gradients(
-    q: Array, k: Array, v: Array, places: tuple[Array, ...], d_out: Array, out: Array, stats: Array
+    q: Array, k: Array, v: Array, places: tuple[Array, ...], d_out: Array, out: Array, stats: Array, deterministic: bool
 ) -> tuple[Array, ...]:
     shapes = [(_by_head(x), x.dtype) for x in (q, k, v)]
     stats = stats[: places[0].size if places else q.shape[0]]
-    arrays = (q, k, v, stats, d_out, out)
-    gradients = _call("__cudnn$fmhaSoftmaxBackward", shapes, *arrays, places=places, products=BACKWARD)
+    arrays = q, k, v, stats, d_out, out
+    call = partial(_call, products=BACKWARD, deterministic=deterministic)
+    gradients = call("__cudnn$fmhaSoftmaxBackward", shapes, *arrays, places=places)
     return tuple(d.swapaxes(1, 2) for d in gradients)
 
 
@@ -175,6 +178,7 @@ def _call(
     *arrays: Array,
     places: tuple[Array, ...],
     products: dict,
+    deterministic: bool = False,
 ) -> list[Array]:
     """Calls cuDNN through XLA; the results lie in memory as [rows, seq, heads, head_dim].
 
@@ -185,6 +189,8 @@ def _call(
         places: lengths of queries and of keys in tokens, and offsets in elements of their own arrays; none: a row is a
             document.
         products: contracted axes of what the call multiplies.
+        deterministic: whether sums are in one order. XLA's own mark reaches the first of several equal calls alone, and
+            the program ends where it looks for the others (jax 0.11.2).
     """
     q, k = arrays[:2]
     rows, seq_len, heads, head_dim = q.shape
@@ -203,6 +209,7 @@ def _call(
         "is_flash_attention": True, "mask_type": "PADDING_CAUSAL" if places else "CAUSAL",
         "dropout_rate": 0.0, "seed": 42, "sliding_window_length": 0,
         "max_seg_per_batch": places[0].shape[1] if places else 1, "is_paged_attention": False,
+        "force_deterministic": deterministic,
     }  # fmt: skip
     for name, (contracted, left, right) in products.items():
         settings[f"{name}_dot_dimension_numbers"] = {
