@@ -111,6 +111,9 @@ class TrainConfig:
     # The same bits from every run on the same device: on GPUs by slower operations, elsewhere it always is so.
     deterministic: bool = False
     max_nonfinite_steps: int = 10  # skipped updates in a row before the run stops
+    # Times that the run goes back to its newest checkpoint because of a spike of the loss, and leaves the batches from
+    # there to the spike out; then it stops. 0: never, and spikes are not looked for.
+    max_rollbacks: int = 0
     stop_at_step: int | None = None  # end this invocation early, with a checkpoint; the schedule still aims at `steps`
 
 
@@ -298,4 +301,4 @@ class Config:
 # A run may be resumed with other values of these: they change where and how often, not what is learnt.
 RESUMABLE_KEYS = ("run_dir", "init_from", "mesh", "distributed", "checkpoint", "kernels", "eval", "data.cache_dir",
                   "train.log_every", "train.eval_every", "train.eval_batches", "train.max_nonfinite_steps",
-                  "train.stop_at_step", "train.steps", "train.deterministic")  # fmt: skip
+                  "train.max_rollbacks", "train.stop_at_step", "train.steps", "train.deterministic")  # fmt: skip

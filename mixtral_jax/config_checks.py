@@ -37,7 +37,7 @@ def validate(config: Config) -> None:
     for operation in ("matmul", "attention", "experts", "exchange"):
         check_name(operation, getattr(config.kernels, operation))
     not_negative: tuple[tuple[Any, tuple[str, ...]], ...] = (
-        (train, ("eval_every",)),
+        (train, ("eval_every", "max_rollbacks")),
         (
             config.optimizer,
             ("warmup_steps", "decay_steps", "router_width", "weight_decay", "clip_norm", "final_learning_rate_ratio"),

@@ -12,7 +12,7 @@ from mixtral_jax.cli import prepare as prepare_cpu
 from mixtral_jax.config import Config, UserError
 from mixtral_jax.config_loading import home_expanded, load_config, user_path
 from mixtral_jax.data.sources import find_sources
-from mixtral_jax.distributed.processes import joined
+from mixtral_jax.distributed.processes import distributed_config, joined
 from mixtral_jax.evaluation.outputs import check_outputs
 from mixtral_jax.weights.destination import check_new, check_release, check_target
 
@@ -86,15 +86,21 @@ def prepare(arguments: list[str]) -> None:
 
 
 def verify(arguments: list[str]) -> None:
-    """Whether checkpoints are good, every byte of them: verify RUN_OR_CHECKPOINT."""
+    """Whether checkpoints are good, every byte of them: verify RUN_OR_CHECKPOINT [distributed.KEY=value ...]."""
     parser = argparse.ArgumentParser(prog="mixtral_jax verify", description=verify.__doc__)
     parser.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT", type=user_path, help="all of a run, or one")
-    options = parser.parse_args(arguments)
-    from mixtral_jax.console import make_console
-    from mixtral_jax.runs.verify import verify as run
+    parser.add_argument("overrides", metavar="distributed.KEY=value", nargs="*", help="where several processes share "
+                        "the work and no launcher says so")  # fmt: skip
+    options = parser.parse_intermixed_args(arguments)
+    for override in options.overrides:
+        if not override.startswith("distributed."):
+            raise UserError(f"verify takes the configuration from the checkpoint: leave out {override}")
+    with joined(distributed_config(options.overrides)):
+        from mixtral_jax.console import make_console
+        from mixtral_jax.runs.verify import verify as run
 
-    console = make_console()
-    run(options.checkpoint, lambda text: console.print(text, soft_wrap=True, markup=False))
+        console = make_console()
+        run(options.checkpoint, lambda text: console.print(text, soft_wrap=True, markup=False))
 
 
 def plan(arguments: list[str]) -> None:

@@ -19,6 +19,7 @@ FLOORS = {
     "runs": 3,
     "training": 4, "inference": 4, "weights": 4, "serving": 5,
     "training.trainer": 5, "training.reference": 5, "training.summary": 5, "training.experiment": 5,
+    "training.held_out": 5,
     "evaluation": 5, "planning": 5, "preparation": 5,
     "verbs": 6, "__main__": 6, "train.py": 6, "eval.py": 6,
 }  # fmt: skip

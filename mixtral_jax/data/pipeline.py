@@ -141,10 +141,28 @@ class TrainingData:
             for source, rows in zip(config.data.sources, self._rows, strict=True)
         ]
         self.fingerprint = data_fingerprint(config, documents)
+        self.skipped: list[tuple[int, int]] = []  # first batch, and the one after the last, of stretches left out
+
+    def number_of(self, step: int) -> int:
+        """Finds which batch of the order a step takes: the next one that is not left out."""
+        for begin, end in self.skipped:
+            if step >= begin:
+                step += end - begin
+        return step
+
+    def skip(self, begin: int, end: int) -> None:
+        """Leaves batches out, by their numbers in the order; whatever was left out after the first of them is in there.
+
+        Args:
+            begin: the first one.
+            end: the one after the last.
+        """
+        self.skipped = [stretch for stretch in self.skipped if stretch[1] <= begin] + [(begin, end)]
 
     def sources(self, step: int, rows: slice | None = None) -> tuple[Int64[np.ndarray, "rows"], ...]:
         """Finds, for the rows of `batch`, the number of each row's source and its place in that source's order."""
-        chosen = np.arange(self._batch_size, dtype=np.int64)[rows or slice(None)] + step * self._batch_size
+        chosen = np.arange(self._batch_size, dtype=np.int64)[rows or slice(None)]
+        chosen += self.number_of(step) * self._batch_size
         return choose_sources(chosen, self._weights)
 
     def batch(self, step: int, rows: slice | None = None) -> HostBatch:
@@ -172,8 +190,18 @@ class TrainingData:
         return sum(self._dealt(steps)[1])
 
     def _dealt(self, steps: int) -> tuple[list[int], list[int]]:
-        """Rows and tokens that each source gives to the first so many steps."""
-        dealt = rows_dealt(steps * self._batch_size, self._weights)
+        """How far each source is dealt out by the first so many steps, in rows, and what they take of it, in tokens."""
+        batches = self.number_of(steps - 1) + 1
+        dealt, tokens = self._before(batches)
+        for stretch in self.skipped:
+            if stretch[1] <= batches:
+                begin, end = (self._before(batch)[1] for batch in stretch)
+                tokens = [taken + before - after for taken, before, after in zip(tokens, begin, end, strict=True)]
+        return dealt, tokens
+
+    def _before(self, batch: int) -> tuple[list[int], list[int]]:
+        """Rows and tokens of each source that lie before a batch of the order."""
+        dealt = rows_dealt(batch * self._batch_size, self._weights)
         each = enumerate(zip(self._rows, dealt, strict=True))
         return dealt, [rows.tokens_of(count, self._seed, source) for source, (rows, count) in each]
 
@@ -191,7 +219,7 @@ class TrainingData:
         """Says what the first so many steps take of each source: `tokens_seen/NAME`, `share/NAME`, `epoch/NAME`.
 
         Where answers are learnt there is also `num_tokens`, of all sources. Tokens are those that the model reads, BOS
-        and EOS among them; padding is none.
+        and EOS among them; padding is none. Batches that were left out (`skipped_batches`) count for the epoch alone.
         """
         dealt, tokens = self._dealt(steps)
         seen: dict[str, int | float] = {}
@@ -201,6 +229,8 @@ class TrainingData:
                 f"share/{name}": tokens[source] / max(1, sum(tokens)),
                 f"epoch/{name}": dealt[source] * self._rows[source].copies / self._rows[source].count,
             }
+        if left_out := self.number_of(steps - 1) + 1 - steps:
+            seen["skipped_batches"] = left_out
         return seen | ({"num_tokens": sum(tokens)} if self._objective.name != "pretrain" else {})
 
 

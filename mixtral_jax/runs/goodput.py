@@ -17,12 +17,12 @@ PERIOD = 10.0  # seconds between two writes; what a kill leaves unwritten is `do
 MARKS = 100  # checkpoints of which is known how much of the steps lay before them
 PARTS = (
     "steps",  # that count
-    "start",  # from the process's beginning to the first step, without its compilation
+    "start",  # from the process's beginning to the first step, without its compilation; going back to a checkpoint
     "compile",  # of the first step
     "data",  # the loop waited for a batch
     "evaluation",  # of held-out text
     "saves",  # the loop waited for a checkpoint
-    "lost",  # steps after the checkpoint from which the next start went on
+    "lost",  # steps after the checkpoint from which the next start went on, or to which the run went back
     "down",  # between a start's last words and the next start
 )
 
@@ -46,14 +46,24 @@ class Goodput:
         if (earlier := _read(self._file)) is not None:
             self._starts += earlier["starts"]
             self._seconds |= earlier["seconds"]
-            marks = {int(mark): seconds for mark, seconds in earlier["marks"].items()}
-            self._marks = {mark: seconds for mark, seconds in marks.items() if mark <= step} or self._marks
-            counts = self._marks[max(self._marks)]
-            self._seconds["lost"] += self._seconds["steps"] - counts
-            self._seconds["steps"] = counts
+            self._marks = {int(mark): seconds for mark, seconds in earlier["marks"].items()}
+            self._lose(step)
             self._seconds["down"] += max(0.0, time.time() - start - earlier["written"])  # clocks jump
         self._seconds["start"] += start
         self._part, self._since = "steps", time.monotonic()
+        self._write()
+
+    def _lose(self, step: int) -> None:
+        """Counts the steps after a checkpoint as lost."""
+        self._marks = {0: 0.0} | {mark: seconds for mark, seconds in self._marks.items() if mark <= step}
+        counts = self._marks[max(self._marks)]
+        self._seconds["lost"] += self._seconds["steps"] - counts
+        self._seconds["steps"] = counts
+
+    def go_back(self, step: int) -> None:
+        """Notes that the run goes on from an earlier checkpoint, in this process; 0: from its beginning."""
+        self._switch(self._part)
+        self._lose(step)
         self._write()
 
     @contextmanager

@@ -6,6 +6,7 @@ arrays of zeros, which take no memory, and the blocks go into them through tenso
 out is like any other checkpoint of Orbax, and any other can be read this way.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -125,20 +126,27 @@ def _read(store: ts.TensorStore, leaf: jax.ShapeDtypeStruct, advance: Callable[[
     return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
 
 
-def read_blocks(directory: Path, name: str) -> Iterator[Shaped[np.ndarray, "..."]]:
+def read_blocks(directory: Path, name: str, first: int = 0, every: int = 1) -> Iterator[Shaped[np.ndarray, "..."]]:
     """Reads one array of an item of a checkpoint, a block at a time.
 
     Args:
         directory: of the item.
         name: of the array.
+        first: block to begin with.
+        every: how many blocks further the next one is, where others read those in between.
 
     Yields:
         Parts, in order, that together are the array.
     """
     store = _open(directory, name)
     whole = tuple(slice(size) for size in store.shape)
-    for block in _blocks(store.shape, store.dtype.numpy_dtype):
+    for block in itertools.islice(_blocks(store.shape, store.dtype.numpy_dtype), first, None, every):
         yield store[_place(whole, *block)].read().result()
+
+
+def num_blocks(shape: tuple[int, ...], dtype: DTypeLike) -> int:
+    """Counts the blocks of an array."""
+    return math.prod(shape[: _cut_axes(shape, dtype)])
 
 
 def _cut_axes(shape: tuple[int, ...], dtype: DTypeLike) -> int:

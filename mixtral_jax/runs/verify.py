@@ -1,7 +1,9 @@
 """Whether checkpoints are what a run can go on from: checksums, configuration, tokenizer, shapes, finite numbers."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,16 +11,21 @@ import numpy as np
 from mixtral_jax.config import CheckpointConfig, UserError
 from mixtral_jax.config_loading import parse_config
 from mixtral_jax.data.tokenizer import Tokenizer
+from mixtral_jax.distributed.processes import take_turn, with_all
 from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.runs.checkpoint import META, Checkpoints, check_fits
 from mixtral_jax.runs.restoring import ADAPTERS, find_base
-from mixtral_jax.runs.streaming import read_blocks
+from mixtral_jax.runs.streaming import num_blocks, read_blocks
 from mixtral_jax.runtime import make_runtime
 from mixtral_jax.sharding import ANY_MESH
+
+SHARES = 16  # of an array, that processes and threads read
 
 
 def verify(path: Path, say: Callable[[str], None]) -> None:
     """Reads every byte of a checkpoint, or of all checkpoints of a run, and says what it found of each.
+
+    Several processes call it together, and each reads its share.
 
     Args:
         path: a run directory, its `checkpoints` directory, or one bundle in it.
@@ -51,17 +58,41 @@ def _verify_one(checkpoints: Checkpoints, step: int, say: Callable[[str], None])
     if problem is None:
         try:
             _check_model(checkpoints, step)
-            for part, arrays in checkpoints.read_meta(step)["arrays"].items():
-                for name in arrays:
-                    count += 1
-                    for block in read_blocks(bundle / "state" / part, name):
-                        size += block.nbytes
-                        if jnp.issubdtype(block.dtype, jnp.floating) and not np.isfinite(block).all():
-                            raise UserError(f"{part}/{name} holds numbers that are not finite")
+            for name, (length, finite) in _read_all(bundle, checkpoints.read_meta(step)["arrays"]).items():
+                if not finite:
+                    raise UserError(f"{name} holds numbers that are not finite")
+                count, size = count + 1, size + length
         except UserError as error:
             problem = str(error)
     say(f"{bundle}: {problem or f'good, {count} arrays of {size / 1e9:,.2f} GB'}")
     return problem
+
+
+def _read_all(bundle: Path, described: dict[str, dict[str, Any]]) -> dict[str, tuple[int, bool]]:
+    """Reads all arrays, of which each process takes its share; gives, by name, the bytes and whether all is finite."""
+    arrays = [(part, name, *fact) for part, facts in described.items() for name, fact in facts.items()]
+    parts = [
+        (part, name, first, every)
+        for part, name, shape, dtype in arrays
+        for every in [min(SHARES, num_blocks(tuple(shape), dtype))]
+        for first in range(every)
+    ]
+    items = [json.dumps([str(bundle / "state" / part), *rest]) for part, *rest in parts]
+    found: dict[str, tuple[int, bool]] = {}
+    answers = with_all(take_turn(), _read_share, lambda ask: ask(items))
+    for (part, name, *_), (size, finite) in zip(parts, map(json.loads, answers), strict=True):
+        before, fine = found.get(f"{part}/{name}", (0, True))
+        found[f"{part}/{name}"] = before + size, fine and finite
+    return found
+
+
+def _read_share(item: str) -> str:
+    size, finite = 0, True
+    directory, *which = json.loads(item)
+    for block in read_blocks(Path(directory), *which):
+        size += block.nbytes
+        finite &= not jnp.issubdtype(block.dtype, jnp.floating) or bool(np.isfinite(block).all())
+    return json.dumps([size, finite])
 
 
 def _check_model(checkpoints: Checkpoints, step: int) -> None:

@@ -7,8 +7,6 @@ from typing import Any
 
 import jax
 
-from mixtral_jax.hardware import PeakFlops
-
 COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX's event, also for a program found on disk
 
 
@@ -111,21 +109,3 @@ class StartClock:
         jax.monitoring.unregister_event_duration_listener(self._note)
         parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.parts.items())
         return f"start took {self.seconds:.1f} s: {parts}"
-
-
-def above_peak(step: int, mfu: float, seconds: float, attention: float, seq_len: int, peak: PeakFlops) -> str:
-    """Says why a share of the peak can be more than all of it; a device cannot do that.
-
-    Args:
-        step: its number.
-        mfu: the share.
-        seconds: of the interval that ended with the step.
-        attention: share of attention in the work that was counted.
-        seq_len: tokens of a row.
-        peak: what was assumed.
-    """
-    return (
-        f"warning: an MFU of {mfu:.0%}, over {seconds:.3g} s up to step {step}, is more than a device can do. Either "
-        f"less work was done than counted: {attention:.0%} of it is attention over whole rows of {seq_len:,} tokens, "
-        f"and shorter documents need less; or the peak is higher than assumed: {peak.source}"
-    )

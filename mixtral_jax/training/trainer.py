@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -16,18 +15,15 @@ from mixtral_jax.compiled import keep_compiled
 from mixtral_jax.config import Config, DistributedConfig, UserError
 from mixtral_jax.config_loading import CHECKPOINT_TOKENIZER, changed_keys, parse_config, to_yaml, value_of
 from mixtral_jax.data.batch import Batch
-from mixtral_jax.data.pipeline import TrainingData, data_fingerprint, held_out_batches, open_documents
+from mixtral_jax.data.pipeline import TrainingData, data_fingerprint, open_documents
 from mixtral_jax.data.prefetch import Prefetcher
 from mixtral_jax.data.record import FILE as RECORD
 from mixtral_jax.data.record import NOTHING
 from mixtral_jax.data.splits import Documents
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.distributed import processes
-from mixtral_jax.evaluation.perplexity import measure
-from mixtral_jax.evaluation.scoring import make_scorer
-from mixtral_jax.hardware import memory_in_use, peak_flops
-from mixtral_jax.kernels.matmul import contract
-from mixtral_jax.metrics import flops_per_token, parameter_counts, speed
+from mixtral_jax.hardware import memory_in_use
+from mixtral_jax.metrics import parameter_counts
 from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.runs.checkpoint import Checkpoints, find_checkpoint
 from mixtral_jax.runs.goodput import Goodput
@@ -38,12 +34,15 @@ from mixtral_jax.runtime import make_runtime
 from mixtral_jax.sharding import ANY_MESH
 from mixtral_jax.training.admission import admit_kernels
 from mixtral_jax.training.collapse import RouterWatch, name_not_finite
+from mixtral_jax.training.held_out import HeldOut
 from mixtral_jax.training.preferences import check_answers
+from mixtral_jax.training.rates import Rates
 from mixtral_jax.training.reference import with_reference
 from mixtral_jax.training.signals import StopRequest
+from mixtral_jax.training.spikes import KEPT, Rollbacks, Spike
 from mixtral_jax.training.state import TrainState
 from mixtral_jax.training.step import Metrics, Trainable
-from mixtral_jax.training.step_clock import StartClock, StepClock, above_peak
+from mixtral_jax.training.step_clock import StartClock, StepClock
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 IN_FLIGHT = 2  # steps that the host may run ahead of the device
@@ -79,12 +78,11 @@ class Trainer:
         self.start = StartClock(began)
         self.config = dataclasses.replace(config, distributed=DistributedConfig())  # of this start, not of the run
         self.say = say
-        self.warned = False  # that more than the peak was measured
-        self.watch = RouterWatch(config.model)
+        self.watch, self.rollbacks = RouterWatch(config.model), Rollbacks(None)
         self.runtime = make_runtime(config)
         keep_compiled(config.data.cache_dir)
         self.trainable = Trainable(Architecture(config.model, self.runtime, config.objective), config)
-        self.score = make_scorer(self.trainable.architecture)
+        self.held_out = HeldOut(self.trainable)
         self.start.end("devices")
 
     def run(self) -> Outcome:
@@ -101,8 +99,7 @@ class Trainer:
                 self.say(admit_kernels(self.config, self.runtime))
                 self.start.end("admission")
             with Checkpoints(run_dir.path / "checkpoints", self.config.checkpoint, self.say) as self.checkpoints:
-                own = self.checkpoints.latest()
-                source = find_checkpoint(Path(self.config.init_from)) if own is None and self.config.init_from else None
+                own, source = self._find_checkpoints()
                 self.base = source  # of adapters
                 if own is not None and self.config.objective.lora_rank:
                     self.base = find_base(self.checkpoints, own, self.config.init_from)
@@ -122,6 +119,11 @@ class Trainer:
                 training=self.text.training,
                 heldout=self.text.held_out,
             )
+
+    def _find_checkpoints(self) -> tuple[int | None, tuple[Checkpoints, int] | None]:
+        """Finds the run's newest good checkpoint; where there is none yet, that of init_from, if it is given."""
+        own = self.checkpoints.latest()
+        return own, find_checkpoint(Path(self.config.init_from)) if own is None and self.config.init_from else None
 
     def _open_text(self, own: int | None, source: tuple[Checkpoints, int] | None) -> None:
         """Opens the text, split as the run's own checkpoint says or anew, past what the parameters know already."""
@@ -157,6 +159,8 @@ class Trainer:
         self.data = TrainingData(self.config, self.text.training)
         for note in self.data.notes():
             self.say(note)
+        self.rollbacks = Rollbacks(None if own is None else self.checkpoints.read_meta(own))
+        self.data.skipped = self.rollbacks.skipped
 
     def _checkpoint_tokenizer(self, own: int | None, source: tuple[Checkpoints, int] | None) -> Tokenizer | None:
         """The tokenizer of the run's own checkpoint or of init_from's, where the configuration asks for that."""
@@ -202,14 +206,25 @@ class Trainer:
         last = min(config.train.steps, config.train.stop_at_step or config.train.steps)
         if step >= last:
             return state, step
-        self.peak = peak_flops(self.runtime.precision.compute, partial(contract, axes=1, backend=self.runtime.matmul))
-        self.flops = flops_per_token(config.model, config.data.seq_len)
-        work = f"{self.flops / 1e6:,.1f} MFLOP a token"
-        mfu = f"model FLOP/s / (devices * peak FLOP/s of one); {work}; peak {self.peak.source}"
-        self.say(f"MFU = {mfu}")
+        self.rates = Rates(config, self.runtime)
+        self.say(f"MFU = {self.rates.formula}")
         self.start.end("peak")
-        first = step + 1
-        rows = self.trainable.host_rows()
+        self.goodput = Goodput(path, step, self.start.seconds)
+        self.start.begin_steps()
+        self.first = step + 1
+        with StopRequest() as stop:
+            state, step = self._steps(path, stop, state, step, last)
+            while self.rollbacks.spike is not None:
+                del state  # there is no room for two
+                state, step = self._go_back(self.rollbacks.spike)
+                state, step = self._steps(path, stop, state, step, last)
+        self.say(self.goodput.text())
+        return state, step
+
+    def _steps(self, path: Path, stop: StopRequest, state: TrainState, step: int, last: int) -> tuple[TrainState, int]:
+        """Trains up to the last step, one after which a signal asks to stop, or one after which a spike is seen."""
+        config = self.config
+        rows, described = self.trainable.host_rows(), {"mfu": self.rates.formula}
 
         def place(step: int) -> Batch:
             """In the thread of the prefetcher: to put a host's own rows on its own devices takes no other process."""
@@ -218,18 +233,15 @@ class Trainer:
         pending: deque[tuple[int, Metrics, Future[float]]] = deque()
         with (
             MetricsLogger(
-                path, config.train.steps, resume_step=step, descriptions={"mfu": mfu}, is_main=processes.is_main()
+                path, config.train.steps, resume_step=step, descriptions=described, is_main=processes.is_main()
             ) as self.logger,
-            StopRequest() as stop,
             StepClock(config.train.log_every) as clock,
             Prefetcher(place, step, last) as batches,
         ):
-            self.goodput = Goodput(path, step, self.start.seconds)
             if step == 0 and config.objective.name != "pretrain" and config.init_from and config.train.eval_every:
                 with self.goodput.part("evaluation"):
                     self._evaluate(0, state)  # what the model can before it is taught
                 self.start.end("evaluation")
-            self.start.begin_steps()
             processes.progress()  # from here on a hang counts, also one before the first step has ended
             for batch in self.goodput.waiting(batches):
                 processes.begin(step + 1)
@@ -241,12 +253,15 @@ class Trainer:
                 ends = step == last or asked
                 saves = ends or step % config.checkpoint.every == 0
                 evaluates = bool(config.train.eval_every) and step % config.train.eval_every == 0
-                while len(pending) > (0 if saves or evaluates else IN_FLIGHT):
+                while self.rollbacks.spike is None and len(pending) > (0 if saves or evaluates else IN_FLIGHT):
                     done, found, ended = pending.popleft()
-                    if done == first:
+                    if done == self.first:
+                        self.first = 0  # of a process, not of what is done again
                         self.logger.say(self.start.first_step(ended.result()))
                         self.goodput.compiled(self.start.parts["compile"])
                     self._report(done, found, clock.interval(done, ended.result()))
+                if self.rollbacks.spike is not None:
+                    break
                 if saves:
                     with self.goodput.part("saves"):
                         self._save(step, state)
@@ -259,16 +274,32 @@ class Trainer:
                 if ends:
                     break
         processes.stop_waiting()
-        self.say(self.goodput.text())
         return state, step
+
+    def _go_back(self, spike: Spike) -> tuple[TrainState, int]:
+        """Undoes what came after the newest good checkpoint, as a restart would, and leaves its batches out."""
+        with self.goodput.part("start"):
+            self.checkpoints.wait()
+            own, source = self._find_checkpoints()
+            begin, end = self.data.number_of(own or 0), self.data.number_of(spike.step - 1) + 1
+            self.data.skip(begin, end)
+            self.rollbacks = self.rollbacks.go_back(None if own is None else self.checkpoints.read_meta(own))
+            self.watch = RouterWatch(self.config.model)
+            self.say(
+                f"step {spike.step}: the loss of {spike.loss:.4g} is a spike, above {spike.bound:.4g}; back to step "
+                f"{own or 0}, without batches {begin + 1} to {end}"
+            )
+            self.goodput.go_back(own or 0)
+            return self._first_state(own, source)
 
     def _is_logged(self, step: int) -> bool:
         return step % self.config.train.log_every == 0 or step in (1, self.config.train.steps)
 
     def _fetch(self, step: int, metrics: Metrics) -> None:
         """Lets the device send what `_report` reads as soon as it is there; without it, every value is a round trip."""
+        always = ("skipped_in_a_row", "loss")[: 1 + bool(self.config.train.max_rollbacks)]
         for name, value in metrics.items():
-            if name == "skipped_in_a_row" or self._is_logged(step):
+            if name in always or self._is_logged(step):
                 value.copy_to_host_async()
 
     def _report(self, step: int, metrics: Metrics, seconds: float | None) -> None:
@@ -283,6 +314,8 @@ class Trainer:
                 f"{what} was not finite in {in_a_row} steps in a row, up to step {step}: lower optimizer.learning_rate "
                 "or look at the data; the checkpoints hold the last good parameters"
             )
+        if config.max_rollbacks:
+            self.rollbacks.look(step, float(metrics["loss"]), config.max_rollbacks)
         if not self._is_logged(step):
             self.logger.advance(step)
             return
@@ -290,21 +323,12 @@ class Trainer:
         load = values.pop("expert_load")
         for sentence in self.watch.look(step, load, values.pop("router_gradients", None)):
             self.logger.say(f"step {step}: {sentence}")
-        rates = self._rates(step, seconds) if seconds else {}
+        rates, warning = self.rates.measure(step, seconds) if seconds else ({}, "")
+        if warning:
+            self.logger.say(warning)
         scalars = {name: value.item() for name, value in values.items()}
         scalars |= rates | memory_in_use() | self.data.progress(step) | {"goodput": self.goodput.share()}
         self.logger.log(step, scalars, {"expert_load": load})
-
-    def _rates(self, step: int, seconds: float) -> dict[str, float]:
-        """Rates of a whole interval; what cannot be is said, at the first time at length."""
-        model, seq_len = self.config.model, self.config.data.seq_len
-        tokens = self.config.train.log_every * self.config.train.batch_size * seq_len
-        rates = speed(tokens, seconds, self.flops, self.runtime.mesh.size, self.peak)
-        if rates["mfu"] > 1 and not self.warned:
-            self.warned = True
-            attention = 1 - flops_per_token(model, 0) / self.flops
-            self.logger.say(above_peak(step, rates["mfu"], seconds, attention, seq_len, self.peak))
-        return rates
 
     def _save(self, step: int, state: TrainState) -> None:
         meta = {
@@ -313,6 +337,7 @@ class Trainer:
             "data_fingerprint": self.data.fingerprint,
             "documents": self.text.summary(self.config.data),
             "training_tokens": self.data.tokens_seen(step),
+            KEPT: self.rollbacks.describe(self.data.skipped),
             "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
         }
         files = {"tokenizer.model": self.text.tokenizer.model_bytes, RECORD: self.text.record.content}
@@ -322,35 +347,7 @@ class Trainer:
         self.checkpoints.save(step, state.parts, meta, files)
 
     def _evaluate(self, step: int, state: TrainState) -> None:
-        """Measures a bounded part of the held-out text, packed as in training."""
-        config = self.config
-        if config.objective.name == "preference":
-            self._judge(step, state)
-            return
-        tokens = config.train.eval_batches * config.eval.batch_size * config.data.seq_len
-        settings = dataclasses.replace(config.eval, mode="packed", context=0, stride=0, max_tokens=tokens)
-        texts = [documents for documents in self.text.held_out if documents.num_documents]
-        if not texts:
-            return
-        progress = lambda *_: processes.progress()  # noqa: E731
-        evaluation = measure(self.score(state.arrays), texts, settings, config.data.seq_len, progress)
-        named = {**evaluation.sources, "total": evaluation.total}
-        nats = {f"heldout/{name}": result.nats_per_token for name, result in named.items()}
-        bits = {f"bits_per_byte/{name}": result.bits_per_byte for name, result in named.items()}
-        self.logger.log(step, nats | bits)
-        self.logger.say(
-            f"step {step}: held-out perplexity {evaluation.total.perplexity:,.2f}, "
-            f"{evaluation.total.bits_per_byte:.4f} bits per byte"
-        )
-
-    def _judge(self, step: int, state: TrainState) -> None:
-        """Measures a bounded part of the held-out answers."""
-        batches = held_out_batches(self.config, self.text.held_out)
-        if not batches:
-            return
-        found = self.trainable.judge(state.arrays, batches)
-        self.logger.log(step, {f"heldout/{name}": value for name, value in found.items()})
-        self.logger.say(
-            f"step {step}: held-out loss {found['loss']:.4f}, reward accuracy {found['rewards/accuracies']:.1%}, "
-            f"margin {found['rewards/margins']:.4f}"
-        )
+        found = self.held_out.measure(self.text.held_out, state.arrays)
+        if found is not None:
+            self.logger.log(step, found.scalars)
+            self.logger.say(f"step {step}: {found.sentence}")

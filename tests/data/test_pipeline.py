@@ -61,12 +61,32 @@ def test_progress_says_what_the_batches_held_without_padding(make_documents, see
     for steps in (1, 2, 7, 40):
         tokens = tokens_of(data, steps)
         said = data.progress(steps)
+        assert "skipped_batches" not in said
         for number, count in enumerate(tokens):
             assert said[f"tokens_seen/s{number}"] == count
             assert said[f"share/s{number}"] == count / tokens.sum()
             # An epoch is a time through the text, also where a row holds it several times.
             total = sum(lengths[number])
             assert said[f"epoch/s{number}"] == pytest.approx(count / total, abs=16 / total)
+
+
+def test_batches_that_are_left_out_are_neither_taken_nor_counted(make_documents):
+    documents = [make_documents([40] * 20, "a"), make_documents([7] * 30, "b")]
+    data, whole = (TrainingData(config((3, 2)), documents) for _ in range(2))
+    data.skip(2, 4)
+    data.skip(data.number_of(2), data.number_of(2) + 1)  # from where the last ones end
+    data.skip(data.number_of(6), data.number_of(8))
+    taken = [0, 1, 5, 6, 7, 8, 11, 12, 13]
+    for step, number in enumerate(taken):
+        equal(data.batch(step), whole.batch(number))
+        said = data.progress(step + 1)
+        for source, count in enumerate(tokens_of(data, step + 1)):
+            assert said[f"tokens_seen/{'ab'[source]}"] == count
+        assert said["epoch/a"] == whole.progress(number + 1)["epoch/a"]
+        assert said.get("skipped_batches", 0) == number - step
+    assert data.progress(0)["tokens_seen/a"] == 0
+    data.skip(1, 15)  # from before all of them, as after a checkpoint that was lost
+    assert [data.number_of(step) for step in range(3)] == [0, 15, 16]
 
 
 @pytest.mark.parametrize("short", [[6], [6, 5], [300], [513], [700]])

@@ -73,6 +73,22 @@ def test_a_restart_counts_what_was_lost_and_how_long_nothing_ran(tmp_path, clock
 
 
 @pytest.mark.drills
+def test_to_go_back_loses_what_a_restart_would(tmp_path, clock):
+    account = goodput.Goodput(tmp_path, 0, 10.0)
+    for step in range(1, goodput.MARKS + 3):  # of the first ones is not known any more when they were
+        clock.after(1)
+        account.keep(step)
+    clock.after(20)
+    with account.part("start"):
+        clock.after(3)
+        account.go_back(goodput.MARKS)
+    assert spent(account) == {"steps": goodput.MARKS, "start": 13, "lost": 22}
+    assert spent(goodput.Goodput(tmp_path, goodput.MARKS, 0.0)) == spent(account)
+    account.go_back(1)
+    assert spent(account) == {"start": 13, "lost": goodput.MARKS + 22}
+
+
+@pytest.mark.drills
 def test_a_clock_that_is_set_back_takes_nothing_away(tmp_path, clock):
     goodput.Goodput(tmp_path, 0, 10.0)
     clock.times.wall -= 1e6

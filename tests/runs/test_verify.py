@@ -3,10 +3,13 @@
 import json
 import re
 
+import jax
+import numpy as np
 import pytest
 
-from mixtral_jax.config import UserError
-from mixtral_jax.runs.checkpoint import META
+from mixtral_jax.config import CheckpointConfig, UserError
+from mixtral_jax.runs import streaming, verify
+from mixtral_jax.runs.checkpoint import META, Checkpoints
 from mixtral_jax.runs.manifest import write_manifest
 from mixtral_jax.verbs import VERBS
 from tests.evaluation.checkpoint import make_run
@@ -77,6 +80,28 @@ def test_what_is_wrong_is_named_and_the_good_one_too(run, capsys, spoil, sentenc
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith(f"{run / 'checkpoints' / '1'}: good")
     assert re.search(sentence, second)
+
+
+@pytest.mark.drills
+def test_every_block_is_looked_at_by_somebody(tmp_path, monkeypatch):
+    """An array in blocks, of which each of some shares takes its own; the last one is not finite."""
+    arrays = {"whole": np.arange(20.0, dtype=np.float32).reshape(5, 2, 2), "counts": np.arange(3)}
+    arrays["broken"] = np.where(arrays["whole"] == 16, np.inf, arrays["whole"])
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    checkpoints.save(1, {"params": jax.device_put(arrays)}, {}, {})
+    checkpoints.wait()
+    monkeypatch.setattr(streaming, "BLOCK", 16)
+    monkeypatch.setattr(verify, "SHARES", 3)
+    asked, read = [], verify._read_share
+    monkeypatch.setattr(verify, "_read_share", lambda item: asked.append(item) or read(item))
+    found = verify._read_all(tmp_path / "1", checkpoints.read_meta(1)["arrays"])
+    assert found == {"params/broken": (80, False), "params/counts": (12, True), "params/whole": (80, True)}
+    assert len(asked) == len(set(asked)) == 3 + 1 + 3
+
+
+def test_a_key_of_another_section_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"from the checkpoint: leave out mesh.data=2"):
+        VERBS["verify"]([str(tmp_path), "mesh.data=2"])
 
 
 def test_a_place_without_checkpoints(tmp_path):

@@ -15,6 +15,7 @@ import pytest
 from mixtral_jax.config import UserError
 from mixtral_jax.config_loading import load_config, replace
 from mixtral_jax.data.pipeline import TrainingData
+from mixtral_jax.distributed import processes
 from mixtral_jax.training.step import Trainable
 from mixtral_jax.training.trainer import IN_FLIGHT, Trainer
 from tests.small_run import write_config
@@ -34,7 +35,7 @@ def prefetching():
 
 
 def test_steps_go_out_before_metrics_come_in_and_batches_are_placed_ahead(trainer, monkeypatch):
-    events, placed = [], [threading.Event() for _ in range(STEPS)]
+    events, beats, placed = [], [], [threading.Event() for _ in range(STEPS)]
     put, step, report = Trainable.put, trainer.trainable.step, Trainer._report
 
     def note_put(self, batch, rows=None):
@@ -44,6 +45,7 @@ def test_steps_go_out_before_metrics_come_in_and_batches_are_placed_ahead(traine
         return result
 
     def note_step(state, batch):
+        assert beats, "a hang in the first step would go unnoticed"
         number = sum(kind == "step" for kind, _ in events)
         if number + 1 < STEPS:  # the thread must get there while this one is busy with a step
             assert placed[number + 1].wait(60), f"the batch after step {number + 1} is not on the devices"
@@ -54,6 +56,7 @@ def test_steps_go_out_before_metrics_come_in_and_batches_are_placed_ahead(traine
         events.append(("report", number))
         report(self, number, metrics, seconds)
 
+    monkeypatch.setattr(processes, "progress", lambda: beats.append(1))
     monkeypatch.setattr(Trainable, "put", note_put)
     monkeypatch.setattr(trainer.trainable, "step", note_step)
     monkeypatch.setattr(Trainer, "_report", note_report)

@@ -12,7 +12,7 @@ import pytest
 from mixtral_jax.config_loading import load_config
 from mixtral_jax.data.batch import Batch, padding
 from mixtral_jax.hardware import PeakFlops
-from mixtral_jax.training import step_clock, trainer
+from mixtral_jax.training import rates, step_clock
 from mixtral_jax.training.state import TrainState
 from mixtral_jax.training.trainer import Trainer
 from tests.small_run import write_config
@@ -58,6 +58,7 @@ def took(step: int) -> float:
 def train(tmp_path, monkeypatch):
     """Trains from a step to another on a device; evaluation and saving take their time, too."""
     path, config, report = tmp_path / "logs", write_config(tmp_path), Trainer._report
+    path.mkdir()
 
     def run(ahead: bool, every: int, begin: int, end: int, peak: float = 1e12) -> dict[int, dict]:
         device = Device(ahead, begin)
@@ -68,7 +69,7 @@ def train(tmp_path, monkeypatch):
         made.data = SimpleNamespace(batch=lambda step, rows: padding(BATCH, SEQ_LEN), progress=lambda step: {})
         monkeypatch.setattr(step_clock, "time", SimpleNamespace(monotonic=device.now))
         monkeypatch.setattr(step_clock.jax, "block_until_ready", device.wait)
-        monkeypatch.setattr(trainer, "peak_flops", lambda *_: PeakFlops(peak, "made up"))
+        monkeypatch.setattr(rates, "peak_flops", lambda *_: PeakFlops(peak, "made up"))
         monkeypatch.setattr(made.trainable, "step", device.step)
         monkeypatch.setattr(Trainer, "_report", lambda self, step, metrics, *more: (
             device.wait(metrics), report(self, step, metrics, *more)
