@@ -107,17 +107,22 @@ def draw_gain(results: str, picture: str) -> None:
         left.plot(tokens, curves[..., 1].mean(axis=0), "o-", color=f"C{number}", label=f"{name}: {active}")
         for curve in curves:
             left.plot(tokens, curve[:, 1], color=f"C{number}", lw=0.7, alpha=0.5)
-    for seed, curve in other["curve"].items():
+    for number, (seed, curve) in enumerate(other["curve"].items(), 2):
         gain = np.array(base["curve"][seed])[:, 1] - np.array(curve)[:, 1]
-        right.plot(np.array(curve)[:, 0] / 1e6, gain, "o-", ms=4, lw=1, color="C1", alpha=0.8, label=f"seed {seed}")
+        right.plot(np.array(curve)[:, 0] / 1e6, gain, "o-", ms=4, lw=1, color=f"C{number}", label=f"seed {seed}")
     difference, (low, high) = -other["nats_per_token"]["difference"], other["nats_per_token"]["interval"]
     right.axhline(0, color="black", lw=0.8)
     left.set(xlabel="training tokens, millions", ylabel="nats per token", title="held-out text, mean and each seed")
-    right.set(xlabel="training tokens, millions", ylim=(min(0, right.get_ylim()[0]), None),
-              title=f"{second} better by {difference:.3f} nats, 95% interval {-high:.3f} to {-low:.3f}")  # fmt: skip
+    right.set(
+        xlabel="training tokens, millions",
+        ylabel="nats per token",
+        ylim=(min(0, right.get_ylim()[0]), None),
+        title=f"gain of the {second}; at the end {difference:.3f} ({-high:.3f} to {-low:.3f})",
+    )
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    left.legend(fontsize=8)
+        axes.title.set_fontsize(10)
+        axes.legend(fontsize=8)
     figure.savefig(picture, dpi=120)
 
 

@@ -109,9 +109,10 @@ def draw_together(total: RoutingCounts, path: Path) -> None:
     for pairs in found:
         np.fill_diagonal(pairs, np.nan)  # an expert is always chosen with itself
     for axes, layer in zip(panels[0], shown, strict=True):
-        _heat(figure, axes, found[layer], "viridis", (0.0, max(0.01, np.nanmax(found, initial=0))), "{:.0%}")
-        axes.set(xlabel="also chosen", title=f"layer {layer}")
-    panels[0, 0].set_ylabel("expert of the tokens")
+        image = _heat(axes, found[layer], "viridis", (0.0, max(0.01, np.nanmax(found, initial=0))), "{:.0%}")
+        axes.set(xlabel="expert that is chosen, too", title=f"layer {layer}")
+    panels[0, 0].set_ylabel("expert")
+    figure.colorbar(image, ax=list(panels[0]), label="share of the expert's tokens")
     save(figure, path)
 
 
@@ -122,10 +123,11 @@ def draw_sources(counts: Mapping[str, RoutingCounts], path: Path) -> None:
     shown = shown_layers(layers)
     figure, panels = new_figure((1.6 + 0.55 * sources) * len(shown), 1.2 + 0.3 * experts, 1, len(shown), sharey=True)
     for axes, layer in zip(panels[0], shown, strict=True):
-        _heat(figure, axes, own[:, layer].T, "viridis", (0.0, 1.0), "{:.0%}")
+        _heat(axes, own[:, layer].T, "viridis", (0.0, 1.0), "{:.0%}")
         axes.set_xticks(range(sources), list(counts), rotation=45)
         axes.set(title=f"layer {layer}")
     panels[0, 0].set(ylabel="expert")
+    figure.suptitle("from which source an expert has its tokens", fontsize=10)
     save(figure, path)
 
 
@@ -134,27 +136,32 @@ def draw_vocabulary(total: RoutingCounts, piece: Piece, path: Path) -> None:
     shown = shown_layers(len(total.pieces))
     often = np.argsort(-total.pieces[0].sum(axis=-1), kind="stable")[:FREQUENT]
     experts = total.pieces.shape[-1]
-    figure, panels = new_figure((1.8 + 0.28 * experts) * len(shown), 1.0 + 0.2 * len(often), 1, len(shown), sharey=True)
+    width = 1.2 + min(0.28 * experts, 3.6)
+    figure, panels = new_figure(width * len(shown), 1.0 + 0.2 * len(often), 1, len(shown), sharey=True)
     shares = total.vocabulary()
     for axes, layer in zip(panels[0], shown, strict=True):
-        _heat(figure, axes, shares[layer, often], "viridis", (0.0, 1.0), "")
-        axes.set(xlabel="first choice", title=f"layer {layer}")
+        image = _heat(axes, shares[layer, often], "viridis", (0.0, 1.0), "")
+        axes.set(xlabel="expert that is the first choice", title=f"layer {layer}")
     panels[0, 0].set_yticks(range(len(often)), [piece(int(token)) for token in often], family="monospace", fontsize=8)
+    figure.colorbar(image, ax=list(panels[0]), label="share of the piece's tokens")
     save(figure, path)
 
 
 def draw_paths(total: RoutingCounts, path: Path) -> None:
-    """Draws the ways of tokens by their first choices: a line is as wide as the share that takes it."""
+    """Draws the ways of tokens by their first choices; the wider a line, the more take it."""
+    from matplotlib import colormaps
+
     steps, times = total.path_table()
     layers, experts = steps.shape[1], total.together.shape[-1]
-    figure, panels = new_figure(1.5 + 1.6 * layers, 1.5 + 0.35 * experts)
+    figure, panels = new_figure(1.5 + 1.6 * layers, 1.5 + min(0.35 * experts, 7))
     axes = panels[0, 0]
-    for layer in range(layers - 1):
-        flow = np.zeros((experts, experts))
+    flows = np.zeros((layers - 1, experts, experts))
+    for layer, flow in enumerate(flows):
         np.add.at(flow, (steps[:, layer], steps[:, layer + 1]), times / total.tokens)
-        for start, end in zip(*np.nonzero(flow > flow.max() / 50), strict=True):
-            colour = expert_colour(int(start), experts)
-            axes.plot([layer, layer + 1], [start, end], color=colour, lw=40 * flow[start, end], solid_capstyle="butt")
+    widest = flows.max(initial=0)
+    for layer, start, end in zip(*np.nonzero(flows > widest / 30), strict=True):
+        width, colour = 8 * flows[layer, start, end] / widest, colormaps["turbo"](start / experts)
+        axes.plot([layer, layer + 1], [start, end], color=colour, lw=width, alpha=0.7, solid_capstyle="butt")
     first = total.shares(0)
     for layer in range(layers):
         axes.scatter(np.full(experts, layer), range(experts), s=10 + 600 * first[layer], color="black", zorder=3)
@@ -176,7 +183,7 @@ def draw_ablation(ablation: Ablation, path: Path) -> None:
     far = max(np.abs(cost[shown]).max(), 1e-9)
     figure, panels = new_figure((1.8 + 0.6 * len(names)) * len(shown), 1.3 + 0.3 * experts, 1, len(shown), sharey=True)
     for axes, layer in zip(panels[0], shown, strict=True):
-        _heat(figure, axes, 1000 * cost[layer], "RdBu_r", (-1000 * far, 1000 * far), "{:.0f}")
+        _heat(axes, 1000 * cost[layer], "RdBu_r", (-1000 * far, 1000 * far), "{:.0f}")
         axes.set_xticks(range(len(names)), names, rotation=45)
         axes.set(title=f"layer {layer}")
     panels[0, 0].set(ylabel="expert switched off")
@@ -207,8 +214,8 @@ def draw_saturation(moments: Sequence[Moment], path: Path) -> None:
     save(figure, path)
 
 
-def _heat(figure: Any, axes: Any, values: np.ndarray, colours: str, limits: tuple[float, float], form: str) -> None:
-    """Draws a matrix, with its numbers where there is room; experts are its rows, and its columns if not said else."""
+def _heat(axes: Any, values: np.ndarray, colours: str, limits: tuple[float, float], form: str) -> Any:
+    """Draws a matrix, with its numbers where there is room."""
     image = axes.imshow(values, aspect="auto", cmap=colours, vmin=limits[0], vmax=limits[1])
     rows, columns = values.shape
     if form and columns <= 8:
@@ -217,10 +224,9 @@ def _heat(figure: Any, axes: Any, values: np.ndarray, colours: str, limits: tupl
             dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
             axes.text(column, row, form.format(values[row, column]), ha="center", va="center", fontsize=7,
                       color="white" if dark else "black")  # fmt: skip
-    else:
-        figure.colorbar(image, ax=axes)
     axes.set_xticks(_some(columns))
     axes.set_yticks(_some(rows))
+    return image
 
 
 def _some(experts: int) -> range:

@@ -264,9 +264,9 @@ def saturation_table(moments: Sequence[Moment], k: int) -> Table:
     )
     shown = shown_layers(layers)
     table.add_column("step", justify="right")
-    names = [f"layer {layer}" for layer in shown]
-    for name in (*(f"saturation\n{name}" for name in names), "\nall", "entropy\nall", "busiest\nmean", "\nworst"):
-        table.add_column(name, justify="right")
+    layers_shown = [f"\nlayer {layer}" for layer in shown]
+    for name in (*layers_shown, "saturation\nall", "entropy\nall", "busiest\nmean", "\nworst"):
+        table.add_column(name, justify="right", no_wrap=True)
     for moment in moments:
         busiest = moment.shares.max(axis=-1) * num_experts
         cells = [f"{share:.1%}" for share in (*moment.saturation[shown], moment.saturation.mean())]

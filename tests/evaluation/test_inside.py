@@ -153,7 +153,7 @@ def test_saturation_is_the_share_of_choices_that_the_end_keeps():
 
 
 def test_what_is_switched_off_is_as_if_it_were_not_there():
-    logits = jax.random.normal(jax.random.key(0), (200, EXPERTS))
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(200, EXPERTS)), jnp.float32)
     off = switch_off({"selection_bias": {"moe": jnp.zeros((LAYERS, EXPERTS))}}, (1, 2))["selection_bias"]["moe"]
     indices, weights = choose_experts(logits, off[1], K)
     rest = np.delete(np.arange(EXPERTS), 2)
