@@ -8,7 +8,8 @@ import numpy as np
 from mixtral_jax.hardware import find_chip
 from mixtral_jax.planning.topology import Topology
 
-KINDS = {"v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite", "h100": "NVIDIA H100 80GB HBM3"}
+KINDS = {"v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite", "h100": "NVIDIA H100 80GB HBM3",
+         "h200": "NVIDIA H200", "b200": "NVIDIA B200"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class FakeDevice:
 
 def fake_topology(name: str, slices: int = 1) -> Topology:
     chip, sides = name.split(":")[0], tuple(int(side) for side in name.split(":")[1].split("x"))
-    platform = "cuda" if chip == "h100" else "tpu"
+    platform = "cuda" if KINDS[chip].startswith("NVIDIA") else "tpu"
     per_slice = math.prod(sides)
     devices = []
     for i in range(slices * per_slice):

@@ -68,7 +68,7 @@ def compilers(name):
 
 def recorded(name):
     """A shipped config: one is compared whenever the compilers are there, all where they are asked for."""
-    marks = [pytest.mark.slow, compilers("jax_cuda13_plugin" if "h100" in name else "libtpu")]
+    marks = [pytest.mark.slow, compilers("jax_cuda13_plugin" if "00_" in name else "libtpu")]
     return pytest.param(name, marks=marks if name == "8x7b_h100_64" else [*marks, pytest.mark.plans])
 
 
