@@ -1,8 +1,10 @@
 """Eight simulated devices for every test, and compilation that is quick rather than what it compiles: without LLVM's
-optimisations and the emitters of fused loops, which take longer than the tests save by them. Set before JAX starts."""
+optimisations, modules in parts and the emitters of fused loops, which take longer than the tests save by them. Set
+before JAX starts."""
 
 import atexit
 import functools
+import gc
 import importlib.metadata
 import os
 import shutil
@@ -12,6 +14,7 @@ import tempfile
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join(
     ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0",
+     "--xla_cpu_parallel_codegen_split_count=1",
      # Later ones than 0.10 have no other emitters, and end at once where a flag is unknown.
      *["--xla_cpu_use_fusion_emitters=false"] * importlib.metadata.version("jaxlib").startswith("0.10."))
 )  # fmt: skip
@@ -35,6 +38,9 @@ ALWAYS = {"deadline": None, "database": None, "suppress_health_check": [hypothes
 hypothesis.settings.register_profile("few", derandomize=True, max_examples=30, **ALWAYS)
 hypothesis.settings.register_profile("long", max_examples=2000, **ALWAYS)
 hypothesis.settings.load_profile("few")
+
+# JAX has work of its own at every collection of garbage, of which there would be thousands: 4% of the time.
+gc.set_threshold(20_000)
 
 # datatrove opens a log for every task, and loguru asks each time anew where libraries lie: half of a small `prepare`.
 sysconfig.get_path = functools.cache(sysconfig.get_path)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.small_run import environment
+from tests.small_run import environment, flags
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["tests.processes", "mixtral_jax.training.trainer", "mixtral_jax.training.summary"])
@@ -39,7 +39,7 @@ class Ended:
 
 def on_devices(devices: int = 1, **more: str) -> dict[str, Any]:
     """The environment of a process with so many simulated devices."""
-    return environment(XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}", **more)
+    return environment(XLA_FLAGS=flags(devices), **more)
 
 
 def fork(target: Callable[..., Any], *arguments: Any, **variables: str | None) -> Any:

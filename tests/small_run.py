@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -67,9 +68,14 @@ def environment(**variables: str | None) -> dict[str, str]:
     return {name: value for name, value in chosen.items() if value is not None}
 
 
+def flags(devices: int = 1) -> str:
+    """Of XLA: so many simulated devices, and programs that are compiled as quickly as those of the tests."""
+    return re.sub(r"(device_count=)\d+", rf"\g<1>{devices}", os.environ["XLA_FLAGS"])
+
+
 def start(script: str, *arguments: object, **variables: str | None) -> subprocess.Popen[str]:
     """Starts an entry script on one CPU device, with more environment variables."""
-    variables = {"XLA_FLAGS": "", **variables}
+    variables = {"XLA_FLAGS": flags(), **variables}
     return subprocess.Popen(
         [sys.executable, str(ROOT / script), *map(str, arguments)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(**variables),

@@ -169,13 +169,21 @@ def _agrees(index: dict[str, Any]) -> bool:
     return bool(sizes == expected and index["content"] == _content(index["dtype"], index["sha256"]))
 
 
-class _Piece(NamedTuple):
+class Piece(NamedTuple):
     """Some documents, one after the other."""
 
     tokens: Integer[np.ndarray, " tokens"]
     lengths: list[int]  # tokens of each
     sizes: list[int]  # bytes of each
-    marks: UInt8[np.ndarray, " tokens"] | None
+    marks: UInt8[np.ndarray, " tokens"] | None = None
+
+
+def encode_documents(tokenizer: Tokenizer, texts: list[str], threads: int = 0) -> Piece:
+    """Encodes texts, each between BOS and EOS; see `Tokenizer.encode_batch`."""
+    encoded = tokenizer.encode_batch(texts, threads)
+    parts = [part for ids in encoded for part in ([tokenizer.bos_id], ids, [tokenizer.eos_id])]
+    lengths, sizes = [len(ids) + 2 for ids in encoded], [len(text.encode()) for text in texts]
+    return Piece(np.concatenate(parts).astype(token_dtype(tokenizer)), lengths, sizes)
 
 
 def _build(source: SourceConfig, tokenizer: Tokenizer, directory: Path, key: str, kind: Kind, format: str) -> None:
@@ -204,36 +212,26 @@ def _build(source: SourceConfig, tokenizer: Tokenizer, directory: Path, key: str
             num_tokens = int(ends[-1])
             num_documents += len(piece.lengths)
             progress.update(progress.task_ids[0], documents=num_documents, tokens=num_tokens / 1e6)
-    write_index(directory, key, source.name, dtype, num_documents, num_tokens, digests, format)
+    write_index(directory, key, source.name, dtype, digests, format)
 
 
-def _texts(source: SourceConfig, tokenizer: Tokenizer, progress: Progress) -> Iterator[_Piece]:
+def _texts(source: SourceConfig, tokenizer: Tokenizer, progress: Progress) -> Iterator[Piece]:
     for batch in _batches(source, progress):
-        encoded = tokenizer.encode_batch(batch)
-        parts = [part for ids in encoded for part in ([tokenizer.bos_id], ids, [tokenizer.eos_id])]
-        sizes = [len(text.encode()) for text in batch]
-        yield _Piece(np.concatenate(parts), [len(ids) + 2 for ids in encoded], sizes, None)
+        yield encode_documents(tokenizer, batch)
 
 
-def _chats(source: SourceConfig, format: str, tokenizer: Tokenizer, progress: Progress) -> Iterator[_Piece]:
+def _chats(source: SourceConfig, format: str, tokenizer: Tokenizer, progress: Progress) -> Iterator[Piece]:
     # Here, as mistral-common takes a second to import, which text does not need.
     from mixtral_jax.data.marked_records import marked_records
 
     task = progress.task_ids[0]
     for record in marked_records(source, format, tokenizer, lambda count: progress.advance(task, count)):
         said = record.tokens[record.marks & ANSWER > 0]
-        yield _Piece(record.tokens, [len(record.tokens)], [int(tokenizer.token_bytes[said].sum())], record.marks)
+        yield Piece(record.tokens, [len(record.tokens)], [int(tokenizer.token_bytes[said].sum())], record.marks)
 
 
 def write_index(
-    directory: Path,
-    key: str,
-    source: str,
-    dtype: str,
-    num_documents: int,
-    num_tokens: int,
-    digests: dict[str, Any],
-    format: str = "text",
+    directory: Path, key: str, source: str, dtype: str, digests: dict[str, Any], format: str = "text"
 ) -> None:
     """Writes the `index.json` of a cache whose other files are complete.
 
@@ -242,22 +240,21 @@ def write_index(
         key: says what it was made of; who opens it asks for the same.
         source: name of the text.
         dtype: of the tokens, see `token_dtype`.
-        num_documents: how many there are.
-        num_tokens: how many there are, BOS and EOS included.
         digests: SHA-256 objects of the files, by name.
         format: of the records, or `text`.
     """
     sha256 = {name: digest.hexdigest() for name, digest in digests.items()}
+    sizes = {name: (directory / name).stat().st_size for name in digests}
     index = {
         "key": key,
         "source": source,
         "format": format,
-        "num_documents": num_documents,
-        "num_tokens": num_tokens,
+        "num_documents": sizes["document_bytes"] // 8,
+        "num_tokens": sizes["tokens"] // np.dtype(dtype).itemsize,
         "dtype": dtype,
         "content": _content(dtype, sha256),
         "sha256": sha256,
-        "sizes": {name: (directory / name).stat().st_size for name in digests},
+        "sizes": sizes,
     }
     (directory / "index.json").write_text(json.dumps(index, indent=1))
 

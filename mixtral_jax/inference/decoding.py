@@ -149,7 +149,9 @@ def _write(cache: Array, new: Array, layer: Array, start: Array) -> Array:
     return jax.lax.scatter(cache, places, new.swapaxes(1, 2), numbers, unique_indices=True, mode=mode)
 
 
-def last_of_chunk(x: Float[Array, "batch seq d_model"], count: Int[Array, " batch"], last: Array) -> Array:
+def last_of_chunk(
+    x: Float[Array, "batch seq d_model"], count: Int[Array, " batch"], last: Float[Array, "batch 1 d_model"]
+) -> Float[Array, "batch 1 d_model"]:
     """Takes the activation of the last token of each text; of a text without tokens here the one before."""
     ends = jnp.take_along_axis(x, jnp.maximum(count - 1, 0)[:, None, None], axis=1)
     return jnp.where(count[:, None, None] > 0, ends, last)

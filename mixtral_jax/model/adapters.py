@@ -65,7 +65,9 @@ def initial(draw: np.random.Generator, abstract: dict[str, Any], path: str) -> d
     return {"a": a, "b": np.zeros(abstract["b"].shape, np.float32)}
 
 
-def add(weight: Float[Array, "..."], factors: dict[str, Array], path: str, scale: float) -> Float[Array, "..."]:
+def add(
+    weight: Float[Array, "..."], factors: dict[str, Float[Array, "..."]], path: str, scale: float
+) -> Float[Array, "..."]:
     """Computes W + scale * A B of one layer, in float32 whatever the type of W is."""
     product = jnp.einsum(PRODUCTS[path], factors["a"], factors["b"], precision=EXACT_PRODUCT)
     return weight.astype(FULL) + scale * product

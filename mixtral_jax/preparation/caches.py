@@ -37,7 +37,6 @@ class CacheBuilder(PipelineStep):
         ranks = sorted((self._parts / language).glob("*.tokens"))
         if not ranks:
             return None
-        dtype = token_dtype(tokenizer)
         lengths = np.concatenate([np.fromfile(file.with_suffix(".lengths"), "<i8") for file in ranks])
         sizes = np.concatenate([np.fromfile(file.with_suffix(".bytes"), "<i8") for file in ranks])
         starts = np.concatenate([[0], np.cumsum(lengths)]).astype("<i8")
@@ -52,5 +51,5 @@ class CacheBuilder(PipelineStep):
             for name in ("tokens", "document_starts", "document_bytes"):
                 with open(directory / name, "rb") as written:
                     digests[name] = hashlib.file_digest(written, "sha256")
-            write_index(directory, prepared_key(tokenizer), language, dtype, len(lengths), int(starts[-1]), digests)
+            write_index(directory, prepared_key(tokenizer), language, token_dtype(tokenizer), digests)
         return None

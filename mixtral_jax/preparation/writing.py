@@ -9,7 +9,7 @@ from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.writers import JsonlWriter
 
-from mixtral_jax.data.token_cache import token_dtype
+from mixtral_jax.data.token_cache import encode_documents
 from mixtral_jax.preparation.counting import shared_tokenizer
 
 BATCH = 1 << 20  # characters that are encoded at once
@@ -66,12 +66,8 @@ class TokenWriter(PipelineStep):
     def _write(self, files: list[IO[bytes]], texts: list[str]) -> None:
         tokenizer = shared_tokenizer(self._tokenizer)
         with self.track_time():
-            encoded = tokenizer.encode_batch(texts, threads=1)
-        parts = [part for ids in encoded for part in ([tokenizer.bos_id], ids, [tokenizer.eos_id])]
-        tokens = np.concatenate(parts).astype(token_dtype(tokenizer))
-        lengths = np.array([len(ids) + 2 for ids in encoded], "<i8")
-        sizes = np.array([len(text.encode()) for text in texts], "<i8")
-        for file, array in zip(files, (tokens, lengths, sizes), strict=True):
+            tokens, lengths, sizes, _ = encode_documents(tokenizer, texts, threads=1)
+        for file, array in zip(files, (tokens, np.array(lengths, "<i8"), np.array(sizes, "<i8")), strict=True):
             file.write(array.tobytes())
         self.stat_update("tokens", value=len(tokens))
-        self.stat_update("bytes", value=int(sizes.sum()))
+        self.stat_update("bytes", value=sum(sizes))

@@ -1,5 +1,7 @@
 """Expert products on rows sorted by expert, each backend against float64 row by row: output and gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,6 +40,22 @@ def by_row(rows, w_gate, w_up, w_down, expert_of_row):
     return jnp.einsum("rf,rfd->rd", inner, down)
 
 
+@functools.cache
+def compiled(backend, block_sizes):
+    """Output and gradients of (arrays, sizes, gradient of the output)."""
+
+    @jax.jit
+    def both(arrays, sizes, d_out):
+        def run(rows, *weights):
+            weights = ExpertWeights(*weights)
+            return expert_ffn(rows, sizes, weights, backend=backend, block_sizes=block_sizes, interpret=True)
+
+        out, pull = jax.vjp(run, *arrays)
+        return out, pull(d_out)
+
+    return both
+
+
 @pytest.mark.parametrize("groups", GROUPS)
 @pytest.mark.parametrize(("backend", "block_sizes"), BACKENDS, ids=str)
 def test_equals_the_loop_over_rows(backend, block_sizes, groups):
@@ -49,18 +67,7 @@ def test_equals_the_loop_over_rows(backend, block_sizes, groups):
     used = sizes.sum()
     d_out[used:] = 0  # nobody reads them
 
-    def run(*arrays):
-        return expert_ffn(
-            arrays[0],
-            jnp.asarray(sizes),
-            ExpertWeights(*arrays[1:]),
-            backend=backend,
-            block_sizes=block_sizes,
-            interpret=True,
-        )
-
-    out, pull = jax.vjp(jax.jit(run), *arrays)
-    grads = pull(d_out)
+    out, grads = compiled(backend, block_sizes)(arrays, sizes, d_out)
     assert np.all(np.isfinite(out))
     assert np.all(np.isfinite(grads[0]))
     expert_of_row = np.repeat(np.arange(EXPERTS), sizes)

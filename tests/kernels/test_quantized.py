@@ -1,5 +1,7 @@
 """Expert products of 8-bit factors: the scheme written out in numpy, and how far it may be from exact products."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -78,14 +80,27 @@ def arrays_of(sizes, seed=0):
     return arrays
 
 
-def run_and_pull(arrays, sizes, **settings):
-    def run(*arrays):
-        return expert_ffn(
-            arrays[0], jnp.asarray(sizes, jnp.int32), ExpertWeights(*arrays[1:]), interpret=True, **settings
-        )
+@functools.cache
+def compiled(backend, kind, block_sizes):
+    """Output and gradients of (arrays, sizes, gradient of the output)."""
 
-    out, pull = jax.vjp(jax.jit(run), *arrays[:-1])
-    return np.asarray(out), [np.asarray(grad) for grad in jax.jit(pull)(arrays[-1])]
+    @jax.jit
+    def both(arrays, sizes, d_out):
+        def run(rows, *weights):
+            weights = ExpertWeights(*weights)
+            return expert_ffn(rows, sizes, weights, backend=backend, block_sizes=block_sizes, interpret=True,
+                              eight_bit=KINDS[kind])  # fmt: skip
+
+        out, pull = jax.vjp(run, *arrays)
+        return out, pull(d_out)
+
+    return both
+
+
+def run_and_pull(arrays, sizes, backend, kind, block_sizes=()):
+    *arrays, d_out = arrays
+    out, grads = compiled(backend, kind, block_sizes)(arrays, jnp.asarray(sizes, jnp.int32), d_out)
+    return np.asarray(out), [np.asarray(grad) for grad in grads]
 
 
 @pytest.mark.parametrize("groups", GROUPS)
@@ -95,7 +110,7 @@ def test_computes_the_scheme(kind, backend, block_sizes, groups):
     sizes = GROUPS[groups]
     used = sum(sizes)
     arrays = arrays_of(sizes)
-    out, grads = run_and_pull(arrays, sizes, backend=backend, block_sizes=block_sizes, eight_bit=KINDS[kind])
+    out, grads = run_and_pull(arrays, sizes, backend, kind, block_sizes)
     assert not np.any(out[used:])
     assert not np.any(grads[0][used:])
     if not used:
@@ -112,7 +127,7 @@ def test_computes_the_scheme(kind, backend, block_sizes, groups):
 def test_buffers_of_one_size_compute_the_scheme(kind):
     arrays = arrays_of([12] * EXPERTS)
     arrays = [np.pad(np.nan_to_num(a), ((0, 1), (0, 0))) if a.ndim == 2 else a for a in arrays]
-    out, grads = run_and_pull(arrays, [5, 12, 0, 9], backend="equal", eight_bit=KINDS[kind])
+    out, grads = run_and_pull(arrays, [5, 12, 0, 9], "equal", kind)
     expected, expected_grads = scheme(*arrays, np.repeat(np.arange(EXPERTS), 12), kind)
     assert oracles.error(out, expected) < 1e-5
     for grad, reference in zip(grads, expected_grads, strict=True):
@@ -160,11 +175,15 @@ def test_products_are_of_whole_numbers(backend):
     assert all("xi8>" in line and "xi32>" in line for line in products), products
 
 
+@functools.cache
+def trained(kind):
+    return train(tiny_trainable(tiny_config(f"precision.experts={kind}")), 20)
+
+
 def test_training_learns_and_keeps_its_parameters_as_they_were():
     last = {}
     for kind in ("compute", "int8", "fp8"):
-        trainable = tiny_trainable(tiny_config(f"precision.experts={kind}", "precision.compute=bfloat16"))
-        state, history = train(trainable, 20)
+        state, history = trained(kind)
         last[kind] = np.mean([step["cross_entropy"] for step in history[-4:]])
         assert last[kind] < history[0]["cross_entropy"] - 0.3
         if kind == "compute":
@@ -176,8 +195,7 @@ def test_training_learns_and_keeps_its_parameters_as_they_were():
 
 
 def test_devices_round_their_own_parts_to_nearly_the_same():
-    losses = []
-    for sizes in ({}, {"expert": 2, "tensor": 2, "fsdp": 2}):
-        _, history = train(tiny_trainable(tiny_config("precision.experts=int8"), mesh_of(**sizes)), 3)
-        losses.append([step["loss"] for step in history])
-    np.testing.assert_allclose(losses[0], losses[1], rtol=2e-3)
+    mesh = mesh_of(expert=2, tensor=2, fsdp=2)
+    _, history = train(tiny_trainable(tiny_config("precision.experts=int8"), mesh), 3)
+    alone = [step["loss"] for step in trained("int8")[1][:3]]
+    np.testing.assert_allclose([step["loss"] for step in history], alone, rtol=2e-3)

@@ -36,13 +36,13 @@ def output_and_gradients(block):
     return both
 
 
-@pytest.fixture(params=BLOCKS)
-def block(monkeypatch, request):
+@pytest.fixture
+def block(monkeypatch, name):
     """Blocks of several sizes, those of the elementwise kernel as well; by name."""
-    height, width, depth = BLOCKS[request.param]
+    height, width, depth = BLOCKS[name]
     monkeypatch.setattr(triton_grouped, "BLOCK", (height, width, 2 * depth))  # half of it in types of 4 bytes
     monkeypatch.setattr(triton_grouped, "ELEMENTWISE_BLOCK", (height, width))
-    return request.param
+    return name
 
 
 def by_row(rows, w_gate, w_up, w_down, expert_of_row):
@@ -63,7 +63,9 @@ def arrays_of(sizes, dtype=np.float32):
     return [a.at[used:].set(jnp.nan) if a.ndim == 2 else a for a in arrays]
 
 
-@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, np.float32) for name in BLOCKS), ("dividing", jnp.bfloat16)], ids=str
+)
 @pytest.mark.parametrize("groups", GROUPS)
 def test_output_and_gradients_equal_each_row_with_its_expert(block, groups, dtype):
     sizes = np.array(GROUPS[groups], np.int32)
@@ -86,6 +88,7 @@ def test_output_and_gradients_equal_each_row_with_its_expert(block, groups, dtyp
     np.testing.assert_array_equal(d_rows[used:], 0)
 
 
+@pytest.mark.parametrize("name", BLOCKS)
 @pytest.mark.parametrize("groups", GROUPS)
 def test_products_alone(block, groups):
     sizes = np.array(GROUPS[groups], np.int32)

@@ -125,7 +125,7 @@ def test_one_expert_a_device_and_other_axes(exchange, axes, experts):
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-@pytest.mark.parametrize(("k", "factor"), [(1, 1.0), (2, 1.0), (2, 1.5)])
+@pytest.mark.parametrize(("k", "factor"), [(1, 1.0), (2, 1.5)])
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_what_overflows_a_buffer_is_dropped_and_counted(exchange, k, factor, scenario):
     arrays, valid, _ = example(scenario)

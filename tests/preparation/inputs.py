@@ -1,5 +1,6 @@
 """Small inputs in every format, and runs of `prepare` over them."""
 
+import functools
 import gzip
 import hashlib
 import io
@@ -17,6 +18,8 @@ from warcio.warcwriter import WARCWriter
 from mixtral_jax.preparation.config import PrepareConfig, load_prepare_config
 from mixtral_jax.preparation.running import prepare
 
+# No document is compared with others: half of the stages.
+ALONE = ("exact_dedup.enabled=false", "minhash.enabled=false")
 WORDS = {
     "en": "the be to of and that have with from which their would people house water never through morning thought "
     "something under weather letters knowing should friend village children another street evening between",
@@ -72,7 +75,8 @@ def warc_members(pages: list[tuple[str, str]], *, wet: bool = False, gzipped: bo
     return members
 
 
-def tokenizer_file(folder: Path) -> Path:
+@functools.cache
+def tokenizer_bytes() -> bytes:
     """A tokenizer of a few hundred pieces."""
     text = [line for language in WORDS for seed in range(20) for line in prose(language, seed).split("\n")]
     model = io.BytesIO()
@@ -80,9 +84,7 @@ def tokenizer_file(folder: Path) -> Path:
         sentence_iterator=iter(text), model_writer=model, model_type="bpe", vocab_size=600, byte_fallback=True,
         normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2, num_threads=1,
     )  # fmt: skip
-    file = folder / "tiny.model"
-    file.write_bytes(model.getvalue())
-    return file
+    return model.getvalue()
 
 
 def config_for(folder: Path, sources: str, *overrides: str, output: str = "out") -> PrepareConfig:
@@ -93,7 +95,7 @@ def config_for(folder: Path, sources: str, *overrides: str, output: str = "out")
         f"url_filter: {{bundled_lists: false}}\nexecutor: {{workers: 1}}\nsources:\n{sources}"
     )
     if not (folder / "tiny.model").exists():
-        tokenizer_file(folder)
+        (folder / "tiny.model").write_bytes(tokenizer_bytes())
     return load_prepare_config(file, list(overrides))
 
 

@@ -29,7 +29,7 @@ from mixtral_jax.preparation.extraction import EXTRACTORS
 from mixtral_jax.preparation.language import LanguageFilter
 from mixtral_jax.preparation.local import QuietExecutor
 from mixtral_jax.preparation.url_filter import AddressFilter
-from tests.preparation.inputs import config_for, digests, html, prose, run, warc_members, write_mixture
+from tests.preparation.inputs import ALONE, config_for, digests, html, prose, run, warc_members, write_mixture
 
 
 @pytest.fixture(scope="module")
@@ -291,7 +291,7 @@ def test_each_rule_can_be_switched_off(tmp_path):
     source = f"  - {{name: a, path: {tmp_path}/a.jsonl, language: en}}\n"
     for rule in (*bad, "none"):
         off = [f"{other}.enabled=false" for other in bad if other != rule]
-        settings = ["url_filter.words=[casino]", "fineweb.enabled=false", *off]
+        settings = [*ALONE, "url_filter.words=[casino]", "fineweb.enabled=false", *off]
         run(config_for(tmp_path, source, *settings, output=rule))
         kept = {document["url"].rsplit("/", 1)[1] for document in documents(tmp_path / rule)}
         assert "none" in kept

@@ -15,7 +15,7 @@ from mixtral_jax.config import UserError
 from mixtral_jax.preparation.config import PrepareSource
 from mixtral_jax.preparation.file_readers import read_documents
 from mixtral_jax.preparation.plan import InputFile
-from tests.preparation.inputs import WORDS, config_for, digests, html, prose, run, warc_members
+from tests.preparation.inputs import ALONE, WORDS, config_for, digests, html, prose, run, warc_members
 
 OF_KINDS = ("pages.warc.gz", "texts.warc.wet.gz", "records.jsonl.gz")
 
@@ -36,9 +36,7 @@ class Server(http.server.SimpleHTTPRequestHandler):
         outputfile.write(content)
 
 
-@pytest.fixture
-def address(tmp_path):
-    folder = tmp_path / "served"
+def write_served(folder: Path) -> Path:
     folder.mkdir()
     pages = [(f"http://{language}.example.net/", html(prose(language, 1))) for language in WORDS]
     texts = [(f"http://wet.example.org/{n}", prose("fr", 100 + n)) for n in range(3)]
@@ -46,6 +44,20 @@ def address(tmp_path):
     (folder / "texts.warc.wet.gz").write_bytes(b"".join(warc_members(texts, wet=True)))
     lines = "".join(json.dumps({"text": prose("it", 400 + n)}) + "\n" for n in range(5)).encode()
     (folder / "records.jsonl.gz").write_bytes(gzip.compress(lines, mtime=0))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    """What local files give."""
+    folder = tmp_path_factory.mktemp("local")
+    run(config_for(folder, sources_at(str(write_served(folder / "served"))), *ALONE))
+    return digests(folder / "out")
+
+
+@pytest.fixture
+def address(tmp_path):
+    folder = write_served(tmp_path / "served")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Server, directory=folder))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -58,19 +70,13 @@ def sources_at(place: str) -> str:
     return named + f'  - {{name: glob, path: "{place}/*.warc.gz"}}\n'
 
 
-def reference(folder: Path) -> dict[str, str]:
-    run(config_for(folder, sources_at(str(folder / "served")), output="local"))
-    return digests(folder / "local")
-
-
 def report_of(folder: Path) -> dict:
     return json.loads((folder / "out" / "report.json").read_text())
 
 
-def test_a_web_server_and_memory_give_what_local_files_give(tmp_path, address):
-    expected = reference(tmp_path)
+def test_a_web_server_and_memory_give_what_local_files_give(tmp_path, address, expected):
     assert len(expected) > 10
-    run(config_for(tmp_path, sources_at(address)))
+    run(config_for(tmp_path, sources_at(address), *ALONE))
     assert digests(tmp_path / "out") == expected
     assert report_of(tmp_path)["problems"]["counts"] == {}
     plan = json.loads((tmp_path / "out" / "work" / "plan.json").read_text())
@@ -79,14 +85,13 @@ def test_a_web_server_and_memory_give_what_local_files_give(tmp_path, address):
     memory = fsspec.filesystem("memory")
     for file in (tmp_path / "served").iterdir():
         memory.pipe(f"/bucket/{file.name}", file.read_bytes())
-    run(config_for(tmp_path, sources_at("memory://bucket"), output="memory"))
+    run(config_for(tmp_path, sources_at("memory://bucket"), *ALONE, output="memory"))
     assert digests(tmp_path / "memory") == expected
 
 
-def test_a_connection_that_breaks_loses_no_document(tmp_path, address, monkeypatch):
-    expected = reference(tmp_path)
+def test_a_connection_that_breaks_loses_no_document(tmp_path, address, expected, monkeypatch):
     monkeypatch.setattr(Server, "broken", frozenset({"texts.warc.wet.gz"}))
-    config = config_for(tmp_path, sources_at(address))
+    config = config_for(tmp_path, sources_at(address), *ALONE)
     with pytest.raises(UserError, match=r"the stage pages failed .* run the same command to go on"):
         run(config)
     assert not (tmp_path / "out" / "documents").exists()
@@ -99,7 +104,7 @@ def test_a_file_cut_short_in_the_store_is_a_bad_file(tmp_path, address):
     file = tmp_path / "served" / "pages.warc.gz"
     file.write_bytes(file.read_bytes()[:-30])
     (tmp_path / "served" / "records.jsonl.gz").write_bytes(b"this is no gzip")
-    run(config_for(tmp_path, sources_at(address)))
+    run(config_for(tmp_path, sources_at(address), *ALONE))
     assert report_of(tmp_path)["problems"]["counts"] == {"truncated gzip": 2, "bad record": 1}  # by its bytes, a line
 
 

@@ -13,17 +13,14 @@ from mixtral_jax import verbs
 from mixtral_jax.config import UserError
 from mixtral_jax.serving import serve as serve_module
 from mixtral_jax.serving.app import make_app
-from tests.small_run import run, write_config
+from tests import small_run
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> str:
-    directory = tmp_path_factory.mktemp("trained")
-    result = run("train.py", write_config(directory), "train.eval_every=0")
-    assert result.returncode == 0, result.stderr
-    return str(directory / "run")
+def trained() -> str:
+    return str(small_run.trained() / "run")
 
 
 def test_one_prompt_is_continued_as_the_json_says(trained, tmp_path, capsys):

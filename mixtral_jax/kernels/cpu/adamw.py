@@ -7,7 +7,7 @@ from typing import no_type_check
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from mixtral_jax.kernels.adamw import AdamW
 from mixtral_jax.kernels.cpu.intrinsics import SUM_SQUARES, UPDATE, compiled, read_state, set_state, view, write
@@ -44,7 +44,7 @@ def update_in_place(
     square: Float[Array, "..."],
     grads: Float[Array, "..."],
     factors: AdamW,
-    wanted: Array,
+    wanted: Bool[Array, ""],
 ) -> tuple[Float[Array, "..."], Float[Array, "..."], Float[Array, "..."]]:
     """Computes `kernels.adamw.update` over the memory of parameters and moments."""
     packed = jnp.stack([jnp.asarray(x, FULL) for x in (wanted, *factors)])

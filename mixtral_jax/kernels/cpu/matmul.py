@@ -78,7 +78,10 @@ def _exact_matmul_fwd(x: Array, w: Array, engine: str) -> tuple[Array, tuple[Arr
 exact_matmul.defvjp(_exact_matmul_fwd, _matmul_bwd)
 
 
-def multiply(a: Array, b: Array, engine: str, transposes: str = "nn") -> Array:
+def multiply(
+    a: Float[Array, "*leading a_rows a_columns"], b: Float[Array, "*leading b_rows b_columns"], engine: str,
+    transposes: str = "nn",
+) -> Float[Array, "*leading rows columns"]:  # fmt: skip
     """Computes a b, a b^T (`nt`) or a^T b (`tn`) of matrices, one by one over equal leading axes."""
     turn_a, turn_b = (np.int64(flag == "t") for flag in transposes)
     rows, columns = a.shape[-1 if turn_a else -2], b.shape[-2 if turn_b else -1]
@@ -114,7 +117,12 @@ def grouped(
 
 
 def grouped_add(
-    total: Float[Array, "rows outer"], rows: Array, group_sizes: Array, layer: Layer, stack: Array, engine: str
+    total: Float[Array, "rows outer"],
+    rows: Float[Array, "rows inner"],
+    group_sizes: Int[Array, " experts"],
+    layer: Layer,
+    stack: Float[Array, "layers experts outer inner"],
+    engine: str,
 ) -> Float[Array, "rows outer"]:
     """Adds `grouped` with transposed matrices to a total, in place."""
     call = jax.ffi.ffi_call("cpu_grouped", [_like(total)], input_output_aliases={4: 0})
@@ -146,14 +154,12 @@ def _begin(frame: int, products: int) -> int:
 
 @compiled
 @no_type_check
-def _list(
-    job: int, a: int, b: int, out: int, of_a: int, of_b: int, of_out: int, rows: int, columns: int, inner: int
-) -> None:
-    """Lists a product, if it is one of anything."""
-    if rows and columns and inner:
+def _list(job: int, product: tuple[int, ...]) -> None:
+    """Lists a product, given as its nine integers, if it is one of anything."""
+    if product[6] and product[7] and product[8]:
         count = argument(job, 0)
         place = job + TABLE + 8 * ENTRIES * count
-        for i, value in enumerate((a, b, out, of_a, of_b, of_out, rows, columns, inner)):
+        for i, value in enumerate(product):
             write(place + 8 * i, value)
         write(job + ARGUMENTS, count + 1)
 
@@ -196,8 +202,8 @@ def _handle_multiply(frame: int) -> int:
     for i in range(count):
         _list(
             job,
-            data(a) + SIZE * i * rows * inner, data(b) + SIZE * i * inner * columns,
-            data(out) + SIZE * i * rows * columns, dim(a, -1), dim(b, -1), columns, rows, columns, inner,
+            (data(a) + SIZE * i * rows * inner, data(b) + SIZE * i * inner * columns,
+             data(out) + SIZE * i * rows * columns, dim(a, -1), dim(b, -1), columns, rows, columns, inner),
         )  # fmt: skip
     _compute(job, engine, turn_a, turn_b, add, 0)
     return 0
@@ -219,8 +225,8 @@ def _handle_grouped(frame: int) -> int:
             size = read_short(data(sizes) + 4 * expert)
             _list(
                 job,
-                data(rows) + SIZE * start * inner, matrix + SIZE * expert * inner * outer,
-                data(out) + SIZE * start * outer, inner, dim(stack, 3), outer, size, outer, inner,
+                (data(rows) + SIZE * start * inner, matrix + SIZE * expert * inner * outer,
+                 data(out) + SIZE * start * outer, inner, dim(stack, 3), outer, size, outer, inner),
             )  # fmt: skip
             start += size
         if not add:
@@ -248,8 +254,8 @@ def _handle_outer_products(frame: int) -> int:
                 fill(out, 0, SIZE * inner * outer)
             _list(
                 job,
-                data(rows) + SIZE * start * inner, data(others) + SIZE * start * outer, out,
-                inner, outer, outer, inner, outer, size,
+                (data(rows) + SIZE * start * inner, data(others) + SIZE * start * outer, out,
+                 inner, outer, outer, inner, outer, size),
             )  # fmt: skip
             start += size
     _compute(job, engine, 1, 0, 0, 1)

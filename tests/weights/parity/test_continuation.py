@@ -39,7 +39,7 @@ def theirs(release: Path, documents: list[str]) -> float:
 def ours(checkpoint: Path, text: Path) -> float:
     result = text.with_suffix(".out")
     evaluate([str(checkpoint), "--json", str(result), f"data.sources=[{{name: x, path: {text}}}]",
-              "eval.mode=document", "eval.context=512"])  # fmt: skip
+              "eval.mode=document", "eval.context=64"])  # fmt: skip
     return json.loads(result.read_text())["total"]["perplexity"]
 
 
@@ -47,13 +47,13 @@ def test_continued_and_released(tmp_path: Path) -> None:
     config = write_config(tmp_path)
     quiet = ("train.eval_every=0",)
     train(config, *quiet)
-    new, other, old = tmp_path / "new.jsonl", tmp_path / "other.jsonl", tmp_path / "text.jsonl"
+    new, other = tmp_path / "new.jsonl", tmp_path / "other.jsonl"
     for file, words in ((new, ["one", "two", "ten"]), (other, ["two", "one", "ten"])):  # the other is measured whole
         documents = [" ".join(f"{word} {i * j % 7}" for j, word in enumerate(words)) for i in range(60)]
         file.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     verbs.export([str(tmp_path / "run"), str(tmp_path / "released"), "--format", "mistral"])
     verbs.import_([str(tmp_path / "released"), str(tmp_path / "import"), f"data.cache_dir={tmp_path / 'cache'}"])
-    before, old_before = ours(tmp_path / "import", other), ours(tmp_path / "import", old)
+    before = ours(tmp_path / "import", other)
 
     tokenizer = tmp_path / "released" / "tokenizer.model"
     continued = (
@@ -62,7 +62,6 @@ def test_continued_and_released(tmp_path: Path) -> None:
     )  # fmt: skip
     train(config, *quiet, *continued)
     verbs.export([str(tmp_path / "more"), str(tmp_path / "again"), "--format", "hf"])
-    after, old_after = ours(tmp_path / "more", other), ours(tmp_path / "more", old)
-    print(f"other text {before:.3f} -> {after:.3f}, old text {old_before:.3f} -> {old_after:.3f}")
+    after = ours(tmp_path / "more", other)
     assert after < 0.8 * before
     assert theirs(tmp_path / "again", documents) == pytest.approx(after, abs=1e-3)
