@@ -184,14 +184,14 @@ def _table(numbers: Mapping[str, dict[str, Any]]) -> Table:
 
 
 def _sources_table(numbers: Mapping[str, dict[str, Any]]) -> Table:
-    table = Table(caption="held-out text, bits per byte of each source; below, as above")
-    table.add_column("variant")
-    names = list(dict.fromkeys(name for found in numbers.values() for name in found["by_source"]))
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
-    for number, (variant, found) in enumerate(numbers.items()):
-        cells = [_measure(found["by_source"][name], number > 0) if name in found["by_source"] else "" for name in names]
-        table.add_row(variant, *cells)
+    table = Table(caption="held-out text of each source; below, as above")
+    for name in ("source", "variant", "bits/byte"):
+        table.add_column(name, justify="right" if name == "bits/byte" else "left")
+    for source in dict.fromkeys(name for found in numbers.values() for name in found["by_source"]):
+        for number, (variant, found) in enumerate(numbers.items()):
+            if source in found["by_source"]:
+                table.add_row(source, variant, _measure(found["by_source"][source], number > 0))
+        table.add_section()
     return table
 
 

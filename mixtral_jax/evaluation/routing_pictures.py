@@ -173,21 +173,21 @@ def draw_paths(total: RoutingCounts, path: Path) -> None:
 
 
 def draw_ablation(ablation: Ablation, path: Path) -> None:
-    """Draws what each expert's absence costs each source, in three layers, on one scale."""
+    """Draws what each expert's absence costs each source, in three layers, each with its own colours."""
     names = [*ablation.whole.sources, "total"]
     layers, experts = (1 + max(places) for places in zip(*ablation.without, strict=True))
     cost = np.zeros((layers, experts, len(names)))
     for place, changes in ablation.without.items():
-        cost[place] = [changes[name].bits_per_byte for name in names]
+        cost[place] = [1000 * changes[name].bits_per_byte for name in names]
     shown = shown_layers(layers)
-    far = max(np.abs(cost[shown]).max(), 1e-9)
     figure, panels = new_figure((1.8 + 0.6 * len(names)) * len(shown), 1.3 + 0.3 * experts, 1, len(shown), sharey=True)
     for axes, layer in zip(panels[0], shown, strict=True):
-        _heat(axes, 1000 * cost[layer], "RdBu_r", (-1000 * far, 1000 * far), "{:.0f}")
+        far = max(np.abs(cost[layer]).max(), 0.1)
+        _heat(axes, cost[layer].round(1) + 0.0, "RdBu_r", (-far, far), "{:.1f}")  # the sum has no -0
         axes.set_xticks(range(len(names)), names, rotation=45)
         axes.set(title=f"layer {layer}")
     panels[0, 0].set(ylabel="expert switched off")
-    figure.suptitle("change of bits per byte, thousandths", fontsize=10)
+    figure.suptitle("change of bits per byte, thousandths; colours by layer", fontsize=10)
     save(figure, path)
 
 
