@@ -281,7 +281,7 @@ class Trainer:
         with self.goodput.part("start"):
             self.checkpoints.wait()
             own, source = self._find_checkpoints()
-            begin, end = self.data.number_of(own or 0), self.data.number_of(spike.step - 1) + 1
+            begin, end = self.data.number_of(own or 0), self.data.number_of(spike.step)
             self.data.skip(begin, end)
             self.rollbacks = self.rollbacks.go_back(None if own is None else self.checkpoints.read_meta(own))
             self.watch = RouterWatch(self.config.model)

@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from tensorboardX.event_file_writer import EventsWriter
 
 from mixtral_jax.config import CheckpointConfig, UserError
 from mixtral_jax.data.cache_files import cache_directory, locked
@@ -175,6 +176,21 @@ def test_a_disk_that_fills_up_in_tensorboard_s_file_is_one_sentence(tmp_path):
     with limited(resource.RLIMIT_FSIZE, ROOM), pytest.raises(UserError, match=r"cannot write .*: File too large; fix"):
         fill()
     board.close()
+
+
+def test_tensorboard_s_own_thread_writes_nothing(tmp_path, monkeypatch):
+    """It ends at a full disk or when the clock is set back, and closing would then wait for ever."""
+    threads, write = set(), EventsWriter.write_event
+
+    def noted(self, event):
+        threads.add(threading.current_thread())
+        return write(self, event)
+
+    monkeypatch.setattr(EventsWriter, "write_event", noted)
+    board = TensorBoard(tmp_path, 0, {})
+    board.write(1, {"loss": 1.0}, {})
+    board.close()
+    assert threads == {threading.current_thread()}
 
 
 def save_and_die(directory: Path, at: str) -> None:
