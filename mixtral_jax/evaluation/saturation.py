@@ -8,7 +8,7 @@ from jaxtyping import Float64, Integer
 
 from mixtral_jax.config import EvalConfig, ModelConfig
 from mixtral_jax.data.batch import HostBatch
-from mixtral_jax.evaluation.routing import RoutingCounts, measure_routing
+from mixtral_jax.evaluation.routing import RoutingCounts, all_sources, measure_routing
 from mixtral_jax.evaluation.scoring import Route, Routes
 from mixtral_jax.evaluation.windows import Documents
 
@@ -59,17 +59,15 @@ def measure_saturation(
     """
 
     def routed(step: int) -> tuple[RoutingCounts, list[np.ndarray]]:
-        route, total = route_at(step), RoutingCounts(model)
-        chosen: list[np.ndarray] = []  # of each batch
+        route, chosen = route_at(step), list[np.ndarray]()  # of each batch
 
         def keep(_: str, routes: Routes, batch: HostBatch) -> None:
             chosen.append(routes.experts[batch.segment_ids > 0])
             if on_batch is not None:
                 on_batch(f"step {step}")
 
-        for documents in texts:
-            total.add(measure_routing(route, documents, eval, seq_len, model, keep))
-        return total, chosen
+        counts = [measure_routing(route, documents, eval, seq_len, model, keep) for documents in texts]
+        return all_sources(counts, model), chosen
 
     counts, final = routed(last)
     moments = [Moment(last, np.ones(model.num_layers), counts.router_entropy(), counts.shares())]

@@ -156,7 +156,8 @@ def _begin(frame: int, products: int) -> int:
 @no_type_check
 def _list(job: int, product: tuple[int, ...]) -> None:
     """Lists a product, given as its nine integers, if it is one of anything."""
-    if product[6] and product[7] and product[8]:
+    rows, columns, inner = product[6:]
+    if rows and columns and inner:
         count = argument(job, 0)
         place = job + TABLE + 8 * ENTRIES * count
         for i, value in enumerate(product):
