@@ -3,7 +3,9 @@
 import glob
 import os
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from mixtral_jax.distributed.processes import may_be_several, speaks
 from mixtral_jax.kernels.cpu.memory import ACCELERATORS, restart_with_huge_pages
 
 BEGAN = time.monotonic()  # before anything heavy is imported
+PATIENCE = 20  # seconds that threads of libraries get to end in after an error: Orbax's would wait for ten minutes
 
 
 def run(main: Callable[[list[str]], None], *, several: bool = False) -> None:
@@ -31,10 +34,25 @@ def run(main: Callable[[list[str]], None], *, several: bool = False) -> None:
     except UserError as error:
         if not several or speaks():
             print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _end(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        _end(130)
+    except Exception:
+        traceback.print_exc()
+        _end(1)
+
+
+def _end(code: int) -> None:
+    """Ends this process as usual, or at once where what it still waits for does not come."""
+    sys.stdout.flush()  # which Python itself does after it has waited for threads
+    late = threading.Timer(PATIENCE, os._exit, [code])
+    late.daemon = True
+    try:
+        late.start()
+    except RuntimeError:  # there is no memory for another thread, which is what those that wait may lack too
+        os._exit(code)
+    sys.exit(code)
 
 
 def check_checkpoint(path: Path) -> None:

@@ -4,6 +4,7 @@ import io
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,10 @@ from rich.progress import Progress, TextColumn
 from rich.table import Table
 
 from mixtral_jax import cli
-from mixtral_jax.config import DistributedConfig
+from mixtral_jax.config import DistributedConfig, UserError
 from mixtral_jax.console import ProgressLine, make_console, two_lines
 from mixtral_jax.kernels.cpu import intrinsics
+from tests.processes import fork
 from tests.small_run import ROOT, environment, run, write_config
 
 NAMES = ["wiki[en]", "wiki[/en]", "[bold]", "[/]", ":smile:", "[link=x]y[/link]"]
@@ -225,3 +227,25 @@ def test_a_config_with_an_equals_sign_in_its_name(tmp_path: Path) -> None:
     config = write_config(tmp_path).rename(tmp_path / "lr=1.yaml")
     result = run("train.py", config, "train.steps=0")
     assert result.stderr == "error: train.steps is 0: it must be greater than 0\n"
+
+
+def fail_with_a_thread_that_waits(error: BaseException, out: Path) -> None:
+    def main(arguments: list[str]) -> None:
+        threading.Thread(target=threading.Event().wait).start()
+        print("before")
+        raise error
+
+    cli.PATIENCE = 0.1
+    os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT), 1)
+    cli.run(main)
+
+
+@pytest.mark.drills
+def test_a_failed_program_ends_whatever_its_libraries_wait_for(tmp_path: Path) -> None:
+    """Orbax's threads wait ten minutes for one that could not be started."""
+    errors = {2: UserError("a mistake"), 1: ValueError("a fault"), 130: KeyboardInterrupt()}
+    started = {code: fork(fail_with_a_thread_that_waits, error, tmp_path / str(code)) for code, error in errors.items()}
+    for code, process in started.items():
+        process.join(60)
+        assert process.exitcode == code
+        assert (tmp_path / str(code)).read_text() == "before\n"

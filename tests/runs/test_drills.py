@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from tensorboardX.event_file_writer import EventsWriter
 
+from mixtral_jax import cli
 from mixtral_jax.config import CheckpointConfig, UserError
 from mixtral_jax.data.cache_files import cache_directory, locked
 from mixtral_jax.runs import checkpoint as module
@@ -215,14 +216,18 @@ def test_a_process_killed_in_a_save_or_before_its_mark_leaves_the_one_before(che
 
 
 def save_without_memory(directory: Path) -> None:
-    checkpoints = Checkpoints(directory, CheckpointConfig())
-    save(checkpoints, 1)
-    with mapping_at_most(20 << 20):
-        save(checkpoints, 2)
+    def main(arguments: list[str]) -> None:
+        checkpoints = Checkpoints(directory, CheckpointConfig())
+        save(checkpoints, 1)
+        with mapping_at_most(20 << 20):
+            save(checkpoints, 2)
+
+    cli.PATIENCE = 1
+    cli.run(main)
 
 
 def test_a_process_that_gets_no_memory_in_a_save_ends_and_leaves_the_one_before(checkpoints):
-    """How it ends is the libraries' choice."""
+    """What it says is the libraries' choice."""
     process = fork(save_without_memory, checkpoints.directory)
     process.join(60)
     assert process.exitcode
