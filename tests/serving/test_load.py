@@ -15,33 +15,34 @@ from tests.serving.server import serving, wait_until
 from tests.small_run import WORDS
 from tests.tiny import compilations
 
-CLIENTS, REQUESTS = 16, 200
+CLIENTS, REQUESTS, DISTINCT = 16, 200, 25
 
 
-def requests():
+def make_bodies():
+    """Requests that differ in length and sampling."""
     draw = random.Random(5)
-    for number in range(REQUESTS):
-        body = {"prompt": " ".join(draw.choices(WORDS, k=draw.choice([1, 3, 20]))), "max_tokens": draw.randint(1, 12)}
-        if draw.random() < 0.5:
-            body |= {"temperature": 0.9, "seed": draw.randrange(9), "top_p": draw.choice([1.0, 0.9])}
+    for number in range(DISTINCT):
+        body = {"prompt": " ".join(draw.choices(WORDS, k=draw.choice([1, 3, 20, 60]))), "max_tokens": 2 + number % 12}
+        if number % 2:
+            top_p, penalty = draw.choice([1.0, 0.9]), draw.choice([1.0, 1.3])
+            body |= {"temperature": 0.9, "seed": draw.randrange(9), "top_p": top_p, "repetition_penalty": penalty}
         else:
             body["temperature"] = 0.0
-        yield number, body
+        yield body
 
 
-def ask(url, number, body):
+def ask(client, body, *, stream=True, break_off=False):
     """One answer, streamed or not; None if it is broken off."""
-    with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
-        if number % 3 == 0:
-            return client.post("/v1/completions", json=body).json()["choices"][0]["text"]
-        with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as response:
-            text = ""
-            for line in response.iter_lines():
-                if number % 10 == 1:
-                    return None
-                if line.startswith("data: {"):
-                    text += json.loads(line.removeprefix("data: "))["choices"][0]["text"]
-            return text
+    if not stream:
+        return client.post("/v1/completions", json=body).json()["choices"][0]["text"]
+    with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as response:
+        text = ""
+        for line in response.iter_lines():
+            if break_off:
+                return None
+            if line.startswith("data: {"):
+                text += json.loads(line.removeprefix("data: "))["choices"][0]["text"]
+        return text
 
 
 def test_two_hundred_requests_of_sixteen_clients(monkeypatch):
@@ -53,21 +54,29 @@ def test_two_hundred_requests_of_sixteen_clients(monkeypatch):
         begun.append(1)
 
     monkeypatch.setattr(Job, "__init__", noted)
+    draw, bodies = random.Random(6), list(make_bodies())
+    chosen = [*range(DISTINCT), *draw.choices(range(DISTINCT), k=REQUESTS - DISTINCT)]
+    draw.shuffle(chosen)
+    streamed = [number % 3 > 0 for number in range(REQUESTS)]
+    broken_off = [number % 10 == 1 and streamed[number] for number in range(REQUESTS)]
     with serving(queue=2 * CLIENTS) as served:
-        alone = {}
-        for number, body in requests():
-            if number % 10 == 7:  # a sample, one after the other
-                alone[number] = ask(served.url, number, body)
+        alone = [ask(served.client, body) for body in bodies]  # one after the other
+        answers = {}
+
+        def work(first):
+            with httpx.Client(base_url=served.url, timeout=60, trust_env=False) as client:
+                for number in range(first, REQUESTS, CLIENTS):
+                    body = bodies[chosen[number]]
+                    answers[number] = ask(client, body, stream=streamed[number], break_off=broken_off[number])
+
         with compilations() as compiled, ThreadPoolExecutor(CLIENTS) as pool:
-            answers = list(pool.map(lambda asked: ask(served.url, *asked), requests()))
+            list(pool.map(work, range(CLIENTS)))
         wait_until(lambda: served.engine.running == served.engine.waiting == 0)
         assert compiled == []
-        assert {number: answers[number] for number in alone} == alone
-        assert [number for number, answer in enumerate(answers) if answer is None] == [
-            number for number in range(REQUESTS) if number % 10 == 1 and number % 3
-        ]
-        assert len(set(answers)) > REQUESTS / 2
-        assert len(begun) == REQUESTS + len(alone)
+        expected = [None if broken_off[number] else alone[body] for number, body in enumerate(chosen)]
+        assert [answers[number] for number in range(REQUESTS)] == expected
+        assert len(set(alone)) == DISTINCT
+        assert len(begun) == REQUESTS + DISTINCT
         # In a process full of other tests' objects one collection takes seconds.
         wait_until(lambda: not jobs or (gc.collect() >= 0 and not jobs), seconds=60)
 
