@@ -54,9 +54,13 @@ def hashing(compute: Callable[[Digests], T], turn: int | None = None) -> T:
 def write_manifest(directory: Path, digests: Digests = ALONE) -> None:
     """Writes size and SHA-256 of every file below a directory, last of all: what lacks a manifest is unfinished."""
     files = _files(directory)
-    for file in files:  # the checksums must not outlive the data that they speak of
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
+    # The checksums must not outlive the data that they speak of, nor the names under which these are found.
+    for path in [*files, *sorted({file.parent for file in files})]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
     facts = {
         file.relative_to(directory).as_posix(): {"bytes": file.stat().st_size, "sha256": digest}
         for file, digest in zip(files, _ordered(files, digests), strict=True)

@@ -1,9 +1,9 @@
 """Arrays between devices and a checkpoint's files, block by block: the host holds a few of them, however large
 the model.
 
-Orbax moves whole arrays, and a model with stacked layers has but a dozen, each a large part of it. So Orbax lays out
-arrays of zeros, which take no memory, and the blocks go into them through tensorstore, on which it is built. What comes
-out is like any other checkpoint of Orbax, and any other can be read this way.
+Orbax moves whole arrays, and a model with stacked layers has but a dozen, each a large part of it. So Orbax writes
+arrays of one byte, and tensorstore, on which it is built, puts the true ones in their places, block by block. What
+comes out is like any other checkpoint of Orbax, but not compressed, and any other can be read this way.
 """
 
 import itertools
@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Shaped
 
 BLOCK = 128 << 20  # bytes that move at once, if an array has leading axes to cut
-CHUNK = 64 << 20  # bytes that are compressed at once
+CHUNK = 64 << 20  # bytes of one file
 
 Arrays = dict[str, jax.Array]
 Start = tuple[int, ...]
@@ -34,7 +34,7 @@ def save_args(leaf: Any) -> ocp.SaveArgs:
 
 
 def write_arrays(directory: Path, parts: dict[str, Arrays], advance: Callable[[int], None]) -> None:
-    """Writes what Orbax would write, from one process.
+    """Writes what Orbax would write, from one process; `write_manifest` sees to it that it is on the disk.
 
     Args:
         directory: created.
@@ -44,24 +44,14 @@ def write_arrays(directory: Path, parts: dict[str, Arrays], advance: Callable[[i
     Raises:
         OSError, ValueError: as Orbax and tensorstore do.
     """
-    hollow = {
-        part: {name: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape) for name, leaf in arrays.items()}
-        for part, arrays in parts.items()
-    }
-    # The standard handler would copy the zeros, and so make them take memory.
-    kinds = ocp.type_handlers.create_type_handler_registry(
-        (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False))
-    )
-    handlers = {part: ocp.PyTreeCheckpointHandler(type_handler_registry=kinds) for part in parts}
     items = {
-        part: ocp.args.PyTreeSave(arrays, save_args={name: save_args(leaf) for name, leaf in arrays.items()})
-        for part, arrays in hollow.items()
+        part: ocp.args.StandardSave({name: np.zeros(1, np.uint8) for name in arrays}) for part, arrays in parts.items()
     }
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as writer:
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
         writer.save(directory, args=ocp.args.Composite(**items))
     for part, arrays in parts.items():
         for name, leaf in arrays.items():
-            _write(_open(directory / part, name), leaf, advance)
+            _write(_create(directory / part, name, leaf), leaf, advance)
 
 
 def _write(store: ts.TensorStore, leaf: jax.Array, advance: Callable[[int], None]) -> None:
@@ -186,5 +176,22 @@ def put_part(whole: Shaped[jax.Array, "..."], part: Shaped[jax.Array, "..."], st
 
 
 def _open(directory: Path, name: str) -> ts.TensorStore:
+    return ts.open(_spec(directory, name), open=True).result()
+
+
+def _create(directory: Path, name: str, leaf: jax.Array) -> ts.TensorStore:
+    """Puts an array in another one's place; weights hardly compress, and zstd takes longer than all the rest."""
+    cut = _cut_axes(leaf.shape, leaf.dtype)
+    lead, *rest = leaf.shape[cut:] or (1,)
+    rows = max(1, min(lead, CHUNK // (math.prod(rest) * leaf.dtype.itemsize)))
+    layout = ts.ChunkLayout(chunk_shape=(*[1] * cut, rows, *rest)[: leaf.ndim])
+    uncompressed = {"metadata": {"compressor": None}, "context": {"file_io_sync": False}}
+    return ts.open(
+        _spec(directory, name) | uncompressed,
+        create=True, delete_existing=True, dtype=leaf.dtype, shape=leaf.shape, chunk_layout=layout,
+    ).result()  # fmt: skip
+
+
+def _spec(directory: Path, name: str) -> dict[str, Any]:
     base = {"driver": "ocdbt", "base": f"file://{directory.absolute()}/", "path": f"{name}/"}
-    return ts.open({"driver": "zarr", "kvstore": base, "open": True}).result()
+    return {"driver": "zarr", "kvstore": base}

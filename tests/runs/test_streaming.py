@@ -1,5 +1,7 @@
 """Checkpoints block by block are Orbax's own, bit for bit, and no block is large."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,6 +86,20 @@ def test_what_orbax_writes_is_read_block_by_block(checkpoints, here, there):
         assert leaf.sharding == wanted["params"][name].sharding
     assert len(blocks) >= 3 * 8 // 4 + 3
     assert max(blocks) <= max(BLOCK, state["params"]["embedding"].nbytes)
+
+
+def test_blocks_are_not_compressed_and_those_that_are_can_be_read(checkpoints):
+    state = state_on({})
+    checkpoints.save_streamed(5, state, {}, {}, lambda count: None)
+    checkpoints.save(6, state, {}, {})
+    checkpoints.wait()
+    for step, compressor in ((5, None), (6, "zstd")):
+        folder = checkpoints.directory / str(step) / "state" / "params"
+        stored = streaming._open(folder, "embedding")
+        assert (stored.spec().to_json()["metadata"]["compressor"] or {}).get("id") == compressor
+        assert math.prod(stored.chunk_layout.read_chunk.shape) * 4 <= streaming.CHUNK
+        read = np.concatenate(list(streaming.read_blocks(folder, "embedding")))
+        assert read.tobytes() == np.asarray(state["params"]["embedding"]).tobytes()
 
 
 def test_reading_an_array_that_is_not_there_is_an_error_as_without_blocks(checkpoints):
