@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mixtral_jax.config import DistributedConfig, UserError
+from mixtral_jax.config import DistributedConfig, NoCheckpointError, UserError
 from mixtral_jax.distributed.processes import may_be_several, speaks
 from mixtral_jax.kernels.cpu.memory import ACCELERATORS, restart_with_huge_pages
 
@@ -58,7 +58,7 @@ def _end(code: int) -> None:
 def check_checkpoint(path: Path) -> None:
     """Raises `UserError` where no checkpoint can be; what else there is to check takes heavy imports."""
     if not path.is_dir():
-        raise UserError(f"there is no checkpoint in {path}: name a run directory or one of its checkpoints")
+        raise NoCheckpointError(path)
 
 
 def choose_platform() -> None:

@@ -18,6 +18,20 @@ class UserError(Exception):
         return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+class NoCheckpointError(UserError):
+    """There is no checkpoint where one was named, or none that is whole."""
+
+    def __init__(self, where: object, *, begun: bool = False):
+        """Names the place; `begun`: something there is being written, or was when its writer ended."""
+        if begun:
+            super().__init__(
+                f"no checkpoint in {where} is whole: wait until the run or copy that writes it has ended, or name "
+                "another one"
+            )
+        else:
+            super().__init__(f"there is no checkpoint in {where}: name a run directory or one of its checkpoints")
+
+
 @dataclass(frozen=True)
 class RopeScalingConfig:
     """Slower rotary frequencies, for longer texts than the model was first trained with."""

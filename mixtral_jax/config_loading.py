@@ -14,7 +14,7 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mixtral_jax.config import Config, UserError
+from mixtral_jax.config import Config, NoCheckpointError, UserError
 from mixtral_jax.config_checks import validate
 from mixtral_jax.config_renames import RENAMED, up_to_date
 
@@ -171,11 +171,13 @@ def _inherited(given: Any) -> dict[str, Any]:
     newest = sorted((bundle for bundle in bundles if bundle.name.isdecimal()), key=lambda bundle: -int(bundle.name))
     for bundle in (root, *newest):
         if (bundle / "meta.json").is_file() and (bundle / "manifest.json").is_file():
-            saved = yaml.safe_load(json.loads((bundle / "meta.json").read_text(encoding="utf-8"))["config"])
-            return {"model": up_to_date(saved)["model"], "data": {"tokenizer": CHECKPOINT_TOKENIZER}}
-    raise UserError(
-        f"there is no checkpoint in init_from={given.init_from}: name a run directory or one of its checkpoints"
-    )
+            try:
+                saved = yaml.safe_load(json.loads((bundle / "meta.json").read_text(encoding="utf-8"))["config"])
+                return {"model": up_to_date(saved)["model"], "data": {"tokenizer": CHECKPOINT_TOKENIZER}}
+            except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
+                continue  # damaged or half-copied: an older one is what will be restored
+    begun = bool(newest) or (root / "meta.json").is_file()
+    raise NoCheckpointError(f"init_from={given.init_from}", begun=begun)
 
 
 def _as_written(text: str) -> Any:

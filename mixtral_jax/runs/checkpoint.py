@@ -21,7 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
-from mixtral_jax.config import CheckpointConfig, UserError
+from mixtral_jax.config import CheckpointConfig, NoCheckpointError, UserError
 from mixtral_jax.data.record import FILE as RECORD
 from mixtral_jax.data.record import DocumentRecord
 from mixtral_jax.distributed.processes import barrier, is_main, take_turn
@@ -346,14 +346,14 @@ def find_checkpoint(path: Path, warn: Callable[[str], None] = print) -> tuple[Ch
         The checkpoints and the step to use: the named bundle, or the newest good one.
 
     Raises:
-        UserError: there is none, or the named one is damaged.
+        UserError: there is none, or the named one is damaged or being written.
     """
     directory, step = hashing(lambda digests: _find(path, warn, digests))
     return Checkpoints(Path(directory), CheckpointConfig(), warn), step
 
 
 def _find(path: Path, warn: Callable[[str], None], digests: Digests) -> tuple[str, int]:
-    config = CheckpointConfig()
+    config, begun = CheckpointConfig(), False
     if (path / META).exists() and path.name.isdecimal():
         checkpoints = Checkpoints(path.parent, config, warn)
         damage = checkpoints._find_damage(int(path.name), digests)
@@ -366,7 +366,8 @@ def _find(path: Path, warn: Callable[[str], None], digests: Digests) -> tuple[st
             step = checkpoints._latest(digests)
             if step is not None:
                 return str(directory), step
-    raise UserError(f"there is no checkpoint in {path}: name a run directory or one of its checkpoints")
+            begun |= bool(checkpoints.steps())
+    raise NoCheckpointError(path, begun=begun)
 
 
 def _named(tree: Any) -> dict[str, Any]:

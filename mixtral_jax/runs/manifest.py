@@ -89,15 +89,15 @@ def find_damage(directory: Path, digests: Digests = ALONE) -> str | None:
         return "it is unfinished: there is no manifest"
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
         return "its manifest is damaged"
-    there = {file.relative_to(directory).as_posix(): file for file in _files(directory)}
-    for name, (size, _) in recorded.items():  # which are compared with what is there, and open nothing
-        if name not in there:
-            return f"{name!r:.200} is missing"
-        if (found := there[name].stat().st_size) != size:
-            return f"{name} has {found} bytes instead of {size!r:.30}"
-    if extra := there.keys() - recorded.keys():
-        return f"{min(extra)} does not belong to it"
     try:
+        there = {file.relative_to(directory).as_posix(): file for file in _files(directory)}
+        for name, (size, _) in recorded.items():  # which are compared with what is there, and open nothing
+            if name not in there:
+                return f"{name!r:.200} is missing"
+            if (found := there[name].stat().st_size) != size:
+                return f"{name} has {found} bytes instead of {size!r:.30}"
+        if extra := there.keys() - recorded.keys():
+            return f"{min(extra)} does not belong to it"
         digested = _ordered([there[name] for name in recorded], digests)
     except OSError as error:
         return f"{error.filename} cannot be read: {error.strerror}"

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from mixtral_jax.config import CheckpointConfig, UserError
+from mixtral_jax.config import CheckpointConfig, NoCheckpointError, UserError
 from mixtral_jax.config_loading import parse_config
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.distributed.processes import take_turn, with_all
@@ -41,7 +41,7 @@ def verify(path: Path, say: Callable[[str], None]) -> None:
         checkpoints = Checkpoints(inner if inner.is_dir() else path, CheckpointConfig())
         steps = checkpoints.steps()
     if not steps:
-        raise UserError(f"there is no checkpoint in {path}: name a run directory or one of its checkpoints")
+        raise NoCheckpointError(path)
     problems = {step: problem for step in steps if (problem := _verify_one(checkpoints, step, say))}
     if problems:
         good = max(set(steps) - set(problems), default=None)

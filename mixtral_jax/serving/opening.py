@@ -10,8 +10,7 @@ from pathlib import Path
 from mixtral_jax.evaluation.loading import LoadedModel, load_model
 from mixtral_jax.inference.holding import hold_weights, size_of
 from mixtral_jax.weights.checkpoints import import_checkpoint
-
-RELEASED = ("config.json", "params.json")  # one of these makes a directory of weights a released one
+from mixtral_jax.weights.files import holds_release
 
 
 @contextlib.contextmanager
@@ -27,7 +26,7 @@ def open_model(checkpoint: str, overrides: list[str], weights: str = "") -> Iter
         UserError: there is none, or a bad override.
     """
     path = Path(checkpoint)
-    if not any((path / name).is_file() for name in RELEASED):
+    if not holds_release(path):
         yield _held(load_model(checkpoint, overrides, packed=False), weights)
         return
     with tempfile.TemporaryDirectory(prefix="mixtral_jax_import_") as directory:

@@ -9,6 +9,17 @@ from mixtral_jax.weights.safetensors_files import read_safetensors
 from mixtral_jax.weights.stored import StoredTensor
 from mixtral_jax.weights.torch_files import read_torch
 
+_SEARCHES = (
+    ("config.json", ("model.safetensors", "model-*.safetensors")),
+    ("params.json", ("consolidated*.safetensors",)),
+    ("params.json", ("consolidated*.pth", "consolidated*.pt")),
+)
+
+
+def holds_release(directory: Path) -> bool:
+    """Whether a directory is a release, perhaps an incomplete one: it has a configuration or tensors by their names."""
+    return any(any(directory.glob(name)) for config_file, patterns in _SEARCHES for name in (config_file, *patterns))
+
 
 def find_files(directory: Path) -> tuple[str, list[Path]]:
     """Returns the configuration file's name and the files of tensors.
@@ -18,12 +29,7 @@ def find_files(directory: Path) -> tuple[str, list[Path]]:
     Raises:
         UserError: there are none.
     """
-    searches = (
-        ("config.json", ("model.safetensors", "model-*.safetensors")),
-        ("params.json", ("consolidated*.safetensors",)),
-        ("params.json", ("consolidated*.pth", "consolidated*.pt")),
-    )
-    for config_file, patterns in searches:
+    for config_file, patterns in _SEARCHES:
         files = sorted(file for pattern in patterns for file in directory.glob(pattern))
         if files and (directory / config_file).is_file():
             return config_file, files

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mixtral_jax.config import CheckpointConfig, UserError
 from mixtral_jax.runs import checkpoint as checkpoint_module
+from mixtral_jax.runs import manifest as manifest_module
 from mixtral_jax.runs.checkpoint import Checkpoints, find_checkpoint
 from mixtral_jax.runs.manifest import find_damage, write_manifest
 
@@ -334,6 +335,44 @@ def test_finds_what_a_person_names(tmp_path, checkpoints):
     flip_bit(checkpoints.directory / "1")
     with pytest.raises(UserError, match=r"cannot be used: .*checksum"):
         find_checkpoint(tmp_path / "checkpoints" / "1")
+
+
+def test_one_that_is_being_written_is_waited_for(tmp_path, checkpoints, said):
+    save(checkpoints, 1)
+    bundle = checkpoints.directory / "1"
+    sealed = (bundle / "manifest.json").rename(tmp_path / "sealed")
+    for path in (tmp_path, checkpoints.directory):
+        with pytest.raises(UserError, match=r"no checkpoint in .* is whole: wait until the run or copy"):
+            find_checkpoint(path, said.append)
+    with pytest.raises(UserError, match="checkpoints/1 cannot be used: it is unfinished"):
+        find_checkpoint(bundle, said.append)
+    sealed.rename(bundle / "manifest.json")
+    (checkpoints.directory / "2").mkdir()
+    (checkpoints.directory / "2" / "meta.json").write_text("{}")
+    assert find_checkpoint(tmp_path, said.append)[1] == 1
+    assert len(said) == 3
+
+
+def test_one_that_is_copied_or_removed_meanwhile_is_damaged(checkpoints, monkeypatch):
+    save(checkpoints, 1)
+    bundle = checkpoints.directory / "1"
+    for file in sorted(path for path in bundle.rglob("*") if path.is_file()):
+        content = file.read_bytes()
+        for part in (None, content[:-1], content[: len(content) // 2]):
+            file.unlink() if part is None else file.write_bytes(part or b"x")  # some files are empty
+            with pytest.raises(UserError, match=r"every checkpoint in .* is damaged|no checkpoint in .* is whole"):
+                find_checkpoint(bundle.parent, lambda text: None)
+            assert find_damage(bundle)
+        file.write_bytes(content)
+    listed = manifest_module._files
+
+    def gone(directory):
+        files = listed(directory)
+        data_file(bundle).unlink(missing_ok=True)
+        return files
+
+    monkeypatch.setattr(manifest_module, "_files", gone)
+    assert "cannot be read: No such file" in find_damage(bundle)
 
 
 def test_meta_tells_every_array(checkpoints):

@@ -12,6 +12,7 @@ import tensorstore
 
 import eval as evaluation
 import train
+from mixtral_jax import verbs
 from mixtral_jax.config import UserError
 from mixtral_jax.config_loading import load_config
 from mixtral_jax.runs.run_dir import RunDirectory
@@ -230,6 +231,35 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch, mis
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
     assert set(os.listdir(tmp_path)) - before <= {"cache"}
+
+
+PROGRAMS = {
+    "generate": (verbs.generate, ["first", "a prompt"]),
+    "serve": (verbs.serve, ["first", "--port", "0"]),
+    "export": (verbs.export, ["first", "new", "--format", "hf"]),
+    "eval.py": (evaluation.main, ["first"]),
+    "train.py": (train.main, ["config.yaml", "init_from=first", *HERE]),
+    "train.py without a model": (
+        train.main,
+        [str(ROOT / "configs" / "sft.yaml"), "init_from=first", "data.sources=[{name: a, path: text.jsonl}]"],
+    ),
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_checkpoint_that_is_being_written_is_one_sentence(tmp_path, monkeypatch, program):
+    """A run's first, whose arrays and manifest are still to come."""
+    write_config(tmp_path, documents=2)
+    bundle = tmp_path / "first" / "checkpoints" / "4"
+    bundle.mkdir(parents=True)
+    (bundle / "meta.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MIXTRAL_JAX_CACHE_DIR", "")
+    before = set(tmp_path.rglob("*"))
+    main, arguments = PROGRAMS[program]
+    with pytest.raises(UserError, match=r"no checkpoint in .*first is whole: wait"):
+        main(arguments)
+    assert {path.relative_to(tmp_path).parts[0] for path in {*tmp_path.rglob("*")} - before} <= {"cache"}
 
 
 def test_a_malformed_line_is_named(tmp_path, monkeypatch):

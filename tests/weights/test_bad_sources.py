@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import re
+import shutil
 import struct
 import zipfile
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import sentencepiece
 from safetensors.numpy import load_file, save_file
 
 from mixtral_jax.config import UserError
+from mixtral_jax.serving.opening import open_model
 from mixtral_jax.weights.importing import import_weights
 from mixtral_jax.weights.names import FORMATS
 from mixtral_jax.weights.released import Upcycling, open_released
@@ -74,6 +76,36 @@ def test_truncated_safetensors(hf: Path, cut: int) -> None:
     file = hf / LAST
     file.write_bytes(file.read_bytes()[: cut if cut < 1000 else -7])
     refused(hf, str(file), "truncated", "download it again", *(["tensor 'model."] if cut > 1000 else []))
+
+
+def test_a_release_that_is_being_copied(tmp_path: Path, hf: Path) -> None:
+    """Whatever file is cut, and whichever have come yet, from either end of the list: what is missing is told."""
+    (hf / "tokenizer.model").write_bytes(make_tokenizer(CONFIG.vocab_size))
+    (hf / "tokenizer_config.json").write_text('{"added_tokens_decoder": {}}')
+    files = sorted(hf.iterdir())
+    needed = {file.name for file in files} - {"model.safetensors.index.json", "tokenizer_config.json"}
+
+    def told(directory: Path, word: str) -> None:
+        with pytest.raises(UserError) as caught, open_model(str(directory), []):
+            pass
+        assert word in str(caught.value)
+
+    for file in files:
+        content = file.read_bytes()
+        for tenth in (0, 3, 6, 9):
+            file.write_bytes(content[: len(content) * tenth // 10])
+            told(hf, str(file))
+        file.write_bytes(content)
+    for number, order in enumerate((files, files[::-1])):
+        (come := tmp_path / str(number)).mkdir()
+        told(come, str(come))
+        for file in order:
+            shutil.copy(file, come)
+            if missing := needed - {path.name for path in come.iterdir()}:
+                told(come, str(come))
+        assert not missing
+    (hf / "config.json").unlink()
+    told(hf, "no config.json")
 
 
 def header_edit(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
