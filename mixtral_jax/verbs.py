@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mixtral_jax.cli import check_checkpoint
 from mixtral_jax.cli import prepare as prepare_cpu
-from mixtral_jax.config import Config, UserError
+from mixtral_jax.config import Config, DistributedConfig, UserError
 from mixtral_jax.config_loading import home_expanded, load_config, user_path
 from mixtral_jax.data.sources import find_sources
 from mixtral_jax.distributed.processes import distributed_config, joined
@@ -134,6 +134,7 @@ def compare(arguments: list[str]) -> None:
     check_outputs(options.json, options.plots)
     for run in options.runs:
         check_checkpoint(Path(run))
+    prepare_cpu(DistributedConfig(), "")
     from mixtral_jax.console import make_console
     from mixtral_jax.evaluation.compare import compare_runs
     from mixtral_jax.evaluation.modes import show
@@ -178,6 +179,7 @@ def experiment(arguments: list[str]) -> None:
 
 def lm_eval(arguments: list[str]) -> None:
     """lm-evaluation-harness that knows this package: lm_eval --model mixtral_jax --model_args checkpoint=RUN ..."""
+    prepare_cpu(DistributedConfig(), "")
     from mixtral_jax.evaluation.tasks import run_harness
 
     run_harness(arguments)
@@ -209,6 +211,7 @@ def generate(arguments: list[str]) -> None:
     _add_weights(parser)
     options = parser.parse_intermixed_args(arguments)
     check_outputs(options.json, None)
+    prepare_cpu(DistributedConfig(), "")  # before standard input is read, which is there once
     sections = {key.name for key in dataclasses.fields(Config)}
     overrides = [word for word in options.words if "=" in word and word.split("=")[0].split(".")[0] in sections]
     prompts = [word for word in options.words if word not in overrides]
@@ -252,6 +255,7 @@ def serve(arguments: list[str]) -> None:
         raise UserError(f"{options.api_key_file} is empty: put the API key into it")
     if importlib.util.find_spec("fastapi") is None:
         raise UserError("serve needs packages that are not installed: pip install 'mixtral_jax[serve]'")
+    prepare_cpu(DistributedConfig(), "")
     from mixtral_jax.serving.serve import Serving
     from mixtral_jax.serving.serve import serve as run
 

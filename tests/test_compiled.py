@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from mixtral_jax import cli, compiled
+from mixtral_jax import cli, compiled, verbs
 from mixtral_jax.compiled import keep_compiled, trim
 from mixtral_jax.config import DistributedConfig
 from mixtral_jax.distributed.processes import LAUNCHERS
@@ -110,6 +110,17 @@ def test_only_a_lone_process_on_a_cpu_starts_itself_again_for_huge_pages(monkeyp
     assert bool(started) == restarts
     if restarts:
         assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+
+
+@pytest.mark.parametrize(
+    "words", [["generate", "run", "hello"], ["serve", "run"], ["compare", "run", "run"], ["lm_eval"]], ids=lambda w: w[0]
+)
+def test_verbs_that_compute_ask_for_huge_pages(tmp_path, monkeypatch, words):
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(verbs, "prepare_cpu", lambda *_: sys.exit(75))
+    with pytest.raises(SystemExit, match="75"):
+        verbs.VERBS[words[0]](words[1:])
 
 
 def test_a_program_that_starts_itself_again_keeps_its_words_and_its_exit_code():
