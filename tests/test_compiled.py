@@ -113,7 +113,7 @@ def test_only_a_lone_process_on_a_cpu_starts_itself_again_for_huge_pages(monkeyp
 
 
 @pytest.mark.parametrize(
-    "words", [["generate", "run", "hello"], ["serve", "run"], ["compare", "run", "run"], ["lm_eval"]], ids=lambda w: w[0]
+    "words", [["generate", "run", "hello"], ["serve", "run"], ["compare", "run", "run"], ["lm_eval"]], ids=str
 )
 def test_verbs_that_compute_ask_for_huge_pages(tmp_path, monkeypatch, words):
     (tmp_path / "run").mkdir()
