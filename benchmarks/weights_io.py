@@ -2,8 +2,8 @@
 
     python -m benchmarks.weights_io --gib 8 --directory /scratch
 
-Host memory is the most that the verb's process ever had resident (as `time -v` tells), without the model's parameters:
-they are device memory, and on the CPU they live in the process.
+Host memory is the most that the verb's process ever had resident (as `time -v` tells), of an export without the model's
+parameters: they are device memory, and on the CPU they live in the process.
 """
 
 import argparse
@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--d-ff", type=int, default=7168, help="8x7B: 14336")
     parser.add_argument("--formats", nargs="+", choices=EXPORT_FORMATS, default=EXPORT_FORMATS)
     parser.add_argument("--directory", type=Path, help="where to work; default: the system's temporary directory")
+    parser.add_argument("--cold", action="store_true", help="what is read is not in the page cache")
     options = parser.parse_args()
 
     model = architecture(options.gib, options.d_model, options.d_ff)
@@ -49,6 +50,8 @@ def main() -> None:
         for column in ("", "seconds", "MB/s", "of a plain copy", "peak host memory, GiB"):
             table.add_column(column, justify="right" if column else "left")
 
+        if options.cold:
+            evict(work / "source")
         begin = time.perf_counter()
         shutil.copytree(work / "source", work / "copy")
         os.sync()
@@ -62,13 +65,17 @@ def main() -> None:
             )
 
         def import_from(source: Path, target: Path) -> tuple[float, int]:
-            return verb(size, "import", source, target, "precision.params=bfloat16", "data.tokenizer=mixtral")
+            if options.cold:
+                evict(source)
+            return verb(0, "import", source, target, "precision.params=bfloat16", "data.tokenizer=mixtral")
 
         report("plain copy", copy_seconds)
         report("import hf", *import_from(work / "source", work / "import"))
         shutil.rmtree(work / "source")
         for format_name in options.formats:
             out, again = work / format_name, work / "again"
+            if options.cold:
+                evict(work / "import")
             report(f"export {format_name}", *verb(size, "export", work / "import", out, "--format", format_name))
             if format_name != "hf":
                 report(f"import {format_name}", *import_from(out, again))
@@ -77,8 +84,8 @@ def main() -> None:
     console.print(table)
 
 
-def verb(parameters: int, *arguments: str | Path) -> tuple[float, int]:
-    """Runs a verb, what it wrote on disk; returns seconds and its peak of memory beside the parameters, bytes."""
+def verb(devices: int, *arguments: str | Path) -> tuple[float, int]:
+    """Runs a verb, what it wrote on disk; returns seconds and its peak of memory beside that of devices, bytes."""
     begin = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-m", "mixtral_jax", *map(str, arguments)], cwd=ROOT)
     _, status, usage = os.wait4(process.pid, 0)
@@ -86,7 +93,16 @@ def verb(parameters: int, *arguments: str | Path) -> tuple[float, int]:
     seconds = time.perf_counter() - begin
     if status:
         raise SystemExit(f"{arguments} failed")
-    return seconds, usage.ru_maxrss * 1024 - parameters
+    return seconds, usage.ru_maxrss * 1024 - devices
+
+
+def evict(directory: Path) -> None:
+    """Drops files from the page cache."""
+    os.sync()
+    for file in directory.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def architecture(gib: float, d_model: int, d_ff: int) -> ModelConfig:

@@ -296,8 +296,8 @@ TABLE: dict[tuple[str, str], list[tuple[str, str]]] = {
     ],
     ("weights/upcycling.py", "weights/test_upcycling.py"): [
         ("router_init_std(config) * jax.random.normal", "0 * jax.random.normal"),
-        ("noise * spread * jax.random", "noise * jax.random"),
-        ("jax.random.split(key, weights.shape[0])", "jnp.stack([key] * weights.shape[0])"),
+        ("noise * jnp.std(wide) * jax.random", "noise * jax.random"),
+        ("NOISY.index(path)], layer), expert)", "NOISY.index(path)], layer), 0)"),
     ],
     ("planning/estimate.py", "planning/test_search.py::test_memory_of_the_state_by_hand"): [
         ("own * (master + moment + WIDE)", "own * (master + WIDE)"),

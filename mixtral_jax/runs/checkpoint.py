@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar, cast
@@ -27,7 +27,7 @@ from mixtral_jax.data.record import DocumentRecord
 from mixtral_jax.distributed.processes import barrier, is_main, take_turn
 from mixtral_jax.runs.manifest import NAME as MANIFEST
 from mixtral_jax.runs.manifest import Digests, find_damage, hashing, write_atomically, write_manifest
-from mixtral_jax.runs.streaming import read_arrays, save_args, write_arrays
+from mixtral_jax.runs.streaming import Block, blocks_of, named_leaves, read_arrays, save_args, write_blocks
 
 # Orbax tells of every step it takes, and of a failure in stack traces; we raise what a person needs to know.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -89,7 +89,7 @@ class Checkpoints:
                 self._make(bundle, state, {**files, META: json.dumps(described, indent=1).encode()})
             barrier()
             self._saver = self._saver or ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
-            items = {name: _save_item(_named(part)) for name, part in state.items()}
+            items = {name: _save_item(named_leaves(part)) for name, part in state.items()}
             self._saver.save(bundle / "state", args=ocp.args.Composite(**items))
         except (OSError, ValueError) as error:
             self._abandon(bundle)
@@ -104,15 +104,17 @@ class Checkpoints:
         meta: dict[str, Any],
         files: dict[str, bytes],
         advance: Callable[[int], None],
+        blocks: Iterable[Block] | None = None,
     ) -> None:
         """Saves like `save`, but waits for it, and the host holds a few blocks instead of the whole state.
 
         Args:
             step: names the bundle.
-            state: parts by name, each a tree of arrays; all on devices of this process.
+            state: parts by name, each a tree of arrays, all on devices of this process; or of shapes and types.
             meta: JSON, read back by `read_meta`.
             files: small files by name, read back by `read_file`.
             advance: told of every block's bytes.
+            blocks: what fills the state; None: its own arrays.
 
         Raises:
             UserError: no room for it.
@@ -122,7 +124,8 @@ class Checkpoints:
         described = {**meta, "bundle": step, "arrays": {name: _describe(part) for name, part in state.items()}}
         try:
             self._make(bundle, state, {**files, META: json.dumps(described, indent=1).encode()})
-            write_arrays(bundle / "state", {name: _named(part) for name, part in state.items()}, advance)
+            parts = {name: named_leaves(part) for name, part in state.items()}
+            write_blocks(bundle / "state", parts, blocks_of(parts) if blocks is None else blocks, advance)
             hashing(lambda digests: write_manifest(bundle, digests))
         except (OSError, ValueError) as error:
             self._abandon(bundle)
@@ -226,7 +229,7 @@ class Checkpoints:
         bundle = self.directory / str(step)
         for name, part in abstract.items():
             check_fits(bundle, name, stored.get(name, {}), part)
-        named = {name: _named(part) for name, part in abstract.items()}
+        named = {name: named_leaves(part) for name, part in abstract.items()}
         if advance is None:
             items = {name: ocp.args.StandardRestore(part) for name, part in named.items()}
             try:
@@ -240,7 +243,7 @@ class Checkpoints:
         else:
             restored = {name: read_arrays(bundle / "state" / name, part, advance) for name, part in named.items()}
         parts = {
-            name: jax.tree.unflatten(jax.tree.structure(part), [restored[name][key] for key in _named(part)])
+            name: jax.tree.unflatten(jax.tree.structure(part), [restored[name][key] for key in named_leaves(part)])
             for name, part in abstract.items()
         }
         return cast(Parts, parts)
@@ -370,18 +373,12 @@ def _find(path: Path, warn: Callable[[str], None], digests: Digests) -> tuple[st
     raise NoCheckpointError(path, begun=begun)
 
 
-def _named(tree: Any) -> dict[str, Any]:
-    """Flattens a tree to {path: leaf}: what is stored does not depend on the classes that the tree is made of."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/") or "value": leaf for path, leaf in leaves}
-
-
 def _save_item(leaves: dict[str, Any]) -> ocp.args.StandardSave:
     return ocp.args.StandardSave(leaves, save_args={name: save_args(leaf) for name, leaf in leaves.items()})
 
 
 def _describe(tree: Any) -> dict[str, list[Any]]:
-    return {name: [list(leaf.shape), str(np.dtype(leaf.dtype))] for name, leaf in _named(tree).items()}
+    return {name: [list(leaf.shape), str(np.dtype(leaf.dtype))] for name, leaf in named_leaves(tree).items()}
 
 
 def check_fits(bundle: Path, part: str, stored: dict[str, list[Any]], tree: PyTree) -> None:

@@ -8,7 +8,8 @@ comes out is like any other checkpoint of Orbax, but not compressed, and any oth
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,23 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from jax.typing import DTypeLike
-from jaxtyping import Shaped
+from jaxtyping import PyTree, Shaped
 
 BLOCK = 128 << 20  # bytes that move at once, if an array has leading axes to cut
 CHUNK = 64 << 20  # bytes of one file
 
+WRITES = 2  # blocks that are on the way to the files at once
+
 Arrays = dict[str, jax.Array]
+Abstract = dict[str, jax.ShapeDtypeStruct]
 Start = tuple[int, ...]
+Block = tuple[str, str, Start, np.ndarray]  # part and name of an array, where in it the values begin, and they
+
+
+def named_leaves(tree: PyTree) -> dict[str, Any]:
+    """Flattens a tree to {path: leaf}: what is stored does not depend on the classes that the tree is made of."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/") or "value": leaf for path, leaf in leaves}
 
 
 def save_args(leaf: Any) -> ocp.SaveArgs:
@@ -33,12 +44,15 @@ def save_args(leaf: Any) -> ocp.SaveArgs:
     return ocp.SaveArgs(chunk_byte_size=CHUNK, shard_axes=tuple(range(_cut_axes(leaf.shape, leaf.dtype))))
 
 
-def write_arrays(directory: Path, parts: dict[str, Arrays], advance: Callable[[int], None]) -> None:
+def write_blocks(
+    directory: Path, parts: Mapping[str, Arrays | Abstract], blocks: Iterable[Block], advance: Callable[[int], None]
+) -> None:
     """Writes what Orbax would write, from one process; `write_manifest` sees to it that it is on the disk.
 
     Args:
         directory: created.
-        parts: arrays by name, of each item of the checkpoint.
+        parts: shapes and types of the arrays by name, of each item of the checkpoint.
+        blocks: what fills them.
         advance: told of every block's bytes.
 
     Raises:
@@ -49,28 +63,37 @@ def write_arrays(directory: Path, parts: dict[str, Arrays], advance: Callable[[i
     }
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
         writer.save(directory, args=ocp.args.Composite(**items))
+    stores = {
+        (part, name): _create(directory / part, name, leaf)
+        for part, arrays in parts.items()
+        for name, leaf in arrays.items()
+    }
+    under_way = deque[Any]()
+    try:
+        for part, name, start, block in blocks:
+            store = stores[part, name]
+            if len(under_way) == WRITES:  # these blocks are written while the next one comes
+                under_way.popleft().result()
+            place = _place(tuple(slice(size) for size in store.shape), start, block.shape)
+            under_way.append(store[place].write(block, can_reference_source_data_indefinitely=True))
+            advance(block.nbytes)
+        while under_way:
+            under_way.popleft().result()
+    finally:
+        for write in under_way:
+            write.commit.exception()  # nobody writes on after an error
+
+
+def blocks_of(parts: Mapping[str, Arrays]) -> Iterator[Block]:
+    """Takes arrays from this process's devices, block by block."""
     for part, arrays in parts.items():
         for name, leaf in arrays.items():
-            _write(_create(directory / part, name, leaf), leaf, advance)
-
-
-def _write(store: ts.TensorStore, leaf: jax.Array, advance: Callable[[int], None]) -> None:
-    under_way: Any = None
-    try:
-        for shard in leaf.addressable_shards:
-            if shard.replica_id:
-                continue
-            for start, shape in _blocks(shard.data.shape, leaf.dtype):
-                block = np.asarray(_take(shard.data, start, shape))
-                if under_way:  # one block is compressed and written while the next one comes from the device
-                    under_way.result()
-                under_way = store[_place(shard.index, start, shape)].write(block)
-                advance(block.nbytes)
-        if under_way:
-            under_way.result()
-    finally:
-        if under_way:
-            under_way.commit.exception()  # nobody writes on after an error
+            for shard in leaf.addressable_shards:
+                if shard.replica_id:
+                    continue
+                for start, shape in _blocks(shard.data.shape, leaf.dtype):
+                    place = _place(shard.index, start, shape)
+                    yield part, name, tuple(at.start for at in place), np.asarray(_take(shard.data, start, shape))
 
 
 def read_arrays(
@@ -165,21 +188,19 @@ def _take(whole: jax.Array, start: Any, shape: tuple[int, ...]) -> jax.Array:
 
 @partial(jax.jit, donate_argnums=0)
 def _put(whole: jax.Array, block: jax.Array, start: Any) -> jax.Array:
-    return put_part(whole, block, start)
-
-
-def put_part(whole: Shaped[jax.Array, "..."], part: Shaped[jax.Array, "..."], start: Any) -> Shaped[jax.Array, "..."]:
-    """Writes a part of an array in its place, its bits as they are: XLA for CPU would widen a whole one of bfloat16."""
+    """Writes a block in its place, its bits as they are: XLA for CPU would widen a whole array of bfloat16."""
     bits = jnp.dtype(f"u{whole.dtype.itemsize}")
     as_bits = partial(jax.lax.bitcast_convert_type, new_dtype=bits)
-    return jax.lax.bitcast_convert_type(jax.lax.dynamic_update_slice(as_bits(whole), as_bits(part), start), whole.dtype)
+    return jax.lax.bitcast_convert_type(
+        jax.lax.dynamic_update_slice(as_bits(whole), as_bits(block), start), whole.dtype
+    )
 
 
 def _open(directory: Path, name: str) -> ts.TensorStore:
     return ts.open(_spec(directory, name), open=True).result()
 
 
-def _create(directory: Path, name: str, leaf: jax.Array) -> ts.TensorStore:
+def _create(directory: Path, name: str, leaf: jax.Array | jax.ShapeDtypeStruct) -> ts.TensorStore:
     """Puts an array in another one's place; weights hardly compress, and zstd takes longer than all the rest."""
     cut = _cut_axes(leaf.shape, leaf.dtype)
     lead, *rest = leaf.shape[cut:] or (1,)

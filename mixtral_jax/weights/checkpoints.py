@@ -62,13 +62,14 @@ def import_checkpoint(
     for note in (*released.notes, *_notes(released, config, tokenizer)):
         say(note)
     with new_directory(directory) as partial:
-        arrays = import_weights(released, runtime, upcycling)
+        arrays = Architecture(config.model, runtime).abstract()
         kept = ("dtype", "context", "eos_token_id")
         facts = {"format": released.layout.name, **{name: getattr(released, name) for name in kept}}
         meta = {"step": 0, "config": to_yaml(config), "data_fingerprint": "", "released": facts}
         checkpoints = Checkpoints(partial / "checkpoints", CheckpointConfig(), warn=say)
-        with byte_progress("write the checkpoint", _size(arrays)) as advance:
-            checkpoints.save_streamed(0, arrays, meta, {"tokenizer.model": tokenizer.model_bytes}, advance)
+        files = {"tokenizer.model": tokenizer.model_bytes}
+        with byte_progress(f"import {released.layout.name}", _size(arrays)) as advance:
+            checkpoints.save_streamed(0, arrays, meta, files, advance, import_weights(released, arrays, upcycling))
     say(f"{directory}: a checkpoint for eval.py, or for train.py with init_from={directory}")
 
 

@@ -1,113 +1,87 @@
-"""Streams a released checkpoint into sharded arrays."""
+"""Streams a released checkpoint into one of this package's, block by block, without the devices."""
 
-import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Shaped
 
 from mixtral_jax.config import UserError
-from mixtral_jax.model.mixtral import Architecture, Arrays
-from mixtral_jax.runtime import Runtime
-from mixtral_jax.weights.blocks import BlockLayout, block_layout, copy_turned, host_view, put_block
+from mixtral_jax.model.mixtral import Arrays
+from mixtral_jax.runs.streaming import Block, named_leaves
+from mixtral_jax.weights.blocks import BlockLayout, block_layout, host_view
 from mixtral_jax.weights.names import Row
-from mixtral_jax.weights.progress import byte_progress
 from mixtral_jax.weights.released import Released, Upcycling
 from mixtral_jax.weights.stored import FILE_TYPES
-from mixtral_jax.weights.upcycling import finish_upcycling
+from mixtral_jax.weights.upcycling import add_noise, draw_router
 
 READERS = 2  # threads that read and turn blocks
 
 
-def import_weights(released: Released, runtime: Runtime, upcycling: Upcycling | None = None) -> Arrays:
-    """Reads every tensor into the model's sharded arrays; the host holds a few blocks at a time.
+def import_weights(released: Released, abstract: Arrays, upcycling: Upcycling | None = None) -> Iterator[Block]:
+    """Reads every tensor; the host holds a few blocks at a time.
 
     Args:
         released: as opened and checked.
-        runtime: mesh and parameter type; every process reads only what its devices need.
+        abstract: {"params": ..., "selection_bias": ...}, shapes and types.
         upcycling: as given to `open_released`.
 
-    Returns:
-        {"params": ..., "selection_bias": ...}, the bias zero.
+    Yields:
+        What fills the arrays; the bias is zero.
 
     Raises:
         UserError: a tensor with NaN or infinite values.
     """
-    abstract = Architecture(released.config, runtime).abstract()
-    arrays = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), abstract)
-    itemsize = FILE_TYPES[released.dtype].itemsize
-    total = itemsize * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract["params"]))
-    with byte_progress(f"import {released.layout.name}", total) as advance:
-        for row in released.layout.rows:
-            *parents, name = row.path.split("/")
-            holder = arrays["params"]
-            for parent in parents:
-                holder = holder[parent]
-            # Popped, so that this function holds no second reference to what the first block's update donates.
-            holder[name] = _fill(holder.pop(name), row, released, lambda count: advance(count * itemsize))
-    return finish_upcycling(arrays, released.config, upcycling) if upcycling else arrays
-
-
-def _fill(parameter: jax.Array, row: Row, released: Released, advance: Callable[[int], None]) -> jax.Array:
-    """Reads one parameter, block by block."""
-    assert isinstance(parameter.sharding, jax.sharding.NamedSharding)
-    layout = block_layout(row, released.config, parameter.sharding)
-    waiting: tuple[jax.Array, str] | None = None
-    for (layer, expert), (block, where) in _read_ahead(row, released, layout):
-        parameter, finite = put_block(parameter, block, layer, expert, layout=layout)
-        if waiting:  # one block behind, so that reading goes on while devices work
-            _require_finite(*waiting)
-        waiting = finite, where
-        advance(block.size)
-    assert waiting
-    _require_finite(*waiting)
-    return parameter
-
-
-def _read_ahead(
-    row: Row, released: Released, layout: BlockLayout
-) -> Iterator[tuple[tuple[int, int], tuple[jax.Array, str]]]:
-    """Reads blocks in threads, one more than is asked for."""
-    starts = list(layout.starts())
+    params = named_leaves(abstract["params"])
+    whole = NamedSharding(jax.make_mesh((1,), ("host",), devices=jax.local_devices()[:1]), PartitionSpec())
+    work = []
+    for row in released.layout.rows:
+        layout = block_layout(row, released.config, whole)
+        work += [
+            partial(_read, row, released, layout, *at, params[row.path].dtype, upcycling) for at in layout.starts()
+        ]
     with ThreadPoolExecutor(READERS) as pool:
-        under_way = deque(pool.submit(_read_block, row, released, layout, *start) for start in starts[:READERS])
-        for number, start in enumerate(starts):
+        under_way = deque(pool.submit(task) for task in work[:READERS])
+        for task in [*work[READERS:], *[None] * READERS]:
             block = under_way.popleft().result()
-            if number + READERS < len(starts):
-                under_way.append(pool.submit(_read_block, row, released, layout, *starts[number + READERS]))
-            yield start, block
+            if task:
+                under_way.append(pool.submit(task))
+            yield block
             del block
+    if upcycling:
+        router = params["layers/moe/router"]
+        values = draw_router(router.shape, released.config, upcycling)
+        yield "params", "layers/moe/router", (0,) * len(router.shape), np.asarray(values.astype(router.dtype))
+    for name, leaf in named_leaves(abstract["selection_bias"]).items():
+        yield "selection_bias", name, (0,) * len(leaf.shape), np.zeros(leaf.shape, leaf.dtype)
 
 
-def _require_finite(finite: jax.Array, where: str) -> None:
-    if not finite:
+def _read(
+    row: Row, released: Released, layout: BlockLayout, layer: int, expert: int, dtype: Any, upcycling: Upcycling | None
+) -> Block:
+    """Reads a block into the order and type of its parameter."""
+    stored = released.tensors[row.key.format(layer=layer, expert=expert)]
+    view = host_view(stored.open(), row, released.config, layout, expert)
+    # XLA turns it, several times as fast as numpy.
+    values = np.asarray(jax.device_put(view)).view(FILE_TYPES[stored.dtype]).astype(dtype, copy=False)
+    if upcycling and upcycling.noise and layout.num_experts:
+        values = np.asarray(add_noise(values, row.path, layer, expert, upcycling))
+    if not _all_finite(values):
+        where = f"tensor '{stored.key}' of {stored.file}"
         raise UserError(f"{where} holds NaN, or values too large for precision.params: copy the file again")
+    return "params", row.path, tuple(layout.start_of(layer, expert)), values.reshape(layout.ours_shape)
 
 
-def _read_block(row: Row, released: Released, layout: BlockLayout, layer: int, expert: int) -> tuple[jax.Array, str]:
-    """Reads a block, each device its part; also says which tensor it is for messages."""
-    experts = range(expert, expert + layout.experts_per_block)
-    stored = [released.tensors[row.key.format(layer=layer, expert=e)] for e in experts]
-    kinds = {tensor.dtype for tensor in stored}
-    dtype = FILE_TYPES[kinds.pop() if len(kinds) == 1 else "float32"]
-
-    def read(index: Any) -> np.ndarray:
-        """Copies a device's part out of the mapped files."""
-        rest = index[1:] if layout.num_experts else index
-        mine = range(layout.experts_per_block)[index[0]] if layout.num_experts else range(1)
-        parts = []
-        for e in mine:
-            view = host_view(stored[e].open(), row, released.config, layout, experts[e])[rest]
-            part = np.empty(view.shape, view.dtype)
-            copy_turned(part, view)
-            parts.append(part.view(FILE_TYPES[stored[e].dtype]).astype(dtype, copy=False))
-        if not layout.num_experts:
-            return parts[0]
-        return parts[0][None] if len(parts) == 1 else np.stack(parts)
-
-    block = jax.make_array_from_callback(layout.shape, layout.sharding, read)
-    return block, f"tensor '{stored[0].key}' of {stored[0].file}"
+def _all_finite(values: Shaped[np.ndarray, "..."]) -> bool:
+    """Says whether all values are finite; the bits of those that are not are the largest of either sign."""
+    infinite = np.array([np.inf, -np.inf], values.dtype)
+    signed, unsigned = (f"{kind}{values.dtype.itemsize}" for kind in "iu")
+    return bool(
+        values.view(signed).max() < infinite.view(signed)[0]
+        and values.view(unsigned).max() < infinite.view(unsigned)[1]
+    )

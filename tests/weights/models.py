@@ -5,10 +5,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mixtral_jax.config import FloatName, ModelConfig
 from mixtral_jax.model.mixtral import Architecture
+from mixtral_jax.runs.streaming import named_leaves
 from mixtral_jax.runtime import Runtime, make_runtime
+from mixtral_jax.weights.importing import import_weights
+from mixtral_jax.weights.released import Released, Upcycling
 from tests.tiny import mesh_of, tiny_config
 
 
@@ -45,3 +49,18 @@ def blank(model: ModelConfig, value: float = 0.5) -> dict[str, Any]:
         "params": jax.tree.map(fill(value), abstract["params"]),
         "selection_bias": jax.tree.map(fill(0), abstract["selection_bias"]),
     }
+
+
+def import_arrays(released: Released, runtime: Runtime, upcycling: Upcycling | None = None) -> dict[str, Any]:
+    """What an import writes into a checkpoint, put together on a mesh."""
+    abstract = Architecture(released.config, runtime).abstract()
+    arrays = {part: named_leaves(tree) for part, tree in abstract.items()}
+    arrays = {part: {name: np.empty(x.shape, x.dtype) for name, x in tree.items()} for part, tree in arrays.items()}
+    sizes = 0
+    for part, name, start, block in import_weights(released, abstract, upcycling):
+        arrays[part][name][tuple(slice(at, at + size) for at, size in zip(start, block.shape, strict=True))] = block
+        sizes += block.size
+    assert sizes == sum(x.size for x in jax.tree.leaves(abstract))
+    values = [array for part in abstract for array in arrays[part].values()]
+    tree = jax.tree.unflatten(jax.tree.structure(abstract), values)
+    return jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), tree, abstract)

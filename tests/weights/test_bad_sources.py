@@ -18,11 +18,10 @@ from safetensors.numpy import load_file, save_file
 
 from mixtral_jax.config import UserError
 from mixtral_jax.serving.opening import open_model
-from mixtral_jax.weights.importing import import_weights
 from mixtral_jax.weights.names import FORMATS
 from mixtral_jax.weights.released import Upcycling, open_released
 from mixtral_jax.weights.torch_files import read_torch
-from tests.weights.models import runtime, small
+from tests.weights.models import import_arrays, runtime, small
 from tests.weights.synthetic import classic, save_torch, write
 
 CONFIG = small()
@@ -192,7 +191,7 @@ def test_not_finite(hf: Path, key: str, bad: float) -> None:
     file = file_of(hf, key)
     edit_tensors(file, lambda tensors: tensors[key].__setitem__(-1, bad))
     with pytest.raises(UserError, match=rf"tensor '{re.escape(key)}' of {re.escape(str(file))} holds NaN"):
-        import_weights(open_released(hf), runtime(CONFIG))
+        import_arrays(open_released(hf), runtime(CONFIG))
 
 
 @pytest.mark.parametrize(

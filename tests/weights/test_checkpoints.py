@@ -15,6 +15,7 @@ from mixtral_jax.config_loading import parse_config
 from mixtral_jax.runs import streaming
 from mixtral_jax.runs.checkpoint import find_checkpoint
 from mixtral_jax.verbs import import_
+from mixtral_jax.weights import importing
 from mixtral_jax.weights.checkpoints import export_checkpoint, import_checkpoint
 from mixtral_jax.weights.released import open_released
 from mixtral_jax.weights.released_tokenizer import read_tokenizer
@@ -54,21 +55,21 @@ def test_through_a_checkpoint_and_back_is_byte_equal(source: Path, tmp_path: Pat
 def test_an_import_that_stops_midway_leaves_nothing(
     source: Path, tmp_path: Path, failure: BaseException, raised: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    take, calls = streaming._take, []
+    read, calls = importing._read, []
 
-    def stop(*arguments: Any) -> jax.Array:
+    def stop(*arguments: Any) -> Any:
         calls.append(arguments)
         if len(calls) > 5:
             raise failure
-        return take(*arguments)
+        return read(*arguments)
 
-    monkeypatch.setattr(streaming, "_take", stop)
+    monkeypatch.setattr(importing, "_read", stop)
     (tmp_path / "import").mkdir()
     with pytest.raises(raised):
         import_checkpoint(source, tmp_path / "import", [], say=quiet)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["import", "source"]
     assert not list((tmp_path / "import").iterdir())
-    monkeypatch.setattr(streaming, "_take", take)
+    monkeypatch.setattr(importing, "_read", read)
     import_checkpoint(source, tmp_path / "import", [], say=quiet)
 
 

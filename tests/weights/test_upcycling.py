@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from mixtral_jax.model.mixtral import Architecture
-from mixtral_jax.weights.importing import import_weights
 from mixtral_jax.weights.released import Upcycling, open_released
-from tests.weights.models import runtime, small
+from tests.weights.models import import_arrays, runtime, small
 from tests.weights.synthetic import classic, write
 
 SHARDED = {"fsdp": 2, "expert": 2, "tensor": 2}
@@ -31,7 +30,7 @@ def source(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
 def upcycle(source: Path, upcycling: Upcycling, mesh: dict[str, int]) -> tuple[Architecture, dict[str, Any]]:
     released = open_released(source, upcycling)
     here = runtime(released.config, **mesh)
-    return Architecture(released.config, here), import_weights(released, here, upcycling)
+    return Architecture(released.config, here), import_arrays(released, here, upcycling)
 
 
 def outputs(architecture: Architecture, arrays: dict[str, Any]) -> np.ndarray:

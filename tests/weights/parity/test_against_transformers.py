@@ -18,10 +18,9 @@ from mixtral_jax.data.batch import Batch
 from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.training.losses import compute_losses, count
 from mixtral_jax.weights.exporting import export_weights
-from mixtral_jax.weights.importing import import_weights
 from mixtral_jax.weights.released import Upcycling, open_released
 from tests.tiny import by_engine
-from tests.weights.models import runtime, small
+from tests.weights.models import import_arrays, runtime, small
 from tests.weights.parity.oracle import make_oracle, random_tokens, save
 
 SHAPES = {
@@ -45,7 +44,7 @@ def imported(
     released = open_released(directory)
     where = runtime(released.config, batch=batch, seq_len=length, matmul=matmul, **mesh)
     architecture = Architecture(released.config, where)
-    return architecture, import_weights(released, architecture.runtime)
+    return architecture, import_arrays(released, architecture.runtime)
 
 
 def logits_of(architecture: Architecture, arrays: dict[str, Any], tokens: np.ndarray) -> np.ndarray:
@@ -233,7 +232,7 @@ def test_pytorch_reads_and_writes_the_same_pickles(dtype: torch.dtype, tmp_path:
             state[key] = torch.nn.Parameter(shared[start : start + tensor.numel()].view(tensor.shape))
             start += tensor.numel()
         torch.save(state, file)
-    again = import_weights(open_released(tmp_path / "out"), runtime(config))
+    again = import_arrays(open_released(tmp_path / "out"), runtime(config))
     jax.tree.map(np.testing.assert_array_equal, again, arrays)
 
 
@@ -260,7 +259,7 @@ def test_an_upcycled_dense_model_computes_the_same(tmp_path: Path) -> None:
     released = open_released(tmp_path / "dense", upcycling)
     assert released.config == config
     architecture = Architecture(config, runtime(config, batch=4, seq_len=20, **ALL_KINDS))
-    arrays = import_weights(released, architecture.runtime, upcycling)
+    arrays = import_arrays(released, architecture.runtime, upcycling)
     tokens = random_tokens(config, 4, 20)
     with torch.no_grad():
         expected = dense(torch.from_numpy(tokens).long()).logits.numpy()

@@ -11,10 +11,9 @@ from peft import PeftModel
 
 from mixtral_jax.config import ObjectiveConfig
 from mixtral_jax.model.mixtral import Architecture
-from mixtral_jax.weights.importing import import_weights
 from mixtral_jax.weights.peft_files import export_peft
 from mixtral_jax.weights.released import open_released
-from tests.weights.models import runtime, small
+from tests.weights.models import import_arrays, runtime, small
 from tests.weights.parity.oracle import make_oracle, random_tokens, save
 from tests.weights.parity.test_against_transformers import logits_of
 
@@ -27,7 +26,7 @@ def test_peft_computes_what_the_adapters_do(router: bool, tmp_path: Path) -> Non
     objective = ObjectiveConfig(name="sft", lora_rank=5, lora_alpha=8.0, lora_router=router)  # more than the experts
     where = runtime(CONFIG)
     architecture = Architecture(CONFIG, where, objective)
-    arrays = {**import_weights(open_released(tmp_path / "hf"), where), "adapters": architecture.init_adapters(0)}
+    arrays = {**import_arrays(open_released(tmp_path / "hf"), where), "adapters": architecture.init_adapters(0)}
     for number, pair in enumerate(arrays["adapters"].values()):
         pair["b"] = 0.2 * jax.random.normal(jax.random.key(number), pair["b"].shape)
     export_peft(arrays, CONFIG, objective, tmp_path / "peft")
