@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks.measure import Report, interleaved
 from mixtral_jax.config import MeshConfig, PrecisionConfig
 from mixtral_jax.kernels.backends import choose
-from mixtral_jax.kernels.cross_entropy import cross_entropy_sum
+from mixtral_jax.kernels.cross_entropy import cross_entropy_sums
 from mixtral_jax.precision import make_precision
 from mixtral_jax.runtime import target
 from mixtral_jax.sharding import make_mesh
@@ -44,7 +44,7 @@ def main() -> None:
 
     def chunked(chunk):
         settings: dict[str, Any] = {"mesh": mesh, "backend": backend, "chunk": chunk}
-        return lambda x, head: cross_entropy_sum(x, head, jnp.asarray(targets), mask, **settings)
+        return lambda x, head: cross_entropy_sums(x, head, jnp.asarray(targets), mask, **settings).nats
 
     def whole(x, head):
         logits = jnp.einsum("bsd,dv->bsv", x, head, preferred_element_type=jnp.float32)

@@ -4,7 +4,7 @@ The gradient is made in the forward pass, while a chunk's logits are at hand, so
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,15 @@ from mixtral_jax.precision import FULL
 from mixtral_jax.sharding import VOCAB_AXIS, add_up, by_device, gather, spec
 
 
-def cross_entropy_sum(
+class CrossEntropySums(NamedTuple):
+    """Of the positions that count."""
+
+    nats: Float[Array, ""]  # -log softmax(x head)[target]; differentiable in x and head
+    entropy: Float[Array, ""]  # of the predictions, in nats; like the next not differentiable
+    greedy: Float[Array, ""]  # how many targets were the likeliest token
+
+
+def cross_entropy_sums(
     x: Float[Array, "batch seq d_model"],
     head: Float[Array, "d_model vocab"],
     targets: Int[Array, "batch seq"],
@@ -25,8 +33,8 @@ def cross_entropy_sum(
     mesh: Mesh,
     backend: str,
     chunk: int,
-) -> Float[Array, ""]:
-    """Sums -log softmax(x head)[target] over the masked positions, in nats; differentiable in x and head.
+) -> CrossEntropySums:
+    """Sums the cross-entropy over the masked positions, and what else their logits tell.
 
     Args:
         x: final activations.
@@ -37,27 +45,16 @@ def cross_entropy_sum(
         backend: of `cross_entropy`; it is that of `matmul`.
         chunk: tokens of a device whose logits exist at once.
     """
-    return _sums(x, head, targets, mask, mesh, chunk, backend, False)[0]
 
+    def local(x: Array, head: Array, targets: Array, mask: Array) -> tuple[Array, ...]:
+        head = gather(head, mesh, "d_model", axis=0)
+        flat = (a.reshape(-1, *a.shape[2:]) for a in (x, targets, mask))
+        sums = _local_sums(head, *flat, min(chunk, targets.size), backend)
+        return tuple(add_up(each, mesh, "data", "fsdp", "expert", "context") for each in sums)
 
-def cross_entropy_statistics(
-    x: Float[Array, "batch seq d_model"],
-    head: Float[Array, "d_model vocab"],
-    targets: Int[Array, "batch seq"],
-    mask: Bool[Array, "batch seq"],
-    *,
-    mesh: Mesh,
-    backend: str,
-    chunk: int,
-) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
-    """Computes `cross_entropy_sum` and, of the same positions, what else their logits tell.
-
-    Returns:
-        The sum of losses in nats, which alone is differentiable; the sum of the predictions' entropies in nats; how
-        many targets were the likeliest token.
-    """
-    nats, entropy, greedy = _sums(x, head, targets, mask, mesh, chunk, backend, True)
-    return nats, entropy, greedy
+    tokens, whole = spec(("batch", "sequence")), PartitionSpec()
+    in_specs = (spec(("batch", "sequence", None)), spec(("d_model", "vocab")), tokens, tokens)
+    return CrossEntropySums(*by_device(local, mesh, in_specs, (whole,) * 3)(x, head, targets, mask))
 
 
 def token_losses(
@@ -69,7 +66,7 @@ def token_losses(
     backend: str,
     chunk: int,
 ) -> tuple[Float[Array, "batch seq"], Bool[Array, "batch seq"]]:
-    """Computes -log softmax(x head)[target] of every position in nats; see `cross_entropy_sum`.
+    """Computes -log softmax(x head)[target] of every position in nats; see `cross_entropy_sums`.
 
     Differentiable in x and head, by a second pass over the chunks: what each token's loss weighs is known last.
 
@@ -86,20 +83,6 @@ def token_losses(
     tokens = spec(("batch", "sequence"))
     in_specs = (spec(("batch", "sequence", None)), spec(("d_model", "vocab")), tokens)
     return by_device(local, mesh, in_specs, (tokens, tokens))(x, head, targets)
-
-
-def _sums(
-    x: Array, head: Array, targets: Array, mask: Array, mesh: Mesh, chunk: int, backend: str, statistics: bool
-) -> Float[Array, " sums"]:
-    def local(x: Array, head: Array, targets: Array, mask: Array) -> Array:
-        head = gather(head, mesh, "d_model", axis=0)
-        flat = (a.reshape(-1, *a.shape[2:]) for a in (x, targets, mask))
-        sums = _local_sums(head, *flat, min(chunk, targets.size), backend, statistics)
-        return add_up(sums, mesh, "data", "fsdp", "expert", "context")
-
-    tokens = spec(("batch", "sequence"))
-    in_specs = (spec(("batch", "sequence", None)), spec(("d_model", "vocab")), tokens, tokens)
-    return by_device(local, mesh, in_specs, PartitionSpec())(x, head, targets, mask)
 
 
 def _split(x: Array, chunk: int) -> Array:
@@ -156,35 +139,33 @@ def chunk_gradients(
     return logsumexp - at_target, greedy, jnp.einsum("tv,dv->td", d_logits, head), d_head
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _local_sums(
-    head: Array, x: Array, targets: Array, mask: Array, chunk: int, backend: str, statistics: bool
-) -> Array:
-    return _local_fwd(head, x, targets, mask, chunk, backend, statistics)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _local_sums(head: Array, x: Array, targets: Array, mask: Array, chunk: int, backend: str) -> tuple[Array, ...]:
+    return _local_fwd(head, x, targets, mask, chunk, backend)[0]
 
 
 def _local_fwd(
-    head: Array, x: Array, targets: Array, mask: Array, chunk: int, backend: str, statistics: bool
-) -> tuple[Array, tuple[Array, Array]]:
+    head: Array, x: Array, targets: Array, mask: Array, chunk: int, backend: str
+) -> tuple[tuple[Array, ...], tuple[Array, Array]]:
     engine = load("cross_entropy", backend)
 
-    def body(carry: tuple[Array, Array], inputs: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
-        sums, d_head = carry
+    def body(carry: tuple[Array, Array, Array], inputs: tuple[Array, ...]) -> tuple[tuple[Array, Array, Array], Array]:
+        total, hits, d_head = carry
         x_c, targets_c, mask_c = inputs
         nats, greedy, d_x, d_head = engine.chunk_gradients(x_c, head, targets_c, mask_c, d_head, backend)
-        found = [jnp.sum(jnp.where(mask_c, nats, 0))]
-        if statistics:  # <x, d_x> is the mean logit under the prediction less that of the target
-            mean = jax.lax.psum(jnp.sum(x_c.astype(FULL) * d_x.astype(FULL)), VOCAB_AXIS)
-            found += [found[0] - mean, jnp.sum(mask_c & greedy, dtype=FULL)]
-        return (sums + jnp.stack(found), d_head), d_x
+        hits += jnp.sum(mask_c & greedy, dtype=FULL)
+        return (total + jnp.sum(jnp.where(mask_c, nats, 0)), hits, d_head), d_x
 
-    start = (jnp.zeros(3 if statistics else 1, FULL), jnp.zeros(head.shape, FULL))
-    (sums, d_head), d_x = jax.lax.scan(body, start, tuple(_split(a, chunk) for a in (x, targets, mask)))
-    return sums, (_join(d_x, x.shape[0]).astype(x.dtype), d_head)
+    start = (jnp.zeros((), FULL), jnp.zeros((), FULL), jnp.zeros(head.shape, FULL))
+    (nats, greedy, d_head), d_x = jax.lax.scan(body, start, tuple(_split(a, chunk) for a in (x, targets, mask)))
+    d_x = _join(d_x, x.shape[0])
+    # <x, d_x> is the mean logit under the prediction less that of the target.
+    mean = jax.lax.psum(jnp.sum(x.astype(FULL) * d_x.astype(FULL)), VOCAB_AXIS)
+    return (nats, nats - mean, greedy), (d_x.astype(x.dtype), d_head)
 
 
 def _local_bwd(
-    chunk: int, backend: str, statistics: bool, residuals: tuple[Array, Array], d_sums: Array
+    chunk: int, backend: str, residuals: tuple[Array, Array], d_sums: tuple[Array, ...]
 ) -> tuple[Array | None, ...]:
     d_x, d_head = residuals
     # The sums are the same on every device of the vocabulary axis; their derivative is the sum of their cotangents.

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from mixtral_jax.config import LossesConfig, ObjectiveConfig
 from mixtral_jax.data.batch import Batch
-from mixtral_jax.kernels.cross_entropy import cross_entropy_statistics, cross_entropy_sum, token_losses
+from mixtral_jax.kernels.cross_entropy import cross_entropy_sums, token_losses
 from mixtral_jax.model.mixtral import Mixtral
 from mixtral_jax.model.moe import RouterOutput
 from mixtral_jax.precision import EXACT_PRODUCT, FULL
@@ -146,9 +146,7 @@ def _learnt(
         better = jnp.where(batch.loss_mask & (batch.segment_ids % 2 == 1), jax.lax.stop_gradient(nats), 0)
         return loss, jnp.sum(better) / jnp.maximum(counts.answers.better_tokens, 1), metrics
     predicted, targets = (x, head, batch.targets, batch.loss_mask), jnp.maximum(counts.targets, 1)
-    if objective.name == "pretrain":
-        cross_entropy = cross_entropy_sum(*predicted, backend=runtime.matmul, **where) / targets
-        return cross_entropy, cross_entropy, {}
-    sums = cross_entropy_statistics(*predicted, backend=runtime.matmul, **where)
+    sums = cross_entropy_sums(*predicted, backend=runtime.matmul, **where)
     cross_entropy, entropy, greedy = (each / targets for each in sums)
-    return cross_entropy, cross_entropy, {"entropy": entropy, "mean_token_accuracy": greedy}
+    told = {"entropy": entropy, "mean_token_accuracy": greedy} if objective.name != "pretrain" else {}
+    return cross_entropy, cross_entropy, told

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixtral_jax.kernels.cross_entropy import cross_entropy_statistics, cross_entropy_sum, token_losses
+from mixtral_jax.kernels.cross_entropy import cross_entropy_sums, token_losses
 from tests import oracles
 from tests.tiny import LIMITS, by_engine, mesh_of
 
@@ -29,11 +29,15 @@ def example():
     return tuple(jnp.asarray(a) for a in (x, head, targets, mask))
 
 
+def total_of(**where):
+    return lambda *arrays: cross_entropy_sums(*arrays, **where).nats
+
+
 @pytest.mark.parametrize("chunk", [1, 5, 48, 1000])
 @pytest.mark.parametrize(("mesh", "backend"), PLACES)
 def test_sum_and_gradients_equal_the_reference(mesh, backend, chunk):
     x, head, targets, mask = example()
-    total = functools.partial(cross_entropy_sum, mesh=mesh_of(**MESHES[mesh]), backend=backend, chunk=chunk)
+    total = total_of(mesh=mesh_of(**MESHES[mesh]), backend=backend, chunk=chunk)
     value, grads = jax.jit(jax.value_and_grad(lambda x, head: 3 * total(x, head, targets, mask), (0, 1)))(x, head)
     expected, expected_grads = oracles.value_and_pull(
         lambda x, head: 3 * jnp.sum(oracles.token_losses(x, head, targets) * mask), (x, head), 1.0
@@ -68,8 +72,8 @@ def test_entropies_and_hits_equal_the_reference_and_take_no_part_in_gradients(me
     x, head, targets, mask = example()
     likeliest = np.argmax(np.float64(x) @ np.float64(head), axis=-1)
     targets = targets.at[1].set(likeliest[1])  # a random target is seldom the likeliest
-    sums = functools.partial(cross_entropy_statistics, mesh=mesh_of(**MESHES[mesh]), backend=backend, chunk=5)
-    (_, entropy, greedy), pull = jax.vjp(jax.jit(lambda x: sums(x, head, targets, mask)), x)
+    sums = functools.partial(cross_entropy_sums, mesh=mesh_of(**MESHES[mesh]), backend=backend, chunk=5)
+    (_, entropy, greedy), pull = jax.vjp(jax.jit(lambda x: tuple(sums(x, head, targets, mask))), x)
     logits = np.float64(x) @ np.float64(head)
     log_probs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     expected = -np.sum(np.exp(log_probs) * log_probs, where=np.asarray(mask)[..., None])
@@ -80,7 +84,7 @@ def test_entropies_and_hits_equal_the_reference_and_take_no_part_in_gradients(me
 
 def test_nothing_masked_in_is_zero():
     x, head, targets, mask = example()
-    total = functools.partial(cross_entropy_sum, mesh=mesh_of(), backend="xla", chunk=5)
+    total = total_of(mesh=mesh_of(), backend="xla", chunk=5)
     value, grad = jax.value_and_grad(lambda x: total(x, head, targets, jnp.zeros_like(mask)))(x)
     assert value == 0
     assert not np.any(grad)
@@ -88,7 +92,7 @@ def test_nothing_masked_in_is_zero():
 
 def test_large_logits_do_not_overflow():
     x, head, targets, mask = example()
-    total = functools.partial(cross_entropy_sum, mesh=mesh_of(), backend="xla", chunk=5)
+    total = total_of(mesh=mesh_of(), backend="xla", chunk=5)
     value, grad = jax.value_and_grad(lambda x: total(x, head, targets, mask))(1e4 * x)
     assert np.isfinite(value)
     assert np.isfinite(grad).all()
@@ -97,7 +101,7 @@ def test_large_logits_do_not_overflow():
 @pytest.mark.parametrize("rows", [1, 16])
 def test_the_logits_of_all_tokens_never_exist(rows):
     seq, vocab, chunk = 256, 512, 32
-    total = functools.partial(cross_entropy_sum, mesh=mesh_of(), backend="xla", chunk=chunk)
+    total = total_of(mesh=mesh_of(), backend="xla", chunk=chunk)
     shapes = [((rows, seq, 8), jnp.float32), ((8, vocab), jnp.float32), ((rows, seq), jnp.int32), ((rows, seq), bool)]
     arguments = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
     program = jax.jit(jax.value_and_grad(total, (0, 1))).lower(*arguments).compile()
