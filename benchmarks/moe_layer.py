@@ -20,7 +20,7 @@ from benchmarks.measure import Report, interleaved, median_ratio
 from benchmarks.timing import normal
 from mixtral_jax.config import PrecisionConfig
 from mixtral_jax.kernels.backends import Target, available, choose, names
-from mixtral_jax.kernels.expert_ffn import ExpertWeights, expert_ffn
+from mixtral_jax.kernels.expert_ffn import ExpertOptions, ExpertWeights, expert_ffn
 from mixtral_jax.kernels.grouped_blocks import choose_block_sizes
 from mixtral_jax.kernels.permutation import combine_rows, dispatch_rows
 from mixtral_jax.model.routing import dropless_plan
@@ -97,8 +97,7 @@ def pieces(options: argparse.Namespace, experts: int, d_ff: int):
 
         def layer(rows, *w):
             sizes = jnp.bincount(routing.reshape(-1), length=experts)
-            settings = {"backend": backend, "block_sizes": blocks, "interpret": interpret, "eight_bit": eight_bit}
-            return expert_ffn(rows, sizes, ExpertWeights(*w), **settings)
+            return expert_ffn(rows, sizes, ExpertWeights(*w), ExpertOptions(backend, blocks, interpret, eight_bit))
 
         return layer
 

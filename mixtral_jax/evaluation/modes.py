@@ -194,7 +194,7 @@ def saturation(loaded: LoadedModel) -> Report:
 
     settings = config.eval, config.data.seq_len, config.model
     with _Steps("saturation", texts, config, 1 + len(earlier)) as step:
-        moments = measure_saturation(last, earlier, route_at, texts, *settings, step)
+        moments = measure_saturation([*earlier, last], route_at, texts, *settings, step)
     numbers = saturation_json(moments) | {"sources": {text.name: {} for text in texts}}
     return Report(
         [saturation_table(moments, config.model.num_experts_per_tok)],

@@ -1,6 +1,6 @@
 """Routing through training: how soon the routers choose as they do in the end, how sure they are, and the load."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,8 +31,7 @@ def agreement(
 
 
 def measure_saturation(
-    last: int,
-    earlier: Iterable[int],
+    steps: Sequence[int],
     route_at: Callable[[int], Route],
     texts: Sequence[Documents],
     eval: EvalConfig,
@@ -43,8 +42,7 @@ def measure_saturation(
     """Routes the same texts with every checkpoint; the last one's choices stay in memory.
 
     Args:
-        last: step of the checkpoint that the others are compared with.
-        earlier: steps of these.
+        steps: of the checkpoints, ascending; the others are compared with the last.
         route_at: gives the routes of a step, the last one first.
         texts: one entry a source.
         eval: how to cut them and how many tokens to take of each.
@@ -69,6 +67,7 @@ def measure_saturation(
         counts = [measure_routing(route, documents, eval, seq_len, model, keep) for documents in texts]
         return all_sources(counts, model), chosen
 
+    *earlier, last = steps
     counts, final = routed(last)
     moments = [Moment(last, np.ones(model.num_layers), counts.router_entropy(), counts.shares())]
     for step in earlier:

@@ -52,17 +52,22 @@ class ExpertWeights(NamedTuple):
         return stack or ExpertStack(w_gate[None], w_up[None], w_down[None], jnp.zeros((), jnp.int32))
 
 
+class ExpertOptions(NamedTuple):
+    """How experts are computed."""
+
+    backend: str  # of the table, but for `StoredExperts`; or `equal`, which requires groups of rows / experts each
+    block_sizes: tuple[int, ...] = ()  # rows of the blocks of `grouped_blocks`, largest first
+    interpret: bool = False  # run a kernel of the platform step by step, on a CPU
+    eight_bit: DTypeLike | None = None  # type that the products' factors are rounded to, see `quantized`
+    decoding: str = "stored"  # backend for `StoredExperts`
+    row_multiple: int = 1  # what divides all group sizes; their padding rows are zero
+
+
 def expert_ffn(
     rows: Float[Array, "rows d_model"],
     group_sizes: Int[Array, " experts"],
     weights: ExpertWeights,
-    *,
-    backend: str,
-    block_sizes: tuple[int, ...] = (),
-    interpret: bool = False,
-    eight_bit: DTypeLike | None = None,
-    decoding: str = "stored",
-    row_multiple: int = 1,
+    options: ExpertOptions,
 ) -> Float[Array, "rows d_model"]:
     """Computes w_down(silu(w_gate x) * w_up x) with each row's expert.
 
@@ -70,18 +75,14 @@ def expert_ffn(
         rows: sorted by expert; those beyond the sum of `group_sizes` are padding.
         group_sizes: rows of each expert.
         weights: the experts.
-        backend: of the table, but for `StoredExperts`; or `equal`, which requires groups of rows / experts each.
-        block_sizes: rows of the blocks of `grouped_blocks`, largest first; see `choose_block_sizes`.
-        interpret: run a kernel of the platform step by step, on a CPU.
-        decoding: backend for `StoredExperts`.
-        row_multiple: what divides all group sizes; their padding rows are zero.
-        eight_bit: type that the products' factors are rounded to, see `quantized`; None: none.
+        options: who computes, and how.
 
     Returns:
         One output a row; padding rows are finite and otherwise unspecified.
     """
     sizes = group_sizes.astype(jnp.int32)
     w_gate, w_up, w_down, stack, _ = weights
+    backend, block_sizes, interpret, eight_bit, decoding, row_multiple = options
     if isinstance(stack, StoredExperts):
         return load("decoding", decoding).stored_ffn(rows, sizes, stack)  # type: ignore[no-any-return]
     if eight_bit is not None:
@@ -112,13 +113,11 @@ def carrying_ffn(
     rows: Float[Array, "rows d_model"],
     group_sizes: Int[Array, " experts"],
     weights: ExpertWeights,
-    *,
-    backend: str,
-    row_multiple: int,
+    options: ExpertOptions,
 ) -> tuple[Float[Array, "rows d_model"], Carried]:
     """Computes `expert_ffn` and hands on what is carried; for backends that write gradients where they lie."""
-    sizes = group_sizes.astype(jnp.int32)
-    out, carried = load("experts", backend).carrying_ffn(rows, sizes, weights, row_multiple=row_multiple)
+    sizes, engine = group_sizes.astype(jnp.int32), load("experts", options.backend)
+    out, carried = engine.carrying_ffn(rows, sizes, weights, row_multiple=options.row_multiple)
     return out, carried
 
 

@@ -11,7 +11,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.kernels.backends import find
-from mixtral_jax.kernels.expert_ffn import Carried, ExpertStack, ExpertWeights, carrying_ffn, expert_ffn
+from mixtral_jax.kernels.expert_ffn import (
+    Carried,
+    ExpertOptions,
+    ExpertStack,
+    ExpertWeights,
+    carrying_ffn,
+    expert_ffn,
+)
 from mixtral_jax.kernels.grouped_blocks import choose_block_sizes
 from mixtral_jax.kernels.matmul import exact_contract
 from mixtral_jax.kernels.stored import StoredExperts
@@ -168,24 +175,19 @@ class MoE(nnx.Module):
         self, routed: RoutedRows, weights: ExpertWeights, group: ExpertGroup, tokens: int
     ) -> tuple[RoutedRows, Carried | None]:
         """Computes the experts that this device holds; `tokens` are its own, from which their load is expected."""
-        runtime = self.runtime
-        if weights.carried is not None:
-            settings: dict[str, Any] = {"backend": runtime.experts, "row_multiple": group.row_multiple}
-            rows, carried = carrying_ffn(routed.rows, routed.group_sizes, weights, **settings)
-            return routed._replace(rows=rows), carried
-        load = tokens * self.config.num_experts_per_tok
-        rows = expert_ffn(
-            routed.rows,
-            routed.group_sizes,
-            weights,
-            backend="equal" if group.capacity is not None and weights.stack is None else runtime.experts,
+        runtime, load = self.runtime, tokens * self.config.num_experts_per_tok
+        options = ExpertOptions(
+            "equal" if group.capacity is not None and weights.stack is None else runtime.experts,
             block_sizes=runtime.block_sizes or choose_block_sizes(load, group.local_experts),
             interpret=runtime.interpret,
             eight_bit=runtime.precision.experts,
             decoding=runtime.decoding,
             row_multiple=group.row_multiple,
         )
-        return routed._replace(rows=rows), None
+        if weights.carried is not None:
+            rows, carried = carrying_ffn(routed.rows, routed.group_sizes, weights, options)
+            return routed._replace(rows=rows), carried
+        return routed._replace(rows=expert_ffn(routed.rows, routed.group_sizes, weights, options)), None
 
 
 def _in_stack(stack: ExpertStack | StoredExperts | None) -> Any:

@@ -26,7 +26,7 @@ from mixtral_jax import kernels
 from mixtral_jax.config import Config, MeshConfig, UserError
 from mixtral_jax.data.cache_files import write_file
 from mixtral_jax.kernels.attention import attention
-from mixtral_jax.kernels.expert_ffn import ExpertWeights, expert_ffn
+from mixtral_jax.kernels.expert_ffn import ExpertOptions, ExpertWeights, expert_ffn
 from mixtral_jax.kernels.grouped_blocks import choose_block_sizes
 from mixtral_jax.precision import EXACT_PRODUCT, FULL
 from mixtral_jax.runtime import Runtime
@@ -203,9 +203,8 @@ def _experts_case(config: Config, runtime: Runtime) -> Case:
 
     def kernel(x: Array, w_gate: Array, w_up: Array, w_down: Array) -> Array:
         blocks = runtime.block_sizes or choose_block_sizes(rows, experts)
-        settings: dict[str, Any] = {"block_sizes": blocks, "interpret": runtime.interpret}
-        settings |= {"backend": runtime.experts, "eight_bit": runtime.precision.experts}
-        out = expert_ffn(x, jnp.asarray(sizes), ExpertWeights(w_gate, w_up, w_down), **settings)
+        options = ExpertOptions(runtime.experts, blocks, runtime.interpret, runtime.precision.experts)
+        out = expert_ffn(x, jnp.asarray(sizes), ExpertWeights(w_gate, w_up, w_down), options)
         return jnp.where(used, out, 0)
 
     def reference(x: Array, w_gate: Array, w_up: Array, w_down: Array) -> Array:

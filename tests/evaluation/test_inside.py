@@ -141,7 +141,7 @@ def test_saturation_is_the_share_of_choices_that_the_end_keeps():
     texts = [Corpus([[3, 3, 3]], name="one"), Corpus([[3]], name="two")]  # with a start and, unread, an end sign
     arguments = (texts, EvalConfig("document"), 8, model_of(2, 2, 4))
     said = []
-    moments = measure_saturation(9, [4], planted_router({9: end, 4: early}), *arguments, said.append)
+    moments = measure_saturation([4, 9], planted_router({9: end, 4: early}), *arguments, said.append)
     assert [moment.step for moment in moments] == [4, 9]
     assert moments[1].saturation.tolist() == [1, 1]
     np.testing.assert_allclose(moments[0].saturation, [(4 + 0.5 * 2) / 6, 2 / 6])

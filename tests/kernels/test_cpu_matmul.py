@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixtral_jax.kernels.expert_ffn import ExpertStack, ExpertWeights, expert_ffn
+from mixtral_jax.kernels.expert_ffn import ExpertOptions, ExpertStack, ExpertWeights, expert_ffn
 from tests import oracles
 from tests.tiny import ENGINES, LIMITS, tiny_batch, tiny_config, tiny_trainable
 
@@ -67,7 +67,8 @@ def test_experts_that_are_read_in_the_stack_of_all_layers(engine):
         def body(rows, inputs):
             layer, weights = inputs
             stack = ExpertStack(*whole, layer)
-            return expert_ffn(rows, jnp.asarray(SIZES), ExpertWeights(*weights, stack), backend=engine) / 10, None
+            experts = ExpertWeights(*weights, stack)
+            return expert_ffn(rows, jnp.asarray(SIZES), experts, ExpertOptions(engine)) / 10, None
 
         return jax.lax.scan(body, rows, (jnp.arange(LAYERS, dtype=jnp.int32), stacks))[0]
 
@@ -121,7 +122,9 @@ def test_the_same_bits_every_time(engine):
 
     @jax.jit
     def work(rows, weights):
-        layer = lambda rows, weights: expert_ffn(rows, sizes, ExpertWeights(*weights), backend=engine)  # noqa: E731
+        def layer(rows, weights):
+            return expert_ffn(rows, sizes, ExpertWeights(*weights), ExpertOptions(engine))
+
         out, pull = jax.vjp(layer, rows, weights)
         return out, pull(out), multiply(rows, rows, engine, "tn"), multiply(rows, rows, engine, "nt")
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixtral_jax.kernels.expert_ffn import ExpertWeights, expert_ffn
+from mixtral_jax.kernels.expert_ffn import ExpertOptions, ExpertWeights, expert_ffn
 from mixtral_jax.kernels.grouped_blocks import BLOCK_SIZES, choose_block_sizes
 from tests import oracles
 from tests.tiny import LIMITS, by_engine
@@ -48,7 +48,7 @@ def compiled(backend, block_sizes):
     def both(arrays, sizes, d_out):
         def run(rows, *weights):
             weights = ExpertWeights(*weights)
-            return expert_ffn(rows, sizes, weights, backend=backend, block_sizes=block_sizes, interpret=True)
+            return expert_ffn(rows, sizes, weights, ExpertOptions(backend, block_sizes, interpret=True))
 
         out, pull = jax.vjp(run, *arrays)
         return out, pull(d_out)

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mixtral_jax.kernels.attention import attention
-from mixtral_jax.kernels.expert_ffn import ExpertWeights, expert_ffn
+from mixtral_jax.kernels.expert_ffn import ExpertOptions, ExpertWeights, expert_ffn
 from mixtral_jax.planning.compile import compile_step
 from mixtral_jax.planning.hlo import Module, parse
 from mixtral_jax.planning.topology import describe_topology
@@ -67,7 +67,8 @@ def test_expert_products_are_those_of_the_rows(gpu, backend, dtype):
 
     @jax.shard_map(mesh=one_gpu(gpu).mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
     def both(x, sizes, *w):
-        out, pull = jax.vjp(lambda x, *w: expert_ffn(x, sizes, ExpertWeights(*w), backend=backend), x, *w)
+        options = ExpertOptions(backend)
+        out, pull = jax.vjp(lambda x, *w: expert_ffn(x, sizes, ExpertWeights(*w), options), x, *w)
         return out, pull(out)
 
     w_in, w_out = ((experts, d_model, d_ff), dtype), ((experts, d_ff, d_model), dtype)

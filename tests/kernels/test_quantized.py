@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mixtral_jax.kernels.expert_ffn import ExpertWeights, expert_ffn
+from mixtral_jax.kernels.expert_ffn import ExpertOptions, ExpertWeights, expert_ffn
 from mixtral_jax.precision import make_precision
 from tests import oracles
 from tests.kernels.test_expert_ffn import D_FF, D_MODEL, EXPERTS, GROUPS, ROWS
@@ -88,8 +88,7 @@ def compiled(backend, kind, block_sizes):
     def both(arrays, sizes, d_out):
         def run(rows, *weights):
             weights = ExpertWeights(*weights)
-            return expert_ffn(rows, sizes, weights, backend=backend, block_sizes=block_sizes, interpret=True,
-                              eight_bit=KINDS[kind])  # fmt: skip
+            return expert_ffn(rows, sizes, weights, ExpertOptions(backend, block_sizes, True, KINDS[kind]))
 
         out, pull = jax.vjp(run, *arrays)
         return out, pull(d_out)
@@ -160,14 +159,8 @@ def test_products_are_of_whole_numbers(backend):
     arrays = arrays_of(GROUPS["uneven"])
 
     def run(*a):
-        return expert_ffn(
-            a[0],
-            jnp.asarray(GROUPS["uneven"]),
-            ExpertWeights(*a[1:]),
-            backend=backend,
-            block_sizes=(8,),
-            eight_bit=KINDS["int8"],
-        )
+        options = ExpertOptions(backend, (8,), eight_bit=KINDS["int8"])
+        return expert_ffn(a[0], jnp.asarray(GROUPS["uneven"]), ExpertWeights(*a[1:]), options)
 
     program = jax.jit(lambda a: jax.vjp(run, *a[:-1])[1](a[-1])).lower(arrays).as_text()
     products = [line for line in program.splitlines() if "dot_general" in line or "ragged_dot" in line]

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mixtral_jax.config import MeshConfig, PrecisionConfig
 from mixtral_jax.kernels.attention import attention
-from mixtral_jax.kernels.expert_ffn import ExpertWeights, expert_ffn
+from mixtral_jax.kernels.expert_ffn import ExpertOptions, ExpertWeights, expert_ffn
 from mixtral_jax.precision import make_precision
 from mixtral_jax.sharding import make_mesh
 
@@ -44,7 +44,9 @@ def test_expert_products_are_those_of_the_rows(experts, topology):
     def gradients(x, sizes, *w):
         def run(x, *w):
             return jnp.sum(
-                expert_ffn(x, sizes, ExpertWeights(*w), backend="megablox", eight_bit=eight_bit).astype(jnp.float32)
+                expert_ffn(x, sizes, ExpertWeights(*w), ExpertOptions("megablox", eight_bit=eight_bit)).astype(
+                    jnp.float32
+                )
                 ** 2
             )
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixtral_jax.kernels import expert_ffn as experts
-from mixtral_jax.kernels.expert_ffn import ExpertWeights
+from mixtral_jax.kernels.expert_ffn import ExpertOptions, ExpertWeights
 from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.runtime import Runtime, make_runtime
 from mixtral_jax.training.step import Trainable
@@ -26,7 +26,7 @@ def layer_of(stack):
 
 
 def by_expert(rows, sizes, gate, up, down):
-    return experts.expert_ffn(rows, sizes, ExpertWeights(gate, up, down), backend="ragged_dot")
+    return experts.expert_ffn(rows, sizes, ExpertWeights(gate, up, down), ExpertOptions("ragged_dot"))
 
 
 def in_place_fwd(rows, sizes, weights):
