@@ -31,8 +31,10 @@ LATER = {
     "text held out by content": ("data/record.py", "data/fingerprints*", "evaluation/texts*"),
     "experiments, checks of meshes, alarms, goodput, rates, verify": (
         "evaluation/experiment*", "evaluation/history*", "evaluation/outputs*", "training/experiment*",
-        "training/mesh*", "training/collapse*", "training/step_clock*", "runs/goodput*", "runs/verify*",
+        "training/mesh*", "training/collapse*", "training/step_clock*", "training/spikes*", "runs/goodput*",
+        "runs/verify*",
     ),
+    "experts switched off, routers through training": ("evaluation/ablation*", "evaluation/saturation*"),
     "damaged, encoded and private pages": (
         "preparation/warc_pages*", "preparation/decompression*", "preparation/decoding*", "preparation/masking*",
     ),
