@@ -17,12 +17,16 @@ from mixtral_jax.data.pipeline import TrainingData
 from mixtral_jax.data.tokenizer import load_tokenizer
 from mixtral_jax.evaluation.loading import load_model
 from mixtral_jax.evaluation.scoring import make_scorer
+from mixtral_jax.hardware import PeakFlops
 from mixtral_jax.runs.checkpoint import find_checkpoint
 from mixtral_jax.runs.verify import verify
 from mixtral_jax.sharding import ANY_MESH
+from mixtral_jax.training import rates
+from mixtral_jax.training.spikes import Rollbacks, Spike
+from mixtral_jax.training.step import Trainable
 from mixtral_jax.training.trainer import Trainer
 from mixtral_jax.weights.checkpoints import export_checkpoint
-from tests.small_run import WORDS
+from tests.small_run import WORDS, leave_out
 
 MODEL = """
 model: {d_model: 16, d_ff: 16, num_layers: 1, num_heads: 2, num_kv_heads: 1, head_dim: 8, vocab_size: 320,
@@ -58,15 +62,15 @@ def place(tmp_path_factory):
     return directory
 
 
-def train(place, name, source, *overrides, model=MODEL, text=""):
-    """Runs a configuration; what was said and logged."""
+def train(place, name, source, *overrides, model=MODEL, text="", left_out=()):
+    """Runs a configuration, maybe without some batches; what was said and logged."""
     common = COMMON.replace("CACHE", str(place / "cache")).replace("SOURCE", str(place / source))
     common = common.replace("TOKENIZER", str(place / "tokenizer.model") if model else "checkpoint")
     file = place / f"{name}.yaml"
     file.write_text(model + common + text)
     said: list[str] = []
     config = load_config(file, [f"run_dir={place / name}", *overrides])
-    outcome = Trainer(config, say=said.append).run()
+    outcome = leave_out(Trainer(config, say=said.append), *left_out).run()
     lines = [json.loads(line) for line in (place / name / "metrics.jsonl").read_text().splitlines()]
     return outcome, said, lines
 
@@ -163,6 +167,33 @@ def test_adapters_learn_above_a_base_and_resume(adapted, tuned, place):
     _, said, again = train(place, "halves", "chats.jsonl", base, model="", text=LORA)
     assert any("resumed from step 3" in line for line in said)
     assert figures(again) == figures(lines)
+
+
+@pytest.mark.drills
+def test_adapters_go_back_after_spikes_and_never_saw_the_batches(tuned, place, monkeypatch):
+    def step(self, state, batch):
+        """Stands for the true one, and compiles at once: adapters that tell the order of all batches."""
+        seen = jnp.sin(jnp.sum(batch.tokens * jnp.arange(batch.tokens.size).reshape(batch.tokens.shape)))
+        params = jax.tree.map(lambda x: x / 2 + seen, state.params)
+        metrics = {"loss": seen, "skipped_in_a_row": state.skipped, "expert_load": jnp.full((1, 2), 0.5)}
+        return dataclasses.replace(state, params=params, step=state.step + 1), metrics
+
+    def look(self, step, loss, most):
+        if (self.count, step) in ((0, 2), (1, 5)):  # before the first checkpoint, and after one
+            self.spike = Spike(step, 500.0, 5.0)
+
+    monkeypatch.setattr(Trainable, "_step", step)
+    monkeypatch.setattr(Rollbacks, "look", look)
+    monkeypatch.setattr(rates, "peak_flops", lambda *_: PeakFlops(1e12, "made up"))
+    keys = (f"init_from={place / 'sft'}", "checkpoint.every=3", "train.eval_every=0")
+    outcome, said, lines = train(place, "spikes", "chats.jsonl", *keys, "train.max_rollbacks=2", model="", text=LORA)
+    found = [line.partition("; ")[2] for line in said if "is a spike" in line]
+    assert found == ["back to step 0, without batches 1 to 2", "back to step 3, without batches 6 to 7"]
+    calm, _, expected = train(place, "calm", "chats.jsonl", *keys, model="", text=LORA, left_out=[(0, 2), (5, 7)])
+    assert [line["loss"] for line in lines] == [line["loss"] for line in expected]
+    assert [line["skipped_batches"] for line in lines] == [2] * 3 + [4] * 5
+    jax.tree.map(np.testing.assert_array_equal, vars(outcome.state), vars(calm.state))
+    jax.tree.map(np.testing.assert_array_equal, outcome.state.base, tuned[0].state.params)
 
 
 def test_whatever_reads_a_run_of_adapters_reads_them_merged(adapted, place):

@@ -16,7 +16,7 @@ import eval as evaluation
 from mixtral_jax.config_loading import load_config
 from mixtral_jax.training.trainer import Trainer
 from tests.processes import HEARTBEAT, PATIENCE, Processes, free_port, on_devices, without_noise
-from tests.small_run import ROOT, write_config
+from tests.small_run import ROOT, leave_out, write_config
 
 pytestmark = pytest.mark.slow
 
@@ -139,7 +139,8 @@ def flat(tree, prefix=""):
 
 @pytest.fixture(scope="module")
 def elastic(started_by_slurm, workplace):
-    """That run, gone on with by four processes of which the first is killed, and by two of which one is frozen."""
+    """That run, gone on with by four processes of which the first is killed, and by two that see a spike of the loss
+    in their third step, and of which one is frozen later."""
     config = started_by_slurm[0] / "config.yaml"
     run_dir = config.parent / "run"
     reached = [sealed(run_dir)[-1]]
@@ -150,7 +151,21 @@ def elastic(started_by_slurm, workplace):
     ended = {4: four.end(within=HEARTBEAT + 40)}
     reached.append(sealed(run_dir)[-1])
 
-    two = Processes(workplace, 2, TRAIN, config, *ENDLESS, devices=2)
+    script = workplace / "spike.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import runpy
+        from mixtral_jax.training.spikes import Rollbacks, Spike
+        seen = []
+        def look(self, step, loss, most):
+            seen.append(step)
+            if len(seen) == 3:
+                self.spike = Spike(step, 500.0, 5.0)
+        Rollbacks.look = look
+        runpy.run_path({str(TRAIN)!r}, run_name="__main__")
+        """)
+    )
+    two = Processes(workplace, 2, script, config, *ENDLESS, "train.max_rollbacks=1", devices=2)
     two.wait_for(lambda: sealed(run_dir)[-1] > reached[-1])
     (worker,) = Path(f"/proc/{two.all[1].pid}/task/{two.all[1].pid}/children").read_text().split()
     os.kill(int(worker), signal.SIGSTOP)
@@ -184,12 +199,24 @@ def test_a_frozen_process_is_named_and_ends_too_when_it_wakes(elastic):
 
 
 @pytest.mark.drills
+def test_two_processes_go_back_together_after_a_spike(elastic):
+    config, ended, (_, start, end) = elastic
+    assert f"step {start + 3}: the loss of 500 is a spike" in ended[2][0].out
+    assert f"back to step {start}, without batches {start + 1} to {start + 3}\n" in ended[2][0].out
+    meta = json.loads((config.parent / "run" / "checkpoints" / str(end) / "meta.json").read_text())
+    assert (meta["rollbacks"]["count"], meta["rollbacks"]["skipped"]) == (1, [[start, start + 3]])
+
+
+@pytest.mark.drills
 def test_every_number_of_processes_gets_the_same_batches_and_losses(elastic, workplace):
     config, _, reached = elastic
     end = reached[-1] + 3
-    for run_dir in (config.parent / "run", workplace / "reference"):  # the last leg, and all of it, in this process
+    left_out = (reached[1], reached[1] + 3)
+    # The last leg, and all of it, in this process.
+    for run_dir, stretches in ((config.parent / "run", []), (workplace / "reference", [left_out])):
         keys = (*ENDLESS, *HERE, f"train.stop_at_step={end}", f"run_dir={run_dir}")
-        assert Trainer(load_config(config, list(keys)), say=str).run().step == end
+        trainer = leave_out(Trainer(load_config(config, list(keys)), say=str), *stretches)
+        assert trainer.run().step == end
     expected, found = losses(workplace / "reference"), losses(config.parent / "run")
     assert list(found) == list(expected) == list(range(1, end + 1))
     np.testing.assert_allclose([*found.values()], [*expected.values()], rtol=1e-5)
