@@ -227,8 +227,8 @@ def rounds_inputs(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
         inner = w.shape[:axes]
         return jnp.tensordot(rounded(x.reshape(*x.shape[:-axes], -1)), w.reshape(np.prod(inner), *w.shape[axes:]), 1)
 
-    def expert_ffn(rows: jax.Array, sizes: jax.Array, weights: Any, *, row_multiple: int, **_: Any) -> jax.Array:
-        ends = jnp.cumsum(sizes + -sizes % row_multiple)
+    def expert_ffn(rows: jax.Array, sizes: jax.Array, weights: Any, options: Any) -> jax.Array:
+        ends = jnp.cumsum(sizes + -sizes % options.row_multiple)
         expert, x, out = jnp.searchsorted(ends, jnp.arange(len(rows)), side="right"), rounded(rows), rows
         for number, (gate, up, down) in enumerate(zip(weights.w_gate, weights.w_up, weights.w_down, strict=True)):
             y = rounded(jax.nn.silu(x @ gate) * (x @ up)) @ down
