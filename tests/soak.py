@@ -25,7 +25,7 @@ from mixtral_jax.runs.streaming import read_blocks
 from tests.small_run import ROOT, environment, write_config
 
 FEWEST = 60  # samples of a process from which growth is told
-TOLERANCE = 1.03  # of memory; files and threads may not grow at all
+TOLERANCE = 1.03  # of memory, and of threads: one of 40, for pools of libraries fill up late; files may not grow at all
 
 
 class Sample(NamedTuple):
@@ -78,7 +78,11 @@ def grown(samples: list[Sample]) -> list[str]:
     middle, last = samples[third : 2 * third], samples[2 * third :]
     found = []
     # A save has files and threads while it goes on; what is left behind shows where there is none.
-    for name, factor, usual in (("memory", TOLERANCE, statistics.median), ("files", 1, min), ("threads", 1, min)):
+    for name, factor, usual in (
+        ("memory", TOLERANCE, statistics.median),
+        ("files", 1, min),
+        ("threads", TOLERANCE, min),
+    ):
         before, after = (usual(getattr(one, name) for one in part) for part in (middle, last))
         if after > before * factor:
             found.append(f"{name}: {before:g} to {after:g}")
