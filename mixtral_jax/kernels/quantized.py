@@ -15,10 +15,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
 
+from mixtral_jax.kernels.backends import load
 from mixtral_jax.precision import EIGHT_BIT_CARRIER, FULL
 
-TILING = (512, 1024, 512)  # of megablox: rows, inner and outer width; sums take 4 bytes, twice
-LANES = 128  # a TPU's registers are so wide
 WEIGHT_GRADIENTS = jax.lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
 )
@@ -51,11 +50,9 @@ class EightBitProduct:
         if self.backend == "ragged_dot":
             return jax.lax.ragged_dot(x, weights, sizes, preferred_element_type=self._sums()).astype(FULL)
         if self.backend == "megablox":
-            from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
-
-            num_rows, x, weights = x.shape[0], self._pad(x), weights.astype(EIGHT_BIT_CARRIER)
-            tiling = _tiling(x.shape[0], *weights.shape[1:])
-            return gmm(x, weights, sizes, FULL, tiling, interpret=self.interpret)[:num_rows]
+            x, weights = x.astype(EIGHT_BIT_CARRIER), weights.astype(EIGHT_BIT_CARRIER)
+            out: Array = load("experts", self.backend).multiply(x, weights, sizes, FULL, self.interpret)
+            return out
 
         spilling = jnp.pad(x, ((0, self.block_size), (0, 0)))
 
@@ -84,10 +81,9 @@ class EightBitProduct:
             sums = jax.lax.ragged_dot_general(x, y, sizes, WEIGHT_GRADIENTS, preferred_element_type=self._sums())
             return sums.astype(FULL)
         if self.backend == "megablox":
-            from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
-
-            tiling = _tiling(self._pad(x).shape[0], x.shape[1], y.shape[1])
-            return tgmm(self._pad(x).T, self._pad(y), sizes, FULL, tiling, interpret=self.interpret)
+            x, y = x.astype(EIGHT_BIT_CARRIER), y.astype(EIGHT_BIT_CARRIER)
+            sums = load("experts", self.backend).outer_products(x, y, sizes, FULL, self.interpret)
+            return sums
 
         spilling = [jnp.pad(a, ((0, self.block_size), (0, 0))) for a in (x, y)]
 
@@ -116,10 +112,6 @@ class EightBitProduct:
 
     def _whole(self) -> bool:
         return jnp.issubdtype(self.dtype, jnp.integer)
-
-    def _pad(self, x: Array) -> Array:
-        tile = min(TILING[0], -(-x.shape[0] // LANES) * LANES)
-        return jnp.pad(x, ((0, -x.shape[0] % tile), (0, 0))).astype(EIGHT_BIT_CARRIER)
 
 
 def quantized_ffn(
@@ -178,8 +170,3 @@ def _of_rows(scale: Array, sizes: Array, num_rows: int) -> Array:
 
 def _starts(sizes: Array) -> Array:
     return jnp.cumsum(sizes) - sizes
-
-
-def _tiling(rows: int, inner: int, outer: int) -> tuple[int, int, int]:
-    tiles = [min(size, -(-length // LANES) * LANES) for size, length in zip(TILING, (rows, inner, outer), strict=True)]
-    return tiles[0], tiles[1], tiles[2]
