@@ -23,11 +23,11 @@ from mixtral_jax.config_loading import parse_config
 from mixtral_jax.data.pipeline import TrainingData, open_documents
 from mixtral_jax.data.sources import iter_documents
 from mixtral_jax.data.tokenizer import Tokenizer
+from mixtral_jax.preparation import running
 from mixtral_jax.preparation.config import LanguageConfig, UrlFilterConfig
 from mixtral_jax.preparation.examples import Examples
 from mixtral_jax.preparation.extraction import EXTRACTORS
 from mixtral_jax.preparation.language import LanguageFilter
-from mixtral_jax.preparation.local import QuietExecutor
 from mixtral_jax.preparation.url_filter import AddressFilter
 from tests.preparation.inputs import ALONE, config_for, digests, html, prose, run, warc_members, write_mixture
 
@@ -187,14 +187,31 @@ running.prepare(load_prepare_config(sys.argv[1], ["shard_megabytes=1"]), Console
 
 
 @pytest.mark.drills
-def test_a_worker_that_is_killed_ends_its_stage_with_a_sentence(tmp_path):
-    executor = QuietExecutor([die], 2, 2, str(tmp_path))
-    with pytest.raises(RuntimeError, match=r"^a worker was killed; was it out of memory\? lower executor\.workers$"):
-        executor.run()
+def test_a_worker_that_is_killed_ends_the_command_and_the_next_one_goes_on(prepared, monkeypatch):
+    folder, sources, _ = prepared
+    config = config_for(folder, sources, "shard_megabytes=1", "executor.workers=2", output="worker")
+    make_stages = running.make_stages
+
+    def with_killer(*arguments):
+        first, *others = make_stages(*arguments)
+        assert first.tasks > 1
+        return [dataclasses.replace(first, make=lambda: [*first.make(), die]), *others]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "make_stages", with_killer)
+        with pytest.raises(UserError) as caught:
+            run(config)
+    words = "a worker was killed; was it out of memory? lower executor.workers"
+    assert str(caught.value).startswith(f"the stage pages failed ({words}): see ")
+    assert str(caught.value).endswith(", then run the same command to go on")
+    run(dataclasses.replace(config, executor=dataclasses.replace(config.executor, workers=1)))
+    assert digests(folder / "worker") == digests(folder / "out")
 
 
 def die(documents, rank=0, world_size=1):
-    os.kill(os.getpid(), signal.SIGKILL)
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    yield from documents
 
 
 def test_writes_nothing_outside_the_output(tmp_path):
