@@ -27,7 +27,7 @@ from mixtral_jax.data.record import DocumentRecord
 from mixtral_jax.distributed.processes import barrier, is_main, take_turn
 from mixtral_jax.runs.manifest import NAME as MANIFEST
 from mixtral_jax.runs.manifest import Digests, find_damage, hashing, write_atomically, write_manifest
-from mixtral_jax.runs.streaming import Block, blocks_of, named_leaves, read_arrays, save_args, write_blocks
+from mixtral_jax.runs.streaming import Block, blocks_of, joined, named_leaves, read_arrays, save_args, write_blocks
 
 # Orbax tells of every step it takes, and of a failure in stack traces; we raise what a person needs to know.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -125,7 +125,9 @@ class Checkpoints:
         try:
             self._make(bundle, state, {**files, META: json.dumps(described, indent=1).encode()})
             parts = {name: named_leaves(part) for name, part in state.items()}
-            write_blocks(bundle / "state", parts, blocks_of(parts) if blocks is None else blocks, advance)
+            write_blocks(
+                bundle / "state", parts, blocks_of(parts) if blocks is None else joined(blocks, parts), advance
+            )
             hashing(lambda digests: write_manifest(bundle, digests))
         except (OSError, ValueError) as error:
             self._abandon(bundle)

@@ -84,6 +84,35 @@ def write_blocks(
             write.commit.exception()  # nobody writes on after an error
 
 
+def joined(blocks: Iterable[Block], parts: Mapping[str, Arrays | Abstract]) -> Iterator[Block]:
+    """Joins small blocks to large ones, for whoever writes a part of a file writes all of it again.
+
+    Args:
+        blocks: those of one large block come soon after each other.
+        parts: shapes and types of the arrays by name, of each item of the checkpoint.
+
+    Yields:
+        Blocks of at least the size that `blocks_of` gives.
+    """
+    begun: dict[tuple[str, str, Start], tuple[np.ndarray, list[int]]] = {}
+    for part, name, start, block in blocks:
+        leaf = parts[part][name]
+        cut = _cut_axes(leaf.shape, leaf.dtype)
+        shape, first = (*[1] * cut, *leaf.shape[cut:]), (*start[:cut], *[0] * (len(start) - cut))
+        if block.size >= math.prod(shape):
+            yield part, name, start, block
+            continue
+        whole, missing = begun.setdefault((part, name, first), (np.empty(shape, leaf.dtype), [math.prod(shape)]))
+        whole[
+            tuple(slice(at - zero, at - zero + size) for at, zero, size in zip(start, first, block.shape, strict=True))
+        ] = block
+        missing[0] -= block.size
+        if not missing[0]:
+            del begun[part, name, first]
+            yield part, name, first, whole
+    assert not begun
+
+
 def blocks_of(parts: Mapping[str, Arrays]) -> Iterator[Block]:
     """Takes arrays from this process's devices, block by block."""
     for part, arrays in parts.items():

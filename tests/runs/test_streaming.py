@@ -126,3 +126,21 @@ def test_a_whole_model_is_cut_by_layer_and_expert(monkeypatch):
     assert len(blocks) == 32 * 8
     assert {shape for _, shape in blocks} == {(1, 1, 4096, 14336)}
     assert len(list(streaming._blocks((32000, 4096), jnp.bfloat16))) == 1
+
+
+def test_small_blocks_are_joined_before_they_are_written(monkeypatch):
+    monkeypatch.setattr(streaming, "BLOCK", 4 * 30)
+    whole = {
+        "cut": np.arange(3 * 2 * 3 * 5, dtype=np.float32).reshape(3, 2, 3, 5),
+        "small": np.ones((2, 3), np.float32),
+    }
+    shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in whole.items()}
+    small = [("params", "cut", (layer, expert, 0, 0), whole["cut"][layer : layer + 1, expert : expert + 1])
+             for layer in range(3) for expert in range(2)]  # fmt: skip
+    small += [("params", "small", (row, 0), whole["small"][row : row + 1]) for row in (1, 0)]
+    found = list(streaming.joined(small, {"params": shapes}))
+    assert [(name, start, block.shape) for _, name, start, block in found] == [
+        *(("cut", (layer, 0, 0, 0), (1, 2, 3, 5)) for layer in range(3)), ("small", (0, 0), (2, 3))
+    ]  # fmt: skip
+    np.testing.assert_array_equal(np.concatenate([block for *_, block in found[:3]]), whole["cut"])
+    np.testing.assert_array_equal(found[3][3], whole["small"])
