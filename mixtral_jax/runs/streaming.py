@@ -103,9 +103,8 @@ def joined(blocks: Iterable[Block], parts: Mapping[str, Arrays | Abstract]) -> I
             yield part, name, start, block
             continue
         whole, missing = begun.setdefault((part, name, first), (np.empty(shape, leaf.dtype), [math.prod(shape)]))
-        whole[
-            tuple(slice(at - zero, at - zero + size) for at, zero, size in zip(start, first, block.shape, strict=True))
-        ] = block
+        inside = (*[0] * cut, *start[cut:])
+        whole[_place(tuple(slice(size) for size in shape), inside, block.shape)] = block
         missing[0] -= block.size
         if not missing[0]:
             del begun[part, name, first]
