@@ -295,7 +295,7 @@ class Config:
 
     run_dir: str = ""  # empty: runs/<name of the config file>
     # A checkpoint, run or import whose parameters start a new run; if `model` is left out, it decides model and
-    # tokenizer too.
+    # tokenizer too. If it has one expert and `model` more, each is a copy of that one, and routers are new.
     init_from: str = ""
     seed: int = 0  # of parameters, split and shuffle
     model: ModelConfig = field(default_factory=ModelConfig)

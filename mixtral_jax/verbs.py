@@ -173,7 +173,7 @@ def experiment(arguments: list[str]) -> None:
         if options.dry_run:
             console.print(plan(runs))
             return
-        run_all(chosen, lambda text: console.print(text, soft_wrap=True))
+        run_all(runs, chosen, lambda text: console.print(text, soft_wrap=True))
         show(outcome(runs), console, options.json, options.plots)
 
 

@@ -299,6 +299,8 @@ TABLE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("noise * jnp.std(wide) * jax.random", "noise * jax.random"),
         ("NOISY.index(path)], layer), expert)", "NOISY.index(path)], layer), 0)"),
     ],
+    ("weights/upcycling.py", BEGINNINGS + "a_run_with_one_expert_becomes_a_mixture_that_computes_the_same"):
+        [("broadcast_to(array, wanted.shape)", "zeros(wanted.shape)"), ("[axis] = 1, None", "[axis] = 1, 'expert'")],
     ("planning/estimate.py", "planning/test_search.py::test_memory_of_the_state_by_hand"): [
         ("own * (master + moment + WIDE)", "own * (master + WIDE)"),
         ("(WIDE if train.microbatches == 1 else WIDE + sums)", "WIDE"),

@@ -17,7 +17,8 @@ class ExperimentConfig:
     """The keys of an experiment's file."""
 
     base: str = MISSING  # a configuration; relative to the experiment's file
-    # By name what each changes, section.key=value; the first is what others compare with.
+    # By name what each changes, section.key=value; the first is what others compare with. {seed} is the run's, so that
+    # one variant can begin where an earlier one ends: init_from=runs/FILE/VARIANT/{seed}.
     variants: dict[str, list[str]] = MISSING
     seeds: list[int] = MISSING
     overrides: list[str] = field(default_factory=list)  # of all variants
@@ -57,7 +58,7 @@ def load_experiment(path: Path, overrides: Sequence[str]) -> list[Run]:
     runs = []
     for seed in file.seeds:
         for variant, changes in file.variants.items():
-            given = [*file.overrides, *changes, *overrides]
+            given = [word.replace("{seed}", str(seed)) for word in (*file.overrides, *changes, *overrides)]
             own = next((word for word in given if word.split("=")[0] in ("seed", "run_dir")), None)
             if own:
                 raise UserError(f"{own} is decided by the experiment: leave it out of {path} and the command line")

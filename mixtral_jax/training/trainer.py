@@ -43,6 +43,7 @@ from mixtral_jax.training.spikes import KEPT, Rollbacks, Spike
 from mixtral_jax.training.state import TrainState
 from mixtral_jax.training.step import Metrics, Trainable
 from mixtral_jax.training.step_clock import StartClock, StepClock
+from mixtral_jax.weights.upcycling import restore_as_mixture
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 IN_FLIGHT = 2  # steps that the host may run ahead of the device
@@ -187,9 +188,13 @@ class Trainer:
         if checkpoints.read_file(step, "tokenizer.model") != self.text.tokenizer.model_bytes:
             file = checkpoints.directory / str(step) / "tokenizer.model"
             raise UserError(f"init_from was trained with another tokenizer: set data.tokenizer={file}")
-        arrays = restore_model(checkpoints, step, architecture)
-        self.say(f"parameters from step {step} of {self.config.init_from}")
         theirs = parse_config(checkpoints.read_meta(step)["config"], [ANY_MESH], saved=True)
+        if theirs.model.num_experts == 1 < self.config.model.num_experts and not self.config.objective.lora_rank:
+            arrays = restore_as_mixture(checkpoints, step, architecture, self.config.seed)
+            self.say("every expert is a copy of the one there, routers are new")
+        else:
+            arrays = restore_model(checkpoints, step, architecture)
+        self.say(f"parameters from step {step} of {self.config.init_from}")
         for key in changed_keys(theirs, self.config):
             if key.startswith("model."):  # no shape shows it
                 before, now = (value_of(config, key) for config in (theirs, self.config))

@@ -55,7 +55,7 @@ def import_weights(released: Released, abstract: Arrays, upcycling: Upcycling | 
             del block
     if upcycling:
         router = params["layers/moe/router"]
-        values = draw_router(router.shape, released.config, upcycling)
+        values = draw_router(router.shape, released.config, upcycling.seed)
         yield "params", "layers/moe/router", (0,) * len(router.shape), np.asarray(values.astype(router.dtype))
     for name, leaf in named_leaves(abstract["selection_bias"]).items():
         yield "selection_bias", name, (0,) * len(leaf.shape), np.zeros(leaf.shape, leaf.dtype)

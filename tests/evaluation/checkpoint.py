@@ -16,7 +16,7 @@ from tests.small_run import WORDS
 from tests.tiny import TINY, tiny_architecture
 
 
-def make_run(directory: Path, *, broken: bool = False, record: bool = True) -> Path:
+def make_run(directory: Path, *, broken: bool = False, record: bool = True, overrides: tuple[str, ...] = ()) -> Path:
     """Writes a run directory; `broken`: with a parameter that is not finite; `record`: says what it was trained on."""
     draw = random.Random(0)
     for name, words in (("one", WORDS[:9]), ("two", WORDS[9:])):
@@ -30,6 +30,7 @@ def make_run(directory: Path, *, broken: bool = False, record: bool = True) -> P
             f"data.sources=[{{name: one, path: {directory}/one.jsonl}}, {{name: two, path: {directory}/two.jsonl}}]",
             f"data={{seq_len: 64, holdout: 0.2, tokenizer: train, cache_dir: {directory}/cache}}",
             f"run_dir={directory}/run",
+            *overrides,
         ],
     )
     arrays = tiny_architecture(config).init(0)

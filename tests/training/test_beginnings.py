@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -114,6 +115,34 @@ def test_parameters_come_with_their_tokenizer_and_what_no_shape_shows_is_said(ru
     assert str(caught.value) == (
         f"init_from was trained with another tokenizer: set data.tokenizer={run}/checkpoints/2/tokenizer.model"
     )
+
+
+@pytest.mark.parametrize("mesh", ["mesh.fsdp=8", "mesh={fsdp: 2, expert: 2, tensor: 2}"])
+def test_a_run_with_one_expert_becomes_a_mixture_that_computes_the_same(tmp_path, mesh):
+    dense = make_run(tmp_path, overrides=("model.num_experts=1", "model.num_experts_per_tok=1"))
+    said: list[str] = []
+    child = trainer(dense, f"init_from={dense}", "model.num_experts=4", "model.num_experts_per_tok=2", mesh,
+                    say=said.append)  # fmt: skip
+    source = find_checkpoint(dense)
+    child._open_text(None, source)
+    state, step = child._first_state(None, source)
+    assert (step, said[0]) == (0, "every expert is a copy of the one there, routers are new")
+    arrays, architecture = state.arrays, child.trainable.architecture
+    placed = jax.tree.map(lambda x, wanted: x.sharding.is_equivalent_to(wanted, x.ndim), arrays,
+                          architecture.shardings())  # fmt: skip
+    assert all(jax.tree.leaves(placed))
+    router = np.asarray(arrays["params"]["layers"]["moe"]["router"])
+    assert router.std() == pytest.approx(0.1, rel=0.3)  # init_std
+    assert len(np.unique(router)) == router.size
+
+    one = trainer(dense).trainable.architecture
+    tokens = jnp.arange(8 * 16).reshape(8, 16) % 320
+    positions = jnp.broadcast_to(jnp.arange(16), (8, 16))
+    before, after = (
+        jax.jit(lambda a, made=made: made.bind(a)(tokens, jnp.ones_like(tokens), positions)[0])(a)
+        for made, a in ((one, source[0].restore(2, one.abstract())), (architecture, arrays))
+    )
+    np.testing.assert_allclose(after, before, atol=2e-5)
 
 
 @pytest.mark.drills

@@ -87,6 +87,19 @@ def test_runs_go_on_where_they_were_killed_and_what_is_done_is_skipped(file, tmp
         experiment(file, "optimizer.beta1=0.5")
 
 
+def test_a_variant_begins_where_another_of_the_same_seed_ends_and_not_before(file, tmp_path, monkeypatch):
+    text = file.read_text().replace(f"run_dir: {file.parent}/runs", f"run_dir: {tmp_path}/runs")
+    begins = f"  upcycled: ['init_from={tmp_path}/runs/dense/{{seed}}', model.d_ff=64]\n"
+    (tmp_path / "config.yaml").write_text((file.parent / "config.yaml").read_text())
+    (tmp_path / "file.yaml").write_text(text + begins)
+    runs = load_experiment(tmp_path / "file.yaml", [])
+    starts = [run.config.init_from for run in runs if run.variant == "upcycled"]
+    assert starts == [f"{tmp_path}/runs/dense/0", f"{tmp_path}/runs/dense/7"]
+    monkeypatch.setattr(Trainer, "run", lambda self: pytest.fail("nothing may begin"))
+    with pytest.raises(UserError, match="upcycled/7 begins where dense/7 ends, which is not done: train that first"):
+        experiment(tmp_path / "file.yaml", "--only", "upcycled/7")
+
+
 def written(directory, runs, losses, others=()):
     """The logs of runs, as if they had been trained; of two sources, if `others` has the bits per byte of one."""
     for run, loss in zip(runs, losses, strict=True):
