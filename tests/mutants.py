@@ -76,20 +76,20 @@ TABLE: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("training/step.py", f"{STEP}dropped_assignments_are_counted"): [
         ("jnp.sum(sums.dropped) / assigned", "jnp.sum(sums.dropped)"),
     ],
-    ("training/trainer.py", f"{BEGINNINGS}a_run_of_an_earlier_version_is_not_gone_on_with"): [
-        ("if own is not None and record is None:", "if False:"),
+    ("training/beginnings.py", f"{BEGINNINGS}a_run_of_an_earlier_version_is_not_gone_on_with"): [
+        ("if self.own is not None and record is None:", "if False:"),
     ],
-    ("training/trainer.py", f"{BEGINNINGS}a_run_goes_on_with_its_own_data_alone"): [
+    ("training/beginnings.py", f"{BEGINNINGS}a_run_goes_on_with_its_own_data_alone"): [
         ("[\"data_fingerprint\"] != fingerprint", "[\"data_fingerprint\"] == \"\""),
     ],
-    ("training/trainer.py", f"{BEGINNINGS}parameters_of_which_nothing_is_known_are_said_to_be_so"): [
+    ("training/beginnings.py", f"{BEGINNINGS}parameters_of_which_nothing_is_known_are_said_to_be_so"): [
         ("dataclasses.replace(NOTHING, complete=False)", "NOTHING"),
     ],
-    ("training/trainer.py", f"{BEGINNINGS}parameters_come_with_their_tokenizer_and_what_no_shape_shows_is_said"): [
-        ("!= self.text.tokenizer.model_bytes", "== b\"\""),
+    ("training/beginnings.py", f"{BEGINNINGS}parameters_come_with_their_tokenizer_and_what_no_shape_shows_is_said"): [
+        ("!= tokenizer.model_bytes", "== b\"\""),
         ("if key.startswith(\"model.\"):", "if key.startswith(\"data.\"):"),
     ],
-    ("training/trainer.py", f"{BEGINNINGS}processes_must_agree_on_configuration_and_data"): [
+    ("training/beginnings.py", f"{BEGINNINGS}processes_must_agree_on_configuration_and_data"): [
         ("processes.check_same(fingerprint, \"this", "str.format(\"\", fingerprint, \"this"),
     ],
     ("training/trainer.py", f"{LOOP}metrics_are_sent_for_ahead_where_they_will_be_read"): [

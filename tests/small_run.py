@@ -66,8 +66,8 @@ def leave_out(trainer: Any, *stretches: tuple[int, int]) -> Any:
     """Lets a trainer begin without some batches, as one goes on that went back after spikes of its loss."""
     open_text = trainer._open_text
 
-    def opened(*sources: Any) -> None:
-        open_text(*sources)
+    def opened(beginning: Any) -> None:
+        open_text(beginning)
         trainer.data.skipped += stretches
 
     trainer._open_text = opened

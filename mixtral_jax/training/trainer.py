@@ -1,4 +1,4 @@
-"""The fit loop: where the state comes from, what happens every step, and what is saved, measured and said."""
+"""The fit loop: what happens every step, and what is saved, measured and said."""
 
 import dataclasses
 import importlib.metadata
@@ -8,42 +8,36 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from mixtral_jax.compiled import keep_compiled
 from mixtral_jax.config import Config, DistributedConfig, UserError
-from mixtral_jax.config_loading import CHECKPOINT_TOKENIZER, changed_keys, parse_config, to_yaml, value_of
+from mixtral_jax.config_loading import to_yaml
 from mixtral_jax.data.batch import Batch
-from mixtral_jax.data.pipeline import TrainingData, data_fingerprint, open_documents
+from mixtral_jax.data.pipeline import TrainingData
 from mixtral_jax.data.prefetch import Prefetcher
 from mixtral_jax.data.record import FILE as RECORD
-from mixtral_jax.data.record import NOTHING
 from mixtral_jax.data.splits import Documents
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.distributed import processes
 from mixtral_jax.hardware import memory_in_use
-from mixtral_jax.metrics import parameter_counts
 from mixtral_jax.model.mixtral import Architecture
-from mixtral_jax.runs.checkpoint import Checkpoints, find_checkpoint
+from mixtral_jax.runs.checkpoint import Checkpoints
 from mixtral_jax.runs.goodput import Goodput
 from mixtral_jax.runs.logger import MetricsLogger
-from mixtral_jax.runs.restoring import ADAPTERS, describe_base, find_base, restore_model
+from mixtral_jax.runs.restoring import ADAPTERS, describe_base
 from mixtral_jax.runs.run_dir import RunDirectory
 from mixtral_jax.runtime import make_runtime
-from mixtral_jax.sharding import ANY_MESH
 from mixtral_jax.training.admission import admit_kernels
+from mixtral_jax.training.beginnings import Beginning, find_beginning
 from mixtral_jax.training.collapse import RouterWatch, name_not_finite
 from mixtral_jax.training.held_out import HeldOut
-from mixtral_jax.training.preferences import check_answers
 from mixtral_jax.training.rates import Rates
-from mixtral_jax.training.reference import with_reference
 from mixtral_jax.training.signals import StopRequest
 from mixtral_jax.training.spikes import KEPT, Rollbacks, Spike
 from mixtral_jax.training.state import TrainState
 from mixtral_jax.training.step import Metrics, Trainable
 from mixtral_jax.training.step_clock import StartClock, StepClock
-from mixtral_jax.weights.upcycling import restore_as_mixture
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 IN_FLIGHT = 2  # steps that the host may run ahead of the device
@@ -100,13 +94,11 @@ class Trainer:
                 self.say(admit_kernels(self.config, self.runtime))
                 self.start.end("admission")
             with Checkpoints(run_dir.path / "checkpoints", self.config.checkpoint, self.say) as self.checkpoints:
-                own, source = self._find_checkpoints()
-                self.base = source  # of adapters
-                if own is not None and self.config.objective.lora_rank:
-                    self.base = find_base(self.checkpoints, own, self.config.init_from)
-                self._open_text(own, source)
+                beginning = find_beginning(self.config, self.checkpoints, self.say)
+                self._open_text(beginning)
                 self.start.end("data")
-                state, step = self._first_state(own, source)
+                state, step = beginning.first_state(self.trainable, self.text.tokenizer)
+                self.base = beginning.base
                 run_dir.write_config()
                 self.start.end("parameters")
                 if step < self.config.train.steps:
@@ -121,89 +113,14 @@ class Trainer:
                 heldout=self.text.held_out,
             )
 
-    def _find_checkpoints(self) -> tuple[int | None, tuple[Checkpoints, int] | None]:
-        """Finds the run's newest good checkpoint; where there is none yet, that of init_from, if it is given."""
-        own = self.checkpoints.latest()
-        return own, find_checkpoint(Path(self.config.init_from)) if own is None and self.config.init_from else None
-
-    def _open_text(self, own: int | None, source: tuple[Checkpoints, int] | None) -> None:
-        """Opens the text, split as the run's own checkpoint says or anew, past what the parameters know already."""
-        run_dir, init_from = self.config.run_dir, self.config.init_from
-        record = None if own is None else self.checkpoints.read_record(own)
-        if own is not None and record is None:
-            raise UserError(
-                f"{run_dir} was begun by an earlier version, which held other documents out: choose another run_dir, "
-                f"with init_from={run_dir} to go on from its parameters"
-            )
-        before = NOTHING
-        if source is not None:
-            before = source[0].read_record(source[1]) or dataclasses.replace(NOTHING, complete=False)
-            if not before.complete:
-                self.say(f"it is not known what {init_from} was trained on: held-out text may be among it")
-        tokenizer = self._checkpoint_tokenizer(own, source)
-        self.text = processes.main_first(
-            lambda: open_documents(self.config, own=record, before=before, tokenizer=tokenizer)
-        )
-        check_answers(self.config.objective.losses, self.text.training)
-        self.text = with_reference(self.config, self.text, self.runtime, self.say)
-        fingerprint = data_fingerprint(self.config, self.text.training)
-        processes.check_same(fingerprint, "this process sees other data than process 0: keep the "
-                               "sources on storage that all share, or the same copy on every host")  # fmt: skip
-        if own is not None and self.checkpoints.read_meta(own)["data_fingerprint"] != fingerprint:
-            causes = (
-                "files or tokenizer" if self.config.objective.name == "pretrain" else "files, tokenizer or reference"
-            )
-            raise UserError(
-                f"{run_dir} was trained on other data than data.sources gives now ({causes} changed): "
-                "restore them or choose another run_dir"
-            )
+    def _open_text(self, beginning: Beginning) -> None:
+        """Opens the text, and the order of its batches past what was left out."""
+        self.text = beginning.open_text(self.runtime)
         self.data = TrainingData(self.config, self.text.training)
         for note in self.data.notes():
             self.say(note)
-        self.rollbacks = Rollbacks(None if own is None else self.checkpoints.read_meta(own))
+        self.rollbacks = Rollbacks(beginning.meta)
         self.data.skipped = self.rollbacks.skipped
-
-    def _checkpoint_tokenizer(self, own: int | None, source: tuple[Checkpoints, int] | None) -> Tokenizer | None:
-        """The tokenizer of the run's own checkpoint or of init_from's, where the configuration asks for that."""
-        if self.config.data.tokenizer != CHECKPOINT_TOKENIZER:
-            return None
-        found = source if own is None else (self.checkpoints, own)
-        if found is None:
-            raise UserError("data.tokenizer=checkpoint is that of init_from: set it, or name a tokenizer")
-        return Tokenizer(found[0].read_file(found[1], "tokenizer.model"), "the checkpoint's tokenizer")
-
-    def _first_state(self, own: int | None, source: tuple[Checkpoints, int] | None) -> tuple[TrainState, int]:
-        """Takes, in this order: the run's newest good checkpoint, the parameters of init_from, fresh parameters."""
-        architecture = self.trainable.architecture
-        if own is not None:
-            parts = self.checkpoints.restore(own, self.trainable.abstract().parts)
-            if self.config.objective.lora_rank:
-                assert self.base is not None
-                parts["base"] = restore_model(*self.base, architecture)["params"]
-            self.say(f"resumed from step {own} of {self.config.run_dir}")
-            return TrainState(**parts), own
-        if source is None:
-            return self.trainable.start(architecture.init(self.config.seed)), 0
-        checkpoints, step = source
-        if checkpoints.read_file(step, "tokenizer.model") != self.text.tokenizer.model_bytes:
-            file = checkpoints.directory / str(step) / "tokenizer.model"
-            raise UserError(f"init_from was trained with another tokenizer: set data.tokenizer={file}")
-        theirs = parse_config(checkpoints.read_meta(step)["config"], [ANY_MESH], saved=True)
-        if theirs.model.num_experts == 1 < self.config.model.num_experts and not self.config.objective.lora_rank:
-            arrays = restore_as_mixture(checkpoints, step, architecture, self.config.seed)
-            self.say("every expert is a copy of the one there, routers are new")
-        else:
-            arrays = restore_model(checkpoints, step, architecture)
-        self.say(f"parameters from step {step} of {self.config.init_from}")
-        for key in changed_keys(theirs, self.config):
-            if key.startswith("model."):  # no shape shows it
-                before, now = (value_of(config, key) for config in (theirs, self.config))
-                self.say(f"{key} is {before} there and {now} here")
-        if self.config.objective.lora_rank:
-            arrays["adapters"] = architecture.init_adapters(self.config.seed)
-            trained = sum(leaf.size for leaf in jax.tree.leaves(arrays["adapters"]))
-            self.say(f"LoRA: {trained:,} parameters are trained, {parameter_counts(self.config.model).total:,} stay")
-        return self.trainable.start(arrays), 0
 
     def _train(self, path: Path, state: TrainState, step: int) -> tuple[TrainState, int]:
         """Loops over batches; the log closes before anything else is said."""
@@ -285,17 +202,18 @@ class Trainer:
         """Undoes what came after the newest good checkpoint, as a restart would, and leaves its batches out."""
         with self.goodput.part("start"):
             self.checkpoints.wait()
-            own, source = self._find_checkpoints()
-            begin, end = self.data.number_of(own or 0), self.data.number_of(spike.step)
+            beginning = find_beginning(self.config, self.checkpoints, self.say)
+            own = beginning.own or 0
+            begin, end = self.data.number_of(own), self.data.number_of(spike.step)
             self.data.skip(begin, end)
-            self.rollbacks = self.rollbacks.go_back(None if own is None else self.checkpoints.read_meta(own))
+            self.rollbacks = self.rollbacks.go_back(beginning.meta)
             self.watch = RouterWatch(self.config.model)
             self.say(
                 f"step {spike.step}: the loss of {spike.loss:.4g} is a spike, above {spike.bound:.4g}; back to step "
-                f"{own or 0}, without batches {begin + 1} to {end}"
+                f"{own}, without batches {begin + 1} to {end}"
             )
-            self.goodput.go_back(own or 0)
-            return self._first_state(own, source)
+            self.goodput.go_back(own)
+            return beginning.first_state(self.trainable, self.text.tokenizer)
 
     def _is_logged(self, step: int) -> bool:
         return step % self.config.train.log_every == 0 or step in (1, self.config.train.steps)

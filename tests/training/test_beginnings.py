@@ -11,10 +11,11 @@ import pytest
 
 from mixtral_jax.config import CheckpointConfig, UserError
 from mixtral_jax.config_loading import parse_config, to_yaml
-from mixtral_jax.data.pipeline import data_fingerprint
+from mixtral_jax.data.pipeline import data_fingerprint, open_documents
 from mixtral_jax.distributed import processes
 from mixtral_jax.runs.checkpoint import Checkpoints, find_checkpoint
 from mixtral_jax.sharding import ANY_MESH
+from mixtral_jax.training.beginnings import Beginning
 from mixtral_jax.training.trainer import Trainer
 from tests.evaluation.checkpoint import make_run
 
@@ -33,10 +34,15 @@ def unknown(tmp_path_factory):
 
 def trainer(run: Path, *overrides: str, say: Callable[[str], None] = str) -> Trainer:
     """A trainer with the run's own configuration."""
+    meta = Checkpoints(run / "checkpoints", CheckpointConfig()).read_meta(2)
+    return Trainer(parse_config(meta["config"], [ANY_MESH, *overrides]), say=say)
+
+
+def beginning(made: Trainer, run: Path, own: int | None = None) -> Beginning:
+    """Where it begins: at its own checkpoint, or at the newest one of the run."""
+    source = find_checkpoint(run) if own is None else None
     checkpoints = Checkpoints(run / "checkpoints", CheckpointConfig())
-    made = Trainer(parse_config(checkpoints.read_meta(2)["config"], [ANY_MESH, *overrides]), say=say)
-    made.checkpoints = checkpoints
-    return made
+    return Beginning(made.config, checkpoints, own, source, None, made.say)
 
 
 def changed(text: str) -> dict[str, str]:
@@ -60,11 +66,11 @@ def test_a_run_goes_on_with_its_own_data_alone(run, tmp_path, change):
                   f"{{name: two, path: {run.parent}/two.jsonl}}]"]  # fmt: skip
     resumed = trainer(run, *overrides)
     if change is None:  # files may move
-        resumed._open_text(2, None)
-        assert resumed.data.fingerprint == resumed.checkpoints.read_meta(2)["data_fingerprint"]
+        resumed._open_text(own := beginning(resumed, run, 2))
+        assert resumed.data.fingerprint == own.checkpoints.read_meta(2)["data_fingerprint"]
         return
     with pytest.raises(UserError) as caught:
-        resumed._open_text(2, None)
+        resumed._open_text(beginning(resumed, run, 2))
     assert str(caught.value) == (
         f"{run} was trained on other data than data.sources gives now (files or tokenizer changed): restore them or "
         "choose another run_dir"
@@ -74,7 +80,7 @@ def test_a_run_goes_on_with_its_own_data_alone(run, tmp_path, change):
 @pytest.mark.drills
 def test_a_run_of_an_earlier_version_is_not_gone_on_with(unknown):
     with pytest.raises(UserError) as caught:
-        trainer(unknown)._open_text(2, None)
+        beginning(made := trainer(unknown), unknown, 2).open_text(made.runtime)
     assert str(caught.value) == (
         f"{unknown} was begun by an earlier version, which held other documents out: choose another run_dir, with "
         f"init_from={unknown} to go on from its parameters"
@@ -85,8 +91,8 @@ def test_parameters_of_which_nothing_is_known_are_said_to_be_so(run, unknown, tm
     for source, complete in ((run, True), (unknown, False)):
         said: list[str] = []
         child = trainer(run, f"init_from={source}", f"run_dir={tmp_path}", say=said.append)
-        child._open_text(None, find_checkpoint(source))
-        assert child.text.record.complete == complete
+        text = beginning(child, source).open_text(child.runtime)
+        assert text.record.complete == complete
         assert said == [] if complete else [
             f"it is not known what {source} was trained on: held-out text may be among it"
         ]  # fmt: skip
@@ -94,14 +100,13 @@ def test_parameters_of_which_nothing_is_known_are_said_to_be_so(run, unknown, tm
 
 def test_parameters_come_with_their_tokenizer_and_what_no_shape_shows_is_said(run, tmp_path):
     said: list[str] = []
-    source = find_checkpoint(run)
     child = trainer(run, f"init_from={run}", "model.rope_theta=500", "model.num_experts_per_tok=1",
                     "optimizer.learning_rate=1e-3", say=said.append)  # fmt: skip
-    child._open_text(None, source)
-    state, step = child._first_state(None, source)
+    text = (begin := beginning(child, run)).open_text(child.runtime)
+    state, step = begin.first_state(child.trainable, text.tokenizer)
     assert step == 0
     assert state.step == 0
-    stored = source[0].restore(2, child.trainable.architecture.abstract())
+    stored = begin.checkpoints.restore(2, child.trainable.architecture.abstract())
     jax.tree.map(np.testing.assert_array_equal, state.params, stored["params"])
     assert said == [f"parameters from step 2 of {run}", "model.num_experts_per_tok is 2 there and 1 here",
                     "model.rope_theta is 10000.0 there and 500.0 here"]  # fmt: skip
@@ -109,9 +114,9 @@ def test_parameters_come_with_their_tokenizer_and_what_no_shape_shows_is_said(ru
     (tmp_path / "other.jsonl").write_text(json.dumps({"text": "Quite another tongue: xyzzy! " * 200}) + "\n")
     other = f"data.sources=[{{name: other, path: {tmp_path}/other.jsonl}}]"
     child = trainer(run, f"init_from={run}", other)
-    child._open_text(None, source)
+    text = (begin := beginning(child, run)).open_text(child.runtime)
     with pytest.raises(UserError) as caught:
-        child._first_state(None, source)
+        begin.first_state(child.trainable, text.tokenizer)
     assert str(caught.value) == (
         f"init_from was trained with another tokenizer: set data.tokenizer={run}/checkpoints/2/tokenizer.model"
     )
@@ -123,9 +128,8 @@ def test_a_run_with_one_expert_becomes_a_mixture_that_computes_the_same(tmp_path
     said: list[str] = []
     child = trainer(dense, f"init_from={dense}", "model.num_experts=4", "model.num_experts_per_tok=2", mesh,
                     say=said.append)  # fmt: skip
-    source = find_checkpoint(dense)
-    child._open_text(None, source)
-    state, step = child._first_state(None, source)
+    text = (begin := beginning(child, dense)).open_text(child.runtime)
+    state, step = begin.first_state(child.trainable, text.tokenizer)
     assert (step, said[0]) == (0, "every expert is a copy of the one there, routers are new")
     arrays, architecture = state.arrays, child.trainable.architecture
     placed = jax.tree.map(lambda x, wanted: x.sharding.is_equivalent_to(wanted, x.ndim), arrays,
@@ -140,7 +144,7 @@ def test_a_run_with_one_expert_becomes_a_mixture_that_computes_the_same(tmp_path
     positions = jnp.broadcast_to(jnp.arange(16), (8, 16))
     before, after = (
         jax.jit(lambda a, made=made: made.bind(a)(tokens, jnp.ones_like(tokens), positions)[0])(a)
-        for made, a in ((one, source[0].restore(2, one.abstract())), (architecture, arrays))
+        for made, a in ((one, begin.checkpoints.restore(2, one.abstract())), (architecture, arrays))
     )
     np.testing.assert_allclose(after, before, atol=2e-5)
 
@@ -159,4 +163,4 @@ def test_processes_must_agree_on_configuration_and_data(run, monkeypatch):
     again = trainer(run, f"run_dir={run}-again")
     with pytest.raises(UserError, match="the sources on storage that all share"):
         again.run()
-    assert asked == [to_yaml(again.config), data_fingerprint(again.config, again.text.training)]
+    assert asked == [to_yaml(again.config), data_fingerprint(again.config, open_documents(again.config).training)]

@@ -16,6 +16,7 @@ from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.training import rates, spikes
 from mixtral_jax.training.spikes import KEPT, Rollbacks
 from mixtral_jax.training.state import TrainState
+from mixtral_jax.training.step import Trainable
 from mixtral_jax.training.trainer import Trainer
 from tests.small_run import write_config
 
@@ -77,7 +78,7 @@ class Nothing(Architecture):
         return {"taken": jnp.full((), 7, jnp.uint32)}
 
 
-class Toy:
+class Toy(Trainable):
     """Stands for a model: its state is what batches it has taken, in order, and some batches are spikes."""
 
     def __init__(self, bad):
@@ -120,8 +121,8 @@ class Runs:
         made = Trainer(replace(load_config(self.config, list(keys)), train=train), say=self.said.append)
         made.trainable, open_text = Toy(bad), made._open_text
 
-        def opened(*sources):
-            open_text(*sources)
+        def opened(beginning):
+            open_text(beginning)
             numbers = {made.data.batch(number).tokens.tobytes(): number for number in range(20)}
             if not made.data.skipped:  # else the numbers are of what is left
                 self.numbers = numbers
