@@ -40,9 +40,7 @@ def main(arguments: list[str]) -> None:
     check_outputs(options.json, options.plots)
     cli.check_checkpoint(Path(options.checkpoint))
     distributed = distributed_config(overrides)
-    cli.prepare(
-        distributed, next((word.partition("=")[2] for word in overrides if word.startswith("data.cache_dir=")), "")
-    )
+    cli.prepare(distributed, cli.cache_dir_of(overrides))
     with joined(distributed):
         measure(options, named[0], tasks, overrides)
 

@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,11 @@ class SteadyStream:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def cache_dir_of(overrides: Sequence[str]) -> str:
+    """Finds `data.cache_dir` among overrides, before there is a configuration."""
+    return next((word.partition("=")[2] for word in overrides if word.startswith("data.cache_dir=")), "")
 
 
 def prepare(distributed: DistributedConfig, cache_dir: str) -> None:

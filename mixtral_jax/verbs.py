@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from mixtral_jax.cli import check_checkpoint
+from mixtral_jax.cli import cache_dir_of, check_checkpoint
 from mixtral_jax.cli import prepare as prepare_cpu
 from mixtral_jax.config import Config, DistributedConfig, UserError
 from mixtral_jax.config_loading import home_expanded, load_config, user_path
@@ -134,7 +134,7 @@ def compare(arguments: list[str]) -> None:
     check_outputs(options.json, options.plots)
     for run in options.runs:
         check_checkpoint(Path(run))
-    prepare_cpu(DistributedConfig(), "")
+    prepare_cpu(DistributedConfig(), cache_dir_of(options.overrides))
     from mixtral_jax.console import make_console
     from mixtral_jax.evaluation.compare import compare_runs
     from mixtral_jax.evaluation.modes import show
@@ -211,7 +211,7 @@ def generate(arguments: list[str]) -> None:
     _add_weights(parser)
     options = parser.parse_intermixed_args(arguments)
     check_outputs(options.json, None)
-    prepare_cpu(DistributedConfig(), "")  # before standard input is read, which is there once
+    prepare_cpu(DistributedConfig(), cache_dir_of(options.words))  # before standard input is read, which is there once
     sections = {key.name for key in dataclasses.fields(Config)}
     overrides = [word for word in options.words if "=" in word and word.split("=")[0].split(".")[0] in sections]
     prompts = [word for word in options.words if word not in overrides]
@@ -255,7 +255,7 @@ def serve(arguments: list[str]) -> None:
         raise UserError(f"{options.api_key_file} is empty: put the API key into it")
     if importlib.util.find_spec("fastapi") is None:
         raise UserError("serve needs packages that are not installed: pip install 'mixtral_jax[serve]'")
-    prepare_cpu(DistributedConfig(), "")
+    prepare_cpu(DistributedConfig(), cache_dir_of(options.overrides))
     from mixtral_jax.serving.serve import Serving
     from mixtral_jax.serving.serve import serve as run
 

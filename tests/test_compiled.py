@@ -115,12 +115,15 @@ def test_only_a_lone_process_on_a_cpu_starts_itself_again_for_huge_pages(monkeyp
 @pytest.mark.parametrize(
     "words", [["generate", "run", "hello"], ["serve", "run"], ["compare", "run", "run"], ["lm_eval"]], ids=str
 )
-def test_verbs_that_compute_ask_for_huge_pages(tmp_path, monkeypatch, words):
+def test_verbs_that_compute_ask_for_huge_pages_and_keep_kernels_where_they_are_told(tmp_path, monkeypatch, words):
     (tmp_path / "run").mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(verbs, "prepare_cpu", lambda *_: sys.exit(75))
-    with pytest.raises(SystemExit, match="75"):
+    monkeypatch.setattr(verbs, "prepare_cpu", lambda _, cache_dir: sys.exit(f"caches: {cache_dir}"))
+    with pytest.raises(SystemExit, match="^caches: $"):
         verbs.VERBS[words[0]](words[1:])
+    if words != ["lm_eval"]:
+        with pytest.raises(SystemExit, match="^caches: there$"):
+            verbs.VERBS[words[0]]([*words[1:], "data.cache_dir=there"])
 
 
 def test_a_program_that_starts_itself_again_keeps_its_words_and_its_exit_code():
