@@ -119,10 +119,10 @@ def test_verbs_that_compute_ask_for_huge_pages_and_keep_kernels_where_they_are_t
     (tmp_path / "run").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(verbs, "prepare_cpu", lambda _, cache_dir: sys.exit(f"caches: {cache_dir}"))
-    with pytest.raises(SystemExit, match="^caches: $"):
+    with pytest.raises(SystemExit, match=r"^caches: $"):
         verbs.VERBS[words[0]](words[1:])
     if words != ["lm_eval"]:
-        with pytest.raises(SystemExit, match="^caches: there$"):
+        with pytest.raises(SystemExit, match=r"^caches: there$"):
             verbs.VERBS[words[0]]([*words[1:], "data.cache_dir=there"])
 
 
