@@ -33,7 +33,7 @@ from mixtral_jax.inference.sampling import Sampling
 from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.runtime import make_runtime
 from mixtral_jax.weights.checkpoints import import_checkpoint
-from mixtral_jax.weights.exporting import export_weights
+from mixtral_jax.weights.exporting import About, export_weights
 
 CONFIG = Path(__file__).parents[1] / "configs" / "small.yaml"
 CONTENDERS = ("ours", "transformers", "transformers compiled", "llama.cpp")
@@ -131,13 +131,13 @@ def prepare(config: Config, directory: Path, types: list[str]) -> None:
     tokenizer = load_tokenizer(config.data, config.model.vocab_size).model_bytes
     arrays = Architecture(config.model, make_runtime(config)).init(0)
     for kind in types:
-        to: dict[str, Any] = {"context": 512, "dtype": kind, "tokenizer": tokenizer}
-        export_weights(arrays, config.model, directory / kind, "hf", load_balance=0.0, **to)
+        about = About(context=512, load_balance=0.0, tokenizer=tokenizer)
+        export_weights(arrays, config.model, directory / kind, "hf", about, dtype=kind)
         import_checkpoint(
             directory / kind, directory / f"{kind}-run", [f"precision.params={kind}"], say=lambda text: None
         )
-        to["dtype"] = "float16" if kind == "bfloat16" else kind
-        export_gguf(arrays, config.model, directory / f"{kind}.gguf", **to)
+        to: dict[str, Any] = {"context": 512, "dtype": "float16" if kind == "bfloat16" else kind}
+        export_gguf(arrays, config.model, directory / f"{kind}.gguf", tokenizer=tokenizer, **to)
 
 
 def prompts(batch: int) -> list[list[int]]:

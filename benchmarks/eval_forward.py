@@ -31,7 +31,7 @@ from mixtral_jax.evaluation.scoring import make_scorer
 from mixtral_jax.evaluation.windows import empty_batch
 from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.runtime import make_runtime
-from mixtral_jax.weights.exporting import export_weights
+from mixtral_jax.weights.exporting import About, export_weights
 
 CONFIG = Path(__file__).parents[1] / "configs" / "small.yaml"
 
@@ -58,7 +58,7 @@ def main() -> None:
     batch_tokens = options.rows * options.length
 
     with tempfile.TemporaryDirectory() as name:
-        export_weights(arrays, config.model, Path(name) / "hf", "hf", context=options.length, load_balance=0.0)
+        export_weights(arrays, config.model, Path(name) / "hf", "hf", About(options.length, load_balance=0.0))
         oracle = transformers.AutoModelForCausalLM.from_pretrained(Path(name) / "hf", dtype=torch.float32).eval()
 
     def ours_rows() -> np.ndarray:

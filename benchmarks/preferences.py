@@ -125,7 +125,7 @@ def ours(config: Config, pairs: Pairs, directory: str) -> None:
     from mixtral_jax.model.mixtral import Architecture
     from mixtral_jax.runtime import make_runtime
     from mixtral_jax.training.step import Trainable
-    from mixtral_jax.weights.exporting import export_weights
+    from mixtral_jax.weights.exporting import About, export_weights
 
     rows = rows_of(pairs, config.data.seq_len)
     config = replace(config, train={"batch_size": rows.count})
@@ -134,7 +134,7 @@ def ours(config: Config, pairs: Pairs, directory: str) -> None:
     if directory:
         where = f"{directory}/model"
         context, balance = config.data.seq_len, config.losses.load_balance
-        export_weights(arrays, config.model, where, "hf", context=context, load_balance=balance)
+        export_weights(arrays, config.model, where, "hf", About(context, balance))
         serve(lambda: None, dict)
         return
     return_memory()

@@ -2,8 +2,7 @@
 
     python -m benchmarks.weights_io --gib 8 --directory /scratch
 
-Host memory is the most that the verb's process ever had resident (as `time -v` tells), of an export without the model's
-parameters: they are device memory, and on the CPU they live in the process.
+Host memory is the most that the verb's process ever had resident (as `time -v` tells).
 """
 
 import argparse
@@ -67,7 +66,7 @@ def main() -> None:
         def import_from(source: Path, target: Path) -> tuple[float, int]:
             if options.cold:
                 evict(source)
-            return verb(0, "import", source, target, "precision.params=bfloat16", "data.tokenizer=mixtral")
+            return verb("import", source, target, "precision.params=bfloat16", "data.tokenizer=mixtral")
 
         report("plain copy", copy_seconds)
         report("import hf", *import_from(work / "source", work / "import"))
@@ -76,7 +75,7 @@ def main() -> None:
             out, again = work / format_name, work / "again"
             if options.cold:
                 evict(work / "import")
-            report(f"export {format_name}", *verb(size, "export", work / "import", out, "--format", format_name))
+            report(f"export {format_name}", *verb("export", work / "import", out, "--format", format_name))
             if format_name != "hf":
                 report(f"import {format_name}", *import_from(out, again))
                 shutil.rmtree(again)
@@ -84,8 +83,8 @@ def main() -> None:
     console.print(table)
 
 
-def verb(devices: int, *arguments: str | Path) -> tuple[float, int]:
-    """Runs a verb, what it wrote on disk; returns seconds and its peak of memory beside that of devices, bytes."""
+def verb(*arguments: str | Path) -> tuple[float, int]:
+    """Runs a verb, what it wrote on disk; returns seconds and its peak of memory, bytes."""
     begin = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-m", "mixtral_jax", *map(str, arguments)], cwd=ROOT)
     _, status, usage = os.wait4(process.pid, 0)
@@ -93,7 +92,7 @@ def verb(devices: int, *arguments: str | Path) -> tuple[float, int]:
     seconds = time.perf_counter() - begin
     if status:
         raise SystemExit(f"{arguments} failed")
-    return seconds, usage.ru_maxrss * 1024 - devices
+    return seconds, usage.ru_maxrss * 1024
 
 
 def evict(directory: Path) -> None:
@@ -133,9 +132,10 @@ def write_source(model: ModelConfig, directory: Path) -> int:
     for layer in range(model.num_layers):
         mine = {tensor.key: tensor.shape for tensor in tensors if tensor.layer == layer}
         name = f"model-{layer + 1:05d}-of-{model.num_layers:05d}.safetensors"
-        with SafetensorsWriter(directory / name, mine, "bfloat16") as writer:
-            for key, shape in mine.items():
-                writer.write(key, np.resize(np.roll(bits, rng.integers(1 << 24)), shape))
+        writer = SafetensorsWriter(directory / name, mine, "bfloat16")
+        writer.create()
+        for key, shape in mine.items():
+            writer.write(key, [np.resize(np.roll(bits, rng.integers(1 << 24)), shape)])
     description = describe_hf(model, dtype="bfloat16", context=1, load_balance=0.0)
     (directory / "config.json").write_text(json.dumps(description))
     os.sync()

@@ -37,7 +37,9 @@ def import_(arguments: list[str]) -> None:
 
     given = (options.upcycle_experts, options.upcycle_per_token, options.upcycle_noise, options.upcycle_seed)
     upcycling = None if options.upcycle_experts is None else Upcycling(*given)
-    import_checkpoint(options.source, options.directory, options.overrides, upcycling)
+    overrides = [override for override in options.overrides if not override.startswith("distributed.")]
+    with joined(distributed_config(options.overrides)):
+        import_checkpoint(options.source, options.directory, overrides, upcycling)
 
 
 def export(arguments: list[str]) -> None:
@@ -55,15 +57,30 @@ def export(arguments: list[str]) -> None:
     parser.add_argument("--context", metavar="TOKENS", type=int, help="longest sequences that the model is meant for")
     parser.add_argument("--base", metavar="CHECKPOINT", type=home_expanded, default="", help="of adapters, if it has "
                         "moved since")  # fmt: skip
-    options = parser.parse_args(arguments)
+    _add_joining(parser)
+    options = parser.parse_intermixed_args(arguments)
     check_target(options.directory, options.format, options.dtype)
     check_checkpoint(options.checkpoint)
-    from mixtral_jax.weights.checkpoints import export_checkpoint
+    with joined(_joining("export", options.overrides)):
+        from mixtral_jax.weights.checkpoints import export_checkpoint
 
-    export_checkpoint(
-        options.checkpoint, options.directory, options.format,
-        dtype=options.dtype, context=options.context, init_from=options.base,
-    )  # fmt: skip
+        export_checkpoint(
+            options.checkpoint, options.directory, options.format,
+            dtype=options.dtype, context=options.context, init_from=options.base,
+        )  # fmt: skip
+
+
+def _add_joining(parser: argparse.ArgumentParser) -> None:
+    """Adds what tells a verb that needs no configuration of other processes."""
+    parser.add_argument("overrides", metavar="distributed.KEY=value", nargs="*", help="where several processes share "
+                        "the work and no launcher says so")  # fmt: skip
+
+
+def _joining(verb: str, overrides: list[str]) -> DistributedConfig:
+    for override in overrides:
+        if not override.startswith("distributed."):
+            raise UserError(f"{verb} takes the configuration from the checkpoint: leave out {override}")
+    return distributed_config(overrides)
 
 
 def prepare(arguments: list[str]) -> None:
@@ -89,13 +106,9 @@ def verify(arguments: list[str]) -> None:
     """Whether checkpoints are good, every byte of them: verify RUN_OR_CHECKPOINT [distributed.KEY=value ...]."""
     parser = argparse.ArgumentParser(prog="mixtral_jax verify", description=verify.__doc__)
     parser.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT", type=user_path, help="all of a run, or one")
-    parser.add_argument("overrides", metavar="distributed.KEY=value", nargs="*", help="where several processes share "
-                        "the work and no launcher says so")  # fmt: skip
+    _add_joining(parser)
     options = parser.parse_intermixed_args(arguments)
-    for override in options.overrides:
-        if not override.startswith("distributed."):
-            raise UserError(f"verify takes the configuration from the checkpoint: leave out {override}")
-    with joined(distributed_config(options.overrides)):
+    with joined(_joining("verify", options.overrides)):
         from mixtral_jax.console import make_console
         from mixtral_jax.runs.verify import verify as run
 

@@ -92,6 +92,16 @@ def is_main() -> bool:
     return _joined is None or _joined.process == 0
 
 
+def number() -> int:
+    """The number of this process among all, from 0."""
+    return _joined.process if _joined else 0
+
+
+def count() -> int:
+    """How many processes there are."""
+    return _joined.count if _joined else 1
+
+
 def speaks() -> bool:
     """Whether this process is to tell of a mistake that all processes may have made."""
     return launched_as(sys.argv, os.environ) == 0 if _speaks is None else _speaks
@@ -257,6 +267,18 @@ def _is_of_communication(error: BaseException) -> bool:
     return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)
 
 
+@contextlib.contextmanager
+def undone(undo: Callable[[], None]) -> Iterator[None]:
+    """Undoes something also where this process is ended, in here, because another one failed or was lost."""
+    farewells = _joined.watchdog.farewells if _joined else []
+    farewells.append(undo)
+    try:
+        yield
+    finally:
+        undo()
+        farewells.remove(undo)
+
+
 def barrier() -> None:
     """Waits until every process is here."""
     if _joined:
@@ -280,16 +302,22 @@ def take_turn() -> int:
     return next(_joined.calls) if _joined else 0
 
 
-def with_all(turn: int, work: Callable[[str], str], compute: Callable[[Callable[[list[str]], list[str]]], T]) -> T:
+def with_all(
+    turn: int,
+    work: Callable[[str], str],
+    compute: Callable[[Callable[[list[str]], list[str]]], T],
+    threads: int | None = None,
+) -> T:
     """Lets process 0 compute a JSON value with the help of all others and returns it in every process.
 
     Args:
         turn: of this computation among the calls of this module, see `take_turn`; it may be in another thread.
-        work: what any process may do to one item for the others; may raise `OSError`.
+        work: what any process may do to one item for the others; may raise `OSError`, `ValueError` or `UserError`.
         compute: is given a function that does the work on many items, of which each process takes its share.
+        threads: of each process, that do so; None: as many as the machine bears.
     """
     if _joined is None:
-        return compute(lambda items: work_on(work, items))
+        return compute(lambda items: work_on(work, items, threads))
     me, count, client = _joined.process, _joined.count, _joined.client
     root = f"{ROOT}all/{turn}"
     rounds = itertools.count()
@@ -297,11 +325,11 @@ def with_all(turn: int, work: Callable[[str], str], compute: Callable[[Callable[
     def share(items: list[str]) -> list[str]:
         place = f"{root}/{next(rounds)}"
         client.key_value_set(place, json.dumps({"items": items}))
-        found: dict[int, list[str]] = {0: work_on(work, items[::count])}
+        found: dict[int, list[str]] = {0: work_on(work, items[::count], threads)}
         for process in range(1, count):
             answer = json.loads(client.blocking_key_value_get(f"{place}/{process}", FOREVER))
             if "error" in answer:
-                raise OSError(*answer["error"])
+                raise _RAISED[answer["error"]](*answer["facts"])
             found[process] = answer["found"]
         return [found[number % count][number // count] for number in range(len(items))]
 
@@ -315,15 +343,20 @@ def with_all(turn: int, work: Callable[[str], str], compute: Callable[[Callable[
         if "value" in asked:
             return asked["value"]
         try:
-            answer: dict[str, Any] = {"found": work_on(work, asked["items"][me::count])}
+            answer: dict[str, Any] = {"found": work_on(work, asked["items"][me::count], threads)}
         except OSError as error:
-            answer = {"error": [error.errno, error.strerror, error.filename]}
+            answer = {"error": "OSError", "facts": [error.errno, error.strerror, error.filename]}
+        except (UserError, ValueError) as error:
+            answer = {"error": "UserError" if isinstance(error, UserError) else "ValueError", "facts": [str(error)]}
         client.key_value_set(f"{place}/{me}", json.dumps(answer))
 
 
-def work_on(work: Callable[[str], str], items: list[str]) -> list[str]:
+_RAISED: dict[str, type[Exception]] = {kind.__name__: kind for kind in (OSError, UserError, ValueError)}
+
+
+def work_on(work: Callable[[str], str], items: list[str], threads: int | None = None) -> list[str]:
     """Does some work on items in threads of this process; returns what it gave."""
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(work, items))
 
 

@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -54,11 +55,18 @@ class Watchdog:
         self._progress: float | None = None  # when one was last finished
         self._leaving = threading.Lock()
         self._stopped = threading.Event()
+        self.farewells: list[Callable[[], None]] = []  # what is done before this process ends for a verdict
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
 
     def start(self) -> None:
-        """Begins to watch."""
+        """Begins to watch; whoever is lost from now on is known to have been there."""
+        with contextlib.suppress(Exception):  # the thread tries again
+            self._give_sign(0)
         self._thread.start()
+
+    def _give_sign(self, number: int) -> None:
+        sign = f"{number} {self._begun} {socket.gethostname()}"
+        self._client.key_value_set(f"{ROOT}alive/{self._process}", sign, allow_overwrite=True)
 
     def stop(self) -> None:
         """Ends the thread; call it when every process is done."""
@@ -103,8 +111,7 @@ class Watchdog:
         while not self._stopped.wait(self._period):
             number += 1
             try:
-                sign = f"{number} {self._begun} {socket.gethostname()}"
-                self._client.key_value_set(f"{ROOT}alive/{self._process}", sign, allow_overwrite=True)
+                self._give_sign(number)
                 verdict = self._read_verdict()
                 if verdict is None and self._process == 0:
                     verdict = self._find_lost(signs)
@@ -179,6 +186,9 @@ class Watchdog:
                 deadline = time.monotonic() + 3 * self._period + 2
                 while time.monotonic() < deadline and self._gone() < self._count - verdict.lost:
                     time.sleep(0.05)
+        for farewell in self.farewells:
+            with contextlib.suppress(Exception):
+                farewell()
         os._exit(verdict.code)
 
     def _gone(self) -> int:

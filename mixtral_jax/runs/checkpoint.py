@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar, cast
@@ -25,9 +25,11 @@ from mixtral_jax.config import CheckpointConfig, NoCheckpointError, UserError
 from mixtral_jax.data.record import FILE as RECORD
 from mixtral_jax.data.record import DocumentRecord
 from mixtral_jax.distributed.processes import barrier, is_main, take_turn
+from mixtral_jax.runs.filling import fill
 from mixtral_jax.runs.manifest import NAME as MANIFEST
 from mixtral_jax.runs.manifest import Digests, find_damage, hashing, write_atomically, write_manifest
-from mixtral_jax.runs.streaming import Block, blocks_of, joined, named_leaves, read_arrays, save_args, write_blocks
+from mixtral_jax.runs.sources import Source, StoredArrays
+from mixtral_jax.runs.streaming import named_leaves, read_arrays, save_args
 
 # Orbax tells of every step it takes, and of a failure in stack traces; we raise what a person needs to know.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -98,36 +100,26 @@ class Checkpoints:
         self._sealer.start()
 
     def save_streamed(
-        self,
-        step: int,
-        state: Mapping[str, PyTree],
-        meta: dict[str, Any],
-        files: dict[str, bytes],
-        advance: Callable[[int], None],
-        blocks: Iterable[Block] | None = None,
+        self, step: int, source: Source, meta: dict[str, Any], files: dict[str, bytes], advance: Callable[[int], None]
     ) -> None:
         """Saves like `save`, but waits for it, and the host holds a few blocks instead of the whole state.
 
         Args:
             step: names the bundle.
-            state: parts by name, each a tree of arrays, all on devices of this process; or of shapes and types.
+            source: of the state; each process reads a share of it.
             meta: JSON, read back by `read_meta`.
             files: small files by name, read back by `read_file`.
             advance: told of every block's bytes.
-            blocks: what fills the state; None: its own arrays.
 
         Raises:
             UserError: no room for it.
         """
         self.wait()
         bundle = self.directory / str(step)
-        described = {**meta, "bundle": step, "arrays": {name: _describe(part) for name, part in state.items()}}
+        arrays = {name: _describe(part) for name, part in source.parts.items()}
+        written = {**files, META: json.dumps({**meta, "bundle": step, "arrays": arrays}, indent=1).encode()}
         try:
-            self._make(bundle, state, {**files, META: json.dumps(described, indent=1).encode()})
-            parts = {name: named_leaves(part) for name, part in state.items()}
-            write_blocks(
-                bundle / "state", parts, blocks_of(parts) if blocks is None else joined(blocks, parts), advance
-            )
+            fill(bundle / "state", source, lambda: self._make(bundle, source.parts, written), advance)
             hashing(lambda digests: write_manifest(bundle, digests))
         except (OSError, ValueError) as error:
             self._abandon(bundle)
@@ -227,10 +219,8 @@ class Checkpoints:
         Raises:
             UserError: an array is missing, left over, or has another shape or type.
         """
-        stored = self.read_meta(step)["arrays"]
+        self.stored(step, abstract)
         bundle = self.directory / str(step)
-        for name, part in abstract.items():
-            check_fits(bundle, name, stored.get(name, {}), part)
         named = {name: named_leaves(part) for name, part in abstract.items()}
         if advance is None:
             items = {name: ocp.args.StandardRestore(part) for name, part in named.items()}
@@ -249,6 +239,18 @@ class Checkpoints:
             for name, part in abstract.items()
         }
         return cast(Parts, parts)
+
+    def stored(self, step: int, abstract: Mapping[str, PyTree]) -> StoredArrays:
+        """Opens the named parts of a state where they lie; see `restore`.
+
+        Raises:
+            UserError: an array is missing, left over, or has another shape or type.
+        """
+        stored = self.read_meta(step)["arrays"]
+        bundle = self.directory / str(step)
+        for name, part in abstract.items():
+            check_fits(bundle, name, stored.get(name, {}), part)
+        return StoredArrays(bundle, {name: stored[name] for name in abstract})
 
     def __enter__(self) -> "Checkpoints":
         return self

@@ -1,21 +1,15 @@
-"""Blocks: the pieces in which parameters travel between files and devices.
+"""Blocks: the pieces in which parameters travel between files.
 
-A block is one layer of a parameter, and one expert of it where the mesh does not split the experts. On the way it has
-the order of axes of the parameter: the host turns what it copies anyway, devices cast, each its own part.
+A block is one layer of a parameter, and one expert of it if it has one matrix an expert. On the way to a file its axes
+are turned to the order that they have there, and on the way back from there.
 """
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Num, Shaped
+from jaxtyping import Shaped
 
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.weights.names import OURS, Row, atoms, axis_sizes
@@ -23,83 +17,88 @@ from mixtral_jax.weights.names import OURS, Row, atoms, axis_sizes
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """How the blocks of a parameter lie in a file and on the devices."""
+    """How the blocks of a parameter lie in a file and in the parameter."""
 
-    order: tuple[int, ...]  # of the axes that a file's view has (experts in front), as a block has them
+    order: tuple[int, ...]  # of the axes that a file's view has, as a block has them
     shape: tuple[int, ...]  # of a block
     ours_shape: tuple[int, ...]  # the same with axes as long as the parameter's, the leading ones 1
-    sharding: NamedSharding  # of a block: every device has what it needs for its parameter
     num_layers: int  # 0: the parameter is outside of the layers
     num_experts: int  # 0: the parameter does not have one matrix an expert
-    experts_per_block: int
 
-    def starts(self) -> Iterator[tuple[int, int]]:
-        """Lists layer and first expert of every block."""
-        for layer in range(self.num_layers or 1):
-            for expert in range(0, self.num_experts or 1, self.experts_per_block):
-                yield layer, expert
+    @property
+    def num_leads(self) -> int:
+        """How many axes of the parameter are those of layers and experts."""
+        return bool(self.num_layers) + bool(self.num_experts)
 
-    def start_of(self, layer: Any, expert: Any) -> list[Any]:
+    def start_of(self, layer: int, expert: int) -> tuple[int, ...]:
         """Returns where a block begins in the parameter."""
         lead = [layer] * bool(self.num_layers) + [expert] * bool(self.num_experts)
-        return lead + [0] * (len(self.ours_shape) - len(lead))
+        return (*lead, *[0] * (len(self.ours_shape) - len(lead)))
+
+    def lead_of(self, place: tuple[int, ...]) -> tuple[int, int]:
+        """Returns layer and expert of a block that begins somewhere in the parameter."""
+        lead = iter(place)
+        return next(lead) if self.num_layers else 0, next(lead) if self.num_experts else 0
 
 
-def block_layout(row: Row, config: ModelConfig, sharding: NamedSharding) -> BlockLayout:
-    """Derives the blocks of a row's parameter from the tables and from how the parameter is spread."""
+def block_layout(row: Row, config: ModelConfig) -> BlockLayout:
+    """Derives the blocks of a row's parameter from the tables."""
     sizes = axis_sizes(config)
     names = atoms(OURS[row.path])
-    mesh_axes = dict(zip(names, (*sharding.spec, *[None] * len(names)), strict=False))
     in_layers, per_expert = names[0] == "layers", names[1:2] == ["experts"]
-    sizes["experts_per_block"] = config.num_experts
-    if per_expert and _parts(sharding, mesh_axes["experts"]) == 1:
-        sizes["experts_per_block"] = 1
-    rename = {"experts": "experts_per_block"} if per_expert else {}
-
+    rest = names[in_layers + per_expert :]
     theirs = [axis for axis in atoms(row.axes) if axis != "part" and not (per_expert and axis == "experts")]
-    theirs = ["experts"] * per_expert + theirs
     rotary = {"head_dim": ["pair", "half"]} if "half" in theirs else {}
-    ours = [part for axis in names[in_layers:] for part in rotary.get(axis, [axis])]
+    ours = [part for axis in rest for part in rotary.get(axis, [axis])]
     assert sorted(ours) == sorted(theirs), row
     return BlockLayout(
         order=tuple(theirs.index(axis) for axis in ours),
-        shape=tuple(sizes[rename.get(axis, axis)] for axis in ours),
-        ours_shape=(*[1] * in_layers, *(sizes[rename.get(axis, axis)] for axis in names[in_layers:])),
-        sharding=NamedSharding(sharding.mesh, PartitionSpec(*(mesh_axes.get(axis) for axis in ours))),
+        shape=tuple(sizes[axis] for axis in ours),
+        ours_shape=(*[1] * (in_layers + per_expert), *(sizes[axis] for axis in rest)),
         num_layers=config.num_layers * in_layers,
         num_experts=config.num_experts * per_expert,
-        experts_per_block=sizes["experts_per_block"] if per_expert else 1,
     )
-
-
-def _parts(sharding: NamedSharding, entry: Any) -> int:
-    """Counts over how many devices one entry of a partition splits its axis."""
-    axes = () if entry is None else (entry,) if isinstance(entry, str) else entry
-    return math.prod(sharding.mesh.shape[axis] for axis in axes)
 
 
 def host_view(
     tensor: Shaped[np.ndarray, "..."], row: Row, config: ModelConfig, layout: BlockLayout, expert: int
 ) -> Shaped[np.ndarray, "..."]:
-    """Views an external tensor's part for one expert in the order of a block's axes (after its axis of experts)."""
+    """Views an external tensor's part for one expert in the order of a block's axes."""
     sizes, names = axis_sizes(config), atoms(row.axes)
-    picked: dict[str, Any] = {"part": row.part, **({"experts": expert} if layout.num_experts else {})}
+    picked = {"part": row.part, **({"experts": expert} if layout.num_experts else {})}
     view = tensor.reshape([sizes[axis] for axis in names])[tuple(picked.get(axis, slice(None)) for axis in names)]
-    # The experts are in front of both.
-    return view.transpose([axis - 1 for axis in layout.order[1:]] if layout.num_experts else layout.order)
+    return view.transpose(layout.order)
 
 
-def copy_turned(target: Shaped[np.ndarray, "..."], source: Shaped[np.ndarray, "..."]) -> None:
-    """Copies between arrays whose axes may lie in memory in other orders; XLA turns them, faster than numpy."""
-    order = np.argsort(target.strides)[::-1]
-    target.transpose(order)[...] = np.asarray(jax.device_put(source.transpose(order)))
+def file_view(block: Shaped[np.ndarray, "..."], layout: BlockLayout) -> Shaped[np.ndarray, "..."]:
+    """Views a block in the order of a file's axes, in which it is one piece of its tensor."""
+    return block.reshape(layout.shape).transpose(np.argsort(layout.order))
 
 
-@partial(jax.jit, static_argnames=("layout", "dtype"))
-def take_block(
-    parameter: Num[Array, "..."], layer: Any, expert: Any, *, layout: BlockLayout, dtype: DTypeLike
-) -> tuple[Num[Array, "..."], Bool[Array, ""]]:
-    """Reads a block from its place, in the file's type; says whether it is finite there."""
-    block = jax.lax.dynamic_slice(parameter, layout.start_of(layer, expert), layout.ours_shape)
-    block = block.reshape(layout.shape).astype(dtype)
-    return jax.lax.with_sharding_constraint(block, layout.sharding), jnp.isfinite(block).all()
+def turned(view: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
+    """Copies a view so that its last axis is the innermost in memory; XLA does it several times as fast as numpy."""
+    return np.asarray(jax.device_put(view, _host()))
+
+
+def _host() -> jax.Device:
+    """This machine's processor, where JAX was not told to leave it alone."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return jax.local_devices()[0]
+
+
+def converted(values: Shaped[np.ndarray, "..."], dtype: DTypeLike) -> Shaped[np.ndarray, "..."]:
+    """Rounds values to another type; those that it cannot hold become infinite."""
+    with np.errstate(over="ignore"):
+        return values.astype(dtype, copy=False)
+
+
+def all_finite(values: Shaped[np.ndarray, "..."]) -> bool:
+    """Says whether all values are finite; the bits of those that are not are the largest of either sign."""
+    infinite = np.array([np.inf, -np.inf], values.dtype)
+    signed, unsigned = (f"{kind}{values.dtype.itemsize}" for kind in "iu")
+    return bool(
+        values.view(signed).max() < infinite.view(signed)[0]
+        and values.view(unsigned).max() < infinite.view(unsigned)[1]
+    )

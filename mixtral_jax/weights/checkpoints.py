@@ -10,18 +10,20 @@ from typing import Any, Literal, cast
 import jax
 import yaml
 
-from mixtral_jax.config import TRAINED, CheckpointConfig, Config, UserError
+from mixtral_jax.config import TRAINED, CheckpointConfig, Config, MeshConfig, UserError
 from mixtral_jax.config_loading import parse_config, replace, to_yaml
 from mixtral_jax.data.record import FILE as RECORD
 from mixtral_jax.data.tokenizer import Tokenizer, load_tokenizer
-from mixtral_jax.model.mixtral import Architecture, Arrays
+from mixtral_jax.distributed.processes import is_alone
+from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.runs.checkpoint import Checkpoints, find_checkpoint
 from mixtral_jax.runs.restoring import ADAPTERS, restore_adapters, restore_model
+from mixtral_jax.runs.sources import DeviceArrays, Source
 from mixtral_jax.runtime import make_runtime
-from mixtral_jax.sharding import ANY_MESH
+from mixtral_jax.sharding import ANY_MESH, make_mesh
 from mixtral_jax.weights.destination import check_new, check_target, new_directory
-from mixtral_jax.weights.exporting import export_weights
-from mixtral_jax.weights.importing import import_weights
+from mixtral_jax.weights.exporting import About, export_weights
+from mixtral_jax.weights.importing import ReleasedArrays
 from mixtral_jax.weights.names import FormatName
 from mixtral_jax.weights.peft_files import export_peft
 from mixtral_jax.weights.progress import byte_progress
@@ -56,21 +58,25 @@ def import_checkpoint(
     released = open_released(source, upcycling)
     config = _configuration(released, overrides)
     tokenizer = _tokenizer(released, config, overrides)
-    runtime = make_runtime(config)
     say(f"{source}: {released.layout.name} format, {released.dtype}, {released.nbytes / 1e9:.2f} GB")
-    say(runtime.describe())
     for note in (*released.notes, *_notes(released, config, tokenizer)):
         say(note)
     with new_directory(directory) as partial:
-        arrays = Architecture(config.model, runtime).abstract()
+        arrays = _without_devices(config).abstract()
         kept = ("dtype", "context", "eos_token_id")
         facts = {"format": released.layout.name, **{name: getattr(released, name) for name in kept}}
         meta = {"step": 0, "config": to_yaml(config), "data_fingerprint": "", "released": facts}
         checkpoints = Checkpoints(partial / "checkpoints", CheckpointConfig(), warn=say)
         files = {"tokenizer.model": tokenizer.model_bytes}
+        values = ReleasedArrays(released, arrays, upcycling)
         with byte_progress(f"import {released.layout.name}", _size(arrays)) as advance:
-            checkpoints.save_streamed(0, arrays, meta, files, advance, import_weights(released, arrays, upcycling))
+            checkpoints.save_streamed(0, values, meta, files, advance)
     say(f"{directory}: a checkpoint for eval.py, or for train.py with init_from={directory}")
+
+
+def _without_devices(config: Config) -> Architecture:
+    """The architecture as shapes and types alone: what is only copied fits no mesh and needs none."""
+    return Architecture(config.model, make_runtime(config, make_mesh(MeshConfig(), jax.local_devices()[:1])))
 
 
 def _configuration(released: Released, overrides: list[str]) -> Config:
@@ -93,8 +99,8 @@ def _configuration(released: Released, overrides: list[str]) -> Config:
     return config
 
 
-def _size(arrays: Arrays) -> int:
-    """Adds up the bytes of arrays, there or abstract."""
+def _size(arrays: Any) -> int:
+    """Adds up the bytes of a tree of arrays, there or abstract."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays))
 
 
@@ -149,20 +155,24 @@ def export_checkpoint(
     checkpoints, step = find_checkpoint(source, warn=say)
     meta = checkpoints.read_meta(step)
     config = parse_config(meta["config"], [ANY_MESH], where=f"the configuration in {source}", saved=True)
-    architecture = Architecture(config.model, make_runtime(config))
     say(f"{source}: step {step}")
-    say(architecture.runtime.describe())
+    if (format_name in ("gguf", "peft") or ADAPTERS in meta) and not is_alone():
+        what = "adapters are merged" if ADAPTERS in meta else f"the format {format_name} is written"
+        raise UserError(f"{what} by one process: start the export once, with distributed.num_processes=1")
     if format_name == "peft":
         if ADAPTERS not in meta:
             raise UserError(f"{source} holds no adapters: use --format hf")
-        own, adapters = restore_adapters(checkpoints, step, architecture)
+        own, adapters = restore_adapters(checkpoints, step, Architecture(config.model, make_runtime(config)))
         files = export_peft(adapters, config.model, own.objective, directory)
         say(f"{directory}: adapters of {meta[ADAPTERS]['base']}, {len(files)} files")
         return
-    with byte_progress("read the checkpoint", _size(architecture.abstract())) as advance:
-        arrays = restore_model(checkpoints, step, architecture, init_from, advance)
+    values: Source
+    if ADAPTERS in meta:
+        values = _merged(checkpoints, step, config, init_from, say)
+    else:
+        values = checkpoints.stored(step, _without_devices(config).abstract())
     if format_name == "checkpoint":
-        _save_merged(arrays, checkpoints, step, config, directory)
+        _save_model(values, checkpoints, step, config, directory)
         say(f"{directory}: a checkpoint for eval.py, or for train.py with init_from={directory}")
         return
     facts = meta.get("released", {})
@@ -172,23 +182,30 @@ def export_checkpoint(
     if format_name == "gguf":
         from mixtral_jax.weights.gguf_files import export_gguf
 
-        written = [export_gguf(arrays, config.model, directory, context=context, dtype=dtype, tokenizer=tokenizer)]
+        written = [export_gguf(values, config.model, directory, context=context, dtype=dtype, tokenizer=tokenizer)]
     else:
-        balance = config.losses.load_balance
-        written = export_weights(
-            arrays, config.model, directory, format_name,
-            context=context, load_balance=balance, dtype=cast(FileType, dtype), tokenizer=tokenizer,
-            eos=facts.get("eos_token_id"),
-        )  # fmt: skip
+        about = About(context, config.losses.load_balance, tokenizer, facts.get("eos_token_id"))
+        kind = cast(FileType | None, dtype)
+        written = export_weights(values, config.model, directory, format_name, about, dtype=kind)
     say(f"{directory}: {len(written)} files, {sum(file.stat().st_size for file in written) / 1e9:.2f} GB")
 
 
-def _save_merged(arrays: Arrays, checkpoints: Checkpoints, step: int, config: Config, directory: Path) -> None:
+def _merged(
+    checkpoints: Checkpoints, step: int, config: Config, init_from: str, say: Callable[[str], None]
+) -> DeviceArrays:
+    """Merges adapters into their base, on the devices."""
+    architecture = Architecture(config.model, make_runtime(config))
+    say(architecture.runtime.describe())
+    with byte_progress("read the checkpoint", _size(architecture.abstract())) as advance:
+        return DeviceArrays(restore_model(checkpoints, step, architecture, init_from, advance))
+
+
+def _save_model(values: Source, checkpoints: Checkpoints, step: int, config: Config, directory: Path) -> None:
     """Writes a model alone as a checkpoint that says of its training what the one that it is made of says."""
     facts = {name: value for name, value in checkpoints.read_meta(step).items() if name not in (ADAPTERS, "arrays")}
     meta = {**facts, "config": to_yaml(replace(config, objective={"lora_rank": 0, "lora_router": False}))}
     names = ("tokenizer.model", *([RECORD] if "documents" in meta else []))
     files = {name: checkpoints.read_file(step, name) for name in names}
-    with new_directory(directory) as partial, byte_progress("write the checkpoint", _size(arrays)) as advance:
-        merged = Checkpoints(partial / "checkpoints", CheckpointConfig())
-        merged.save_streamed(step, cast(Any, arrays), meta, files, advance)
+    with new_directory(directory) as partial, byte_progress("write the checkpoint", _size(values.parts)) as advance:
+        alone = Checkpoints(partial / "checkpoints", CheckpointConfig())
+        alone.save_streamed(step, values, meta, files, advance)

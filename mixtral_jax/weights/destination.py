@@ -3,17 +3,21 @@
 import importlib.util
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from mixtral_jax.config import UserError
+from mixtral_jax.distributed.processes import barrier, from_main, is_main, undone
 
 
 @contextmanager
 def new_directory(directory: Path) -> Iterator[Path]:
     """Makes a directory of a name that nobody else has, to be filled; renames it when that is done.
+
+    All processes enter and leave it together, and the first one does both.
 
     Args:
         directory: the final name; must not exist, or be empty. A link is followed.
@@ -25,9 +29,16 @@ def new_directory(directory: Path) -> Iterator[Path]:
         UserError: the name is taken, or the place cannot be written.
     """
     check_new(directory)
+    if not is_main():
+        yield Path(from_main(str))
+        barrier()
+        barrier()
+        return
     with _beside(directory) as (partial, target):
-        yield partial
+        yield Path(from_main(lambda: str(partial)))
+        barrier()
         os.rename(partial, target)  # takes the place of an empty directory, never of a full one
+    barrier()
 
 
 @contextmanager
@@ -46,17 +57,24 @@ def _beside(path: Path) -> Iterator[tuple[Path, Path]]:
     target = path.resolve()
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
     above = [parent for parent in target.parents if not parent.exists()]
-    try:
-        partial.mkdir(parents=True)
-        yield partial, target
-    except OSError as error:
-        why = error.strerror or error
-        raise UserError(f"cannot write {path} ({why}): free some space or name another one") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+
+    def remove() -> None:
+        for _ in range(10):  # threads may still write into it
+            shutil.rmtree(partial, ignore_errors=True)
+            if not partial.exists():
+                break
+            time.sleep(0.1)
         for parent in above:
             if parent.exists() and not any(parent.iterdir()):
                 parent.rmdir()
+
+    with undone(remove):
+        try:
+            partial.mkdir(parents=True)
+            yield partial, target
+        except OSError as error:
+            why = error.strerror or error
+            raise UserError(f"cannot write {path} ({why}): free some space or name another one") from None
 
 
 def check_release(directory: Path) -> None:

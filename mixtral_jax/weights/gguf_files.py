@@ -1,10 +1,10 @@
 """Writes a model as one GGUF file, which llama.cpp runs: weights, tokenizer and chat template."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
 import gguf
-import jax.numpy as jnp
 import numpy as np
 from sentencepiece import sentencepiece_model_pb2
 
@@ -12,14 +12,16 @@ from mixtral_jax.config import ModelConfig, RopeScalingConfig, UserError
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.model.mixtral import Arrays
 from mixtral_jax.model.rope_scaling import attention_factor
+from mixtral_jax.runs.sources import Source
 from mixtral_jax.weights.chat_templates import chat_template
 from mixtral_jax.weights.destination import new_file
-from mixtral_jax.weights.exporting import Reader, check_exportable
+from mixtral_jax.weights.exporting import check_exportable, own_type, pieces, source_of
 from mixtral_jax.weights.hf_tokenizer import is_exact
 from mixtral_jax.weights.names import GGUF, ExternalTensor, external_tensors
 from mixtral_jax.weights.progress import byte_progress
 from mixtral_jax.weights.stored import FileType
 
+Read = Callable[[ExternalTensor, FileType], Iterator[np.ndarray]]  # a tensor's pieces
 GGUFType = FileType | Literal["q8_0"]
 # Their names of types: of a tensor, and of a file whose matrices have it.
 _TYPES: dict[GGUFType, tuple[str, str]] = {
@@ -33,7 +35,7 @@ _UNUSED = 5  # the type of a row of the embedding without a token
 
 
 def export_gguf(
-    arrays: Arrays,
+    arrays: Arrays | Source,
     config: ModelConfig,
     file: str | Path,
     *,
@@ -46,7 +48,7 @@ def export_gguf(
     Norms and routers, of which llama.cpp takes nothing else, are float32 in every file.
 
     Args:
-        arrays: {"params": ..., "selection_bias": ...}, all on this process's devices.
+        arrays: {"params": ..., "selection_bias": ...}, all on this process's devices; or where they are read.
         config: the architecture.
         file: must not exist, and ends in .gguf. It appears whole or not at all.
         context: longest sequence that the model is meant for, tokens.
@@ -60,8 +62,9 @@ def export_gguf(
         UserError: a name in use, a model or tokenizer that the format cannot hold, or values that `dtype` cannot.
     """
     file = Path(file)
-    kind: GGUFType = dtype or jnp.dtype(arrays["params"]["embedding"].dtype).name  # type: ignore[assignment]
-    check_exportable(arrays, config, GGUF, tokenizer)
+    source = source_of(arrays)
+    kind: GGUFType = dtype or own_type(source)
+    check_exportable(source, config, GGUF, tokenizer)
     if kind == "q8_0" and (config.d_model % _BLOCK or config.d_ff % _BLOCK):
         raise UserError(
             f"Q8_0 holds rows of multiples of {_BLOCK}, and this model has d_model={config.d_model} and "
@@ -73,7 +76,7 @@ def export_gguf(
         try:
             _describe(writer, config, context, kind)
             _add_tokenizer(writer, tokenizer, config.vocab_size)
-            _write_tensors(writer, tensors, Reader(arrays["params"], config), kind)
+            _write_tensors(writer, tensors, lambda tensor, dtype: pieces(source, config, tensor, dtype), kind)
         finally:
             writer.close()
     return file
@@ -133,7 +136,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, model_bytes: bytes | None, rows: int
         writer.add_chat_template(template)
 
 
-def _write_tensors(writer: gguf.GGUFWriter, tensors: list[ExternalTensor], reader: Reader, kind: GGUFType) -> None:
+def _write_tensors(writer: gguf.GGUFWriter, tensors: list[ExternalTensor], read: Read, kind: GGUFType) -> None:
     """Announces all tensors and then writes them one by one."""
     sizes = []
     for tensor in tensors:
@@ -147,7 +150,8 @@ def _write_tensors(writer: gguf.GGUFWriter, tensors: list[ExternalTensor], reade
     with byte_progress("export gguf", sum(sizes)) as advance:
         for tensor, size in zip(tensors, sizes, strict=True):
             own = _type_of(tensor, kind)
-            values = reader.read(tensor, "float32" if own == "q8_0" else own)
+            values = np.concatenate([np.ravel(piece) for piece in read(tensor, "float32" if own == "q8_0" else own)])
+            values = values.reshape(tensor.shape)
             if own == "q8_0":
                 values = gguf.quantize(values.view(np.float32), gguf.GGMLQuantizationType.Q8_0)
             writer.write_tensor_data(values)

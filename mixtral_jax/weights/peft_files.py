@@ -12,6 +12,7 @@ import numpy as np
 
 from mixtral_jax.config import ModelConfig, ObjectiveConfig
 from mixtral_jax.model.mixtral import Arrays
+from mixtral_jax.runs.sources import DeviceArrays
 from mixtral_jax.weights.destination import new_directory
 from mixtral_jax.weights.exporting import check_exportable
 from mixtral_jax.weights.names import FORMATS, external_tensors
@@ -33,7 +34,7 @@ def export_peft(arrays: Arrays, config: ModelConfig, objective: ObjectiveConfig,
     Raises:
         UserError: a directory in use, or a model that the format cannot hold.
     """
-    check_exportable(arrays, config, FORMATS["hf"], None)
+    check_exportable(DeviceArrays(arrays), config, FORMATS["hf"], None)
     factors = dict(_factors(arrays, config))
     described = {
         "peft_type": "LORA",
@@ -48,9 +49,10 @@ def export_peft(arrays: Arrays, config: ModelConfig, objective: ObjectiveConfig,
     with new_directory(directory) as partial:
         (partial / "adapter_config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
         shapes = {key: matrix.shape for key, matrix in factors.items()}
-        with SafetensorsWriter(partial / "adapter_model.safetensors", shapes, "float32") as writer:
-            for key, matrix in factors.items():
-                writer.write(key, np.ascontiguousarray(matrix).view(np.uint32))
+        writer = SafetensorsWriter(partial / "adapter_model.safetensors", shapes, "float32")
+        writer.create()
+        for key, matrix in factors.items():
+            writer.write(key, [np.ascontiguousarray(matrix).view(np.uint32)])
     return sorted(directory.iterdir())
 
 

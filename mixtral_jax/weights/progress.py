@@ -1,25 +1,34 @@
 """How many bytes of a checkpoint have passed, and how fast."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from mixtral_jax.console import ProgressLine
+from mixtral_jax.distributed.processes import count as processes
 
 _MIB = 1 << 20
 
 
 @contextmanager
 def byte_progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Shows progress over `total` bytes; yields the function that adds some."""
+    """Shows progress over `total` bytes; yields the function, for any thread, that adds what this process did of them.
+
+    The others are taken to be as far as this one.
+    """
     begin, done = time.monotonic(), 0
     whole = -(-total // _MIB)
+    adding = threading.Lock()
     with ProgressLine(label, whole, plain_line_seconds=10.0) as line:
 
         def advance(count: int) -> None:
             nonlocal done
-            done += count
-            rate = done / max(time.monotonic() - begin, 1e-3) / 1e6
-            line.update(whole if done >= total else done // _MIB, f"MiB, {rate:.0f} MB/s")
+            with adding:
+                done = min(total, done + count * processes())
+                rate = done / max(time.monotonic() - begin, 1e-3) / 1e6
+                line.update(whole if done == total else done // _MIB, f"MiB, {rate:.0f} MB/s")
 
         yield advance
+        if done < total:
+            advance(total - done)

@@ -8,9 +8,10 @@ Source: https://huggingface.co/docs/safetensors
 
 import json
 import math
+import os
 import struct
+from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -92,9 +93,10 @@ def _read_header(file: Path) -> tuple[dict[str, Any], int, int]:
 
 
 class SafetensorsWriter:
-    """Writes one file, its tensors in the order in which they were announced."""
+    """Writes one file, its tensors in any order, by any threads and processes."""
 
     def __init__(self, file: Path, shapes: dict[str, tuple[int, ...]], dtype: FileType):
+        """Plans the file; writes nothing yet."""
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for key, shape in shapes.items():
@@ -102,21 +104,25 @@ class SafetensorsWriter:
             header[key] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        self._stream = file.open("wb")
-        self._stream.write(struct.pack("<Q", len(text)) + text)
-        self._waiting = list(shapes.items())
+        self._file, self._header = file, struct.pack("<Q", len(text)) + text
+        del header["__metadata__"]
+        self._places = {key: [len(self._header) + at for at in facts["data_offsets"]] for key, facts in header.items()}
+        self._size = len(self._header) + end
 
-    def write(self, key: str, values: UInt[np.ndarray, "..."]) -> None:
-        """Appends the next tensor, given as unsigned integers."""
-        expected = self._waiting.pop(0)
-        assert expected == (key, values.shape), (expected, key, values.shape)
-        self._stream.write(np.ascontiguousarray(values).data)
+    def create(self) -> None:
+        """Makes the file, its tensors all zero."""
+        with self._file.open("wb") as stream:
+            stream.write(self._header)
+            stream.truncate(self._size)
 
-    def __enter__(self) -> "SafetensorsWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stream.close()
-        assert kind is not None or not self._waiting, self._waiting
+    def write(self, key: str, pieces: Iterable[UInt[np.ndarray, "..."]]) -> None:
+        """Puts a tensor in its place in the file that was made, given as unsigned integers, a piece at a time."""
+        begin, end = self._places[key]
+        with os.fdopen(os.open(self._file, os.O_WRONLY), "wb") as stream:
+            stream.seek(begin)
+            for piece in pieces:
+                stream.write(np.ascontiguousarray(piece).data)
+            assert stream.tell() == end, key
+            if hasattr(os, "posix_fadvise"):  # the disk is to begin at once, not when memory is full
+                stream.flush()
+                os.posix_fadvise(stream.fileno(), begin, end - begin, os.POSIX_FADV_DONTNEED)

@@ -9,6 +9,7 @@ import math
 import pickle
 import struct
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, NamedTuple
@@ -187,22 +188,23 @@ class TorchWriter:
 
     def __init__(self, file: Path, shapes: dict[str, tuple[int, ...]], dtype: FileType):
         self._archive = zipfile.ZipFile(file, "w", zipfile.ZIP_STORED)
-        self._folder = file.stem
+        self._folder, self._itemsize = file.stem, FILE_TYPES[dtype].itemsize
         self._waiting = list(enumerate(shapes.items()))
-        self._member("data.pkl", _pickle(shapes, dtype))
-        self._member("byteorder", b"little")
+        self._member("data.pkl", [_pickle(shapes, dtype)])
+        self._member("byteorder", [b"little"])
 
-    def write(self, key: str, values: UInt[np.ndarray, "..."]) -> None:
-        """Appends the next tensor, given as unsigned integers."""
-        number, expected = self._waiting.pop(0)
-        assert expected == (key, values.shape), (expected, key, values.shape)
-        self._member(f"data/{number}", np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+    def write(self, key: str, pieces: Iterable[UInt[np.ndarray, "..."]]) -> None:
+        """Appends the next tensor, given as unsigned integers, a piece at a time."""
+        number, (expected, shape) = self._waiting.pop(0)
+        assert expected == key, (expected, key)
+        size = self._member(f"data/{number}", (np.ascontiguousarray(piece).data.cast("B") for piece in pieces))
+        assert size == math.prod(shape) * self._itemsize, key
 
-    def _member(self, name: str, content: bytes | memoryview) -> None:
+    def _member(self, name: str, content: Iterable[bytes | memoryview]) -> int:
         # A fixed date, so that the same weights give the same file.
         info = zipfile.ZipInfo(f"{self._folder}/{name}", date_time=(1980, 1, 1, 0, 0, 0))
         with self._archive.open(info, "w", force_zip64=True) as stream:
-            stream.write(content)
+            return sum(map(stream.write, content))
 
     def __enter__(self) -> "TorchWriter":
         return self
@@ -212,7 +214,7 @@ class TorchWriter:
     ) -> None:
         if kind is None:
             assert not self._waiting, self._waiting
-            self._member("version", b"3\n")
+            self._member("version", [b"3\n"])
         self._archive.close()
 
 

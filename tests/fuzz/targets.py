@@ -234,8 +234,8 @@ def pickled(data: bytes) -> bytes:
 def torch_seed() -> bytes:
     file = folder() / "seed.pt"
     with TorchWriter(file, {"a": (2,), "b.c": (2, 3)}, "float32") as writer:
-        writer.write("a", np.zeros(2, np.uint32))
-        writer.write("b.c", np.zeros((2, 3), np.uint32))
+        writer.write("a", [np.zeros(2, np.uint32)])
+        writer.write("b.c", [np.zeros(3, np.uint32)] * 2)
     return file.read_bytes()
 
 

@@ -9,8 +9,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mixtral_jax.config import CheckpointConfig, UserError
-from mixtral_jax.runs import streaming
+from mixtral_jax.runs import filling, streaming
 from mixtral_jax.runs.checkpoint import Checkpoints
+from mixtral_jax.runs.sources import DeviceArrays
 from tests.tiny import mesh_of
 
 BLOCK = 4096  # bytes, where the package has many megabytes
@@ -65,12 +66,11 @@ def assert_same(left, right):
 @pytest.mark.parametrize("here", MESHES, ids=str)
 def test_what_is_written_block_by_block_is_orbax_own(checkpoints, here, there):
     state, blocks = state_on(here), []
-    checkpoints.save_streamed(5, state, {"a": 1}, {"b": b"c"}, blocks.append)
+    checkpoints.save_streamed(5, DeviceArrays(state), {"a": 1}, {"b": b"c"}, blocks.append)
     assert (checkpoints.latest(), checkpoints.read_meta(5)["a"], checkpoints.read_file(5, "b")) == (5, 1, b"c")
     assert_same(checkpoints.restore(5, abstract_on(there)), state)
     assert sum(blocks) == sum(leaf.nbytes for leaf in state["params"].values())
-    largest = max(shard.data.nbytes for shard in state["params"]["embedding"].addressable_shards)
-    assert max(blocks) <= max(BLOCK, largest)  # a matrix is never cut
+    assert max(blocks) <= max(BLOCK, state["params"]["embedding"].nbytes)  # a matrix is never cut
 
 
 @pytest.mark.parametrize("there", MESHES, ids=str)
@@ -90,12 +90,12 @@ def test_what_orbax_writes_is_read_block_by_block(checkpoints, here, there):
 
 def test_blocks_are_not_compressed_and_those_that_are_can_be_read(checkpoints):
     state = state_on({})
-    checkpoints.save_streamed(5, state, {}, {}, lambda count: None)
+    checkpoints.save_streamed(5, DeviceArrays(state), {}, {}, lambda count: None)
     checkpoints.save(6, state, {}, {})
     checkpoints.wait()
     for step, compressor in ((5, None), (6, "zstd")):
         folder = checkpoints.directory / str(step) / "state" / "params"
-        stored = streaming._open(folder, "embedding")
+        stored = streaming.open_array(folder, "embedding")
         assert (stored.spec().to_json()["metadata"]["compressor"] or {}).get("id") == compressor
         assert math.prod(stored.chunk_layout.read_chunk.shape) * 4 <= streaming.CHUNK
         read = np.concatenate(list(streaming.read_blocks(folder, "embedding")))
@@ -104,7 +104,7 @@ def test_blocks_are_not_compressed_and_those_that_are_can_be_read(checkpoints):
 
 def test_reading_an_array_that_is_not_there_is_an_error_as_without_blocks(checkpoints):
     state = state_on({})
-    checkpoints.save_streamed(5, state, {}, {}, lambda count: None)
+    checkpoints.save_streamed(5, DeviceArrays(state), {}, {}, lambda count: None)
     wanted = abstract_on({})
     wanted["params"]["more"] = wanted["params"]["step"]
     with pytest.raises(UserError, match=r"params/more is absent there"):
@@ -116,31 +116,34 @@ def test_a_save_that_fails_leaves_no_bundle(checkpoints):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(UserError, match="the disk is full"):
-        checkpoints.save_streamed(5, state_on({}), {}, {}, full)
+        checkpoints.save_streamed(5, DeviceArrays(state_on({})), {}, {}, full)
     assert checkpoints.steps() == []
 
 
 def test_a_whole_model_is_cut_by_layer_and_expert(monkeypatch):
     monkeypatch.undo()
-    blocks = list(streaming._blocks((32, 8, 4096, 14336), jnp.bfloat16))  # experts of 8x7B
+    blocks = list(streaming.blocks_of((32, 8, 4096, 14336), jnp.bfloat16))  # experts of 8x7B
     assert len(blocks) == 32 * 8
     assert {shape for _, shape in blocks} == {(1, 1, 4096, 14336)}
-    assert len(list(streaming._blocks((32000, 4096), jnp.bfloat16))) == 1
+    assert len(list(streaming.blocks_of((32000, 4096), jnp.bfloat16))) == 1
 
 
-def test_small_blocks_are_joined_before_they_are_written(monkeypatch):
-    monkeypatch.setattr(streaming, "BLOCK", 4 * 30)
-    whole = {
-        "cut": np.arange(3 * 2 * 3 * 5, dtype=np.float32).reshape(3, 2, 3, 5),
-        "small": np.ones((2, 3), np.float32),
-    }
-    shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in whole.items()}
-    small = [("params", "cut", (layer, expert, 0, 0), whole["cut"][layer : layer + 1, expert : expert + 1])
-             for layer in range(3) for expert in range(2)]  # fmt: skip
-    small += [("params", "small", (row, 0), whole["small"][row : row + 1]) for row in (1, 0)]
-    found = list(streaming.joined(small, {"params": shapes}))
-    assert [(name, start, block.shape) for _, name, start, block in found] == [
-        *(("cut", (layer, 0, 0, 0), (1, 2, 3, 5)) for layer in range(3)), ("small", (0, 0), (2, 3))
-    ]  # fmt: skip
-    np.testing.assert_array_equal(np.concatenate([block for *_, block in found[:3]]), whole["cut"])
-    np.testing.assert_array_equal(found[3][3], whole["small"])
+def test_the_matrices_of_attention_are_cut_by_layer_however_large(monkeypatch):
+    monkeypatch.undo()
+    assert {shape for _, shape in streaming.blocks_of((56, 6144, 48, 128), jnp.float32)} == {(1, 6144, 48, 128)}
+
+
+def test_few_blocks_are_held_at_once(checkpoints, monkeypatch):
+    """However many there are, no more are read than threads write."""
+
+    class Watched(DeviceArrays):
+        def block(self, *place):
+            held.append(1)
+            most.append(len(held))
+            return super().block(*place)
+
+    held, most = [], []
+    checkpoints.save_streamed(5, Watched(state_on({})), {}, {}, lambda count: held.pop())
+    assert len(most) > 3 * 8
+    assert max(most) <= filling.THREADS
+    assert_same(checkpoints.restore(5, abstract_on({})), state_on({}))

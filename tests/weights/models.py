@@ -9,9 +9,9 @@ import numpy as np
 
 from mixtral_jax.config import FloatName, ModelConfig
 from mixtral_jax.model.mixtral import Architecture
-from mixtral_jax.runs.streaming import named_leaves
+from mixtral_jax.runs.streaming import place
 from mixtral_jax.runtime import Runtime, make_runtime
-from mixtral_jax.weights.importing import import_weights
+from mixtral_jax.weights.importing import ReleasedArrays
 from mixtral_jax.weights.released import Released, Upcycling
 from tests.tiny import mesh_of, tiny_config
 
@@ -54,13 +54,13 @@ def blank(model: ModelConfig, value: float = 0.5) -> dict[str, Any]:
 def import_arrays(released: Released, runtime: Runtime, upcycling: Upcycling | None = None) -> dict[str, Any]:
     """What an import writes into a checkpoint, put together on a mesh."""
     abstract = Architecture(released.config, runtime).abstract()
-    arrays = {part: named_leaves(tree) for part, tree in abstract.items()}
-    arrays = {part: {name: np.empty(x.shape, x.dtype) for name, x in tree.items()} for part, tree in arrays.items()}
-    sizes = 0
-    for part, name, start, block in import_weights(released, abstract, upcycling):
-        arrays[part][name][tuple(slice(at, at + size) for at, size in zip(start, block.shape, strict=True))] = block
-        sizes += block.size
-    assert sizes == sum(x.size for x in jax.tree.leaves(abstract))
-    values = [array for part in abstract for array in arrays[part].values()]
+    source, values = ReleasedArrays(released, abstract, upcycling), []
+    for part, leaves in source.parts.items():
+        for name, leaf in leaves.items():
+            values.append(np.empty(leaf.shape, leaf.dtype))
+            for start in np.ndindex(leaf.shape[:2] if len(leaf.shape) > 2 else ()):  # a layer's or an expert's part
+                begin = (*start, *[0] * (len(leaf.shape) - len(start)))
+                shape = (*[1] * len(start), *leaf.shape[len(start) :])
+                values[-1][place(begin, shape)] = source.block(part, name, begin, shape)
     tree = jax.tree.unflatten(jax.tree.structure(abstract), values)
     return jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), tree, abstract)

@@ -220,7 +220,7 @@ def save_torch(tensors: Tensors, file: Path, dtype: FileType) -> None:
     """Writes a zip checkpoint; its writer is held against PyTorch in the parity tests."""
     with TorchWriter(file, {key: value.shape for key, value in tensors.items()}, dtype) as writer:
         for key, value in tensors.items():
-            writer.write(key, value.view(f"u{value.itemsize}"))
+            writer.write(key, [value.view(f"u{value.itemsize}")])
 
 
 def load(directory: Path) -> Tensors:

@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
@@ -14,9 +13,10 @@ from mixtral_jax.config import RopeScalingConfig, UserError
 from mixtral_jax.config_loading import parse_config
 from mixtral_jax.runs import streaming
 from mixtral_jax.runs.checkpoint import find_checkpoint
+from mixtral_jax.runs.sources import StoredArrays
 from mixtral_jax.verbs import import_
-from mixtral_jax.weights import importing
 from mixtral_jax.weights.checkpoints import export_checkpoint, import_checkpoint
+from mixtral_jax.weights.importing import ReleasedArrays
 from mixtral_jax.weights.released import open_released
 from mixtral_jax.weights.released_tokenizer import read_tokenizer
 from tests.weights.models import small
@@ -55,7 +55,7 @@ def test_through_a_checkpoint_and_back_is_byte_equal(source: Path, tmp_path: Pat
 def test_an_import_that_stops_midway_leaves_nothing(
     source: Path, tmp_path: Path, failure: BaseException, raised: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, calls = importing._read, []
+    read, calls = ReleasedArrays.block, []
 
     def stop(*arguments: Any) -> Any:
         calls.append(arguments)
@@ -63,13 +63,13 @@ def test_an_import_that_stops_midway_leaves_nothing(
             raise failure
         return read(*arguments)
 
-    monkeypatch.setattr(importing, "_read", stop)
+    monkeypatch.setattr(ReleasedArrays, "block", stop)
     (tmp_path / "import").mkdir()
     with pytest.raises(raised):
         import_checkpoint(source, tmp_path / "import", [], say=quiet)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["import", "source"]
     assert not list((tmp_path / "import").iterdir())
-    monkeypatch.setattr(importing, "_read", read)
+    monkeypatch.setattr(ReleasedArrays, "block", read)
     import_checkpoint(source, tmp_path / "import", [], say=quiet)
 
 
@@ -77,13 +77,13 @@ def test_no_block_of_an_export_is_the_whole_of_a_parameter(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import_checkpoint(source, tmp_path / "import", [], say=quiet)
-    put, sizes = streaming._put, []
+    read, sizes = StoredArrays.block, []
 
-    def watched(whole: jax.Array, block: jax.Array, start: Any) -> jax.Array:
-        sizes.append(block.nbytes)
-        return put(whole, block, start)
+    def watched(*arguments: Any) -> Any:
+        sizes.append(read(*arguments).nbytes)
+        return read(*arguments)
 
-    monkeypatch.setattr(streaming, "_put", watched)
+    monkeypatch.setattr(StoredArrays, "block", watched)
     export_checkpoint(tmp_path / "import", tmp_path / "out", "hf", say=quiet)
     assert max(sizes) <= 10_000
     assert np.prod((2, 4, 32, 48)) * 4 > 10_000  # what the experts' matrices take in all

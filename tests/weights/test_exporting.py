@@ -13,18 +13,21 @@ from mixtral_jax import verbs
 from mixtral_jax.config import UserError
 from mixtral_jax.weights import exporting
 from mixtral_jax.weights.destination import new_file
-from mixtral_jax.weights.exporting import EXPORT_FORMATS, export_weights
+from mixtral_jax.weights.exporting import EXPORT_FORMATS, About, export_weights
 from tests.limits import limited
 from tests.weights.models import blank, small
 from tests.weights.test_bad_sources import make_tokenizer
 
 CONFIG = small()
+ABOUT = About(context=8, load_balance=0.0)
 
 
-def refused(tmp_path: Path, arrays: dict[str, Any], *words: str, name: Any = "hf", **options: Any) -> None:
+def refused(
+    tmp_path: Path, arrays: dict[str, Any], *words: str, name: Any = "hf", about: About = ABOUT, **options: Any
+) -> None:
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError) as caught:
-        export_weights(arrays, CONFIG, tmp_path / "out", name, context=8, load_balance=0.0, **options)
+        export_weights(arrays, CONFIG, tmp_path / "out", name, about, **options)
     for word in words:
         assert word in str(caught.value)
     assert sorted(tmp_path.rglob("*")) == before
@@ -32,7 +35,7 @@ def refused(tmp_path: Path, arrays: dict[str, Any], *words: str, name: Any = "hf
 
 def test_directories_in_use(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    export_weights(blank(CONFIG), CONFIG, tmp_path / "out", "hf", context=8, load_balance=0.0)
+    export_weights(blank(CONFIG), CONFIG, tmp_path / "out", "hf", ABOUT)
     refused(tmp_path, blank(CONFIG), str(tmp_path / "out"), "not empty", "new directory")
 
 
@@ -42,7 +45,7 @@ def test_values_that_a_type_cannot_hold(tmp_path: Path, name: Any) -> None:
     moe = arrays["params"]["layers"]["moe"]
     moe["w_down"] = moe["w_down"].at[1, 3, 0, 0].set(1e6)
     refused(tmp_path, arrays, "layers.1.", "float16 cannot hold", "--dtype bfloat16", name=name, dtype="float16")
-    export_weights(arrays, CONFIG, tmp_path / "out", name, context=8, load_balance=0.0, dtype="bfloat16")
+    export_weights(arrays, CONFIG, tmp_path / "out", name, ABOUT, dtype="bfloat16")
     moe["w_down"] = moe["w_down"].at[1, 3, 0, 0].set(jnp.nan)
     (tmp_path / "out").rename(tmp_path / "other")
     refused(tmp_path, arrays, "layers.1.", "NaN", name=name)
@@ -56,17 +59,15 @@ def test_a_selection_bias_has_no_place(tmp_path: Path) -> None:
 
 
 def test_tokenizers(tmp_path: Path) -> None:
-    refused(tmp_path, blank(CONFIG), "80 pieces", "model.vocab_size is 64", tokenizer=make_tokenizer(80))
-    files = export_weights(
-        blank(CONFIG), CONFIG, tmp_path / "out", "mistral", context=8, load_balance=0.0, tokenizer=make_tokenizer(64)
-    )
+    refused(tmp_path, blank(CONFIG), "80 pieces", "model.vocab_size is 64", about=About(8, 0.0, make_tokenizer(80)))
+    files = export_weights(blank(CONFIG), CONFIG, tmp_path / "out", "mistral", About(8, 0.0, make_tokenizer(64)))
     assert [file.name for file in files] == ["consolidated.safetensors", "params.json", "tokenizer.model"]
     assert files[2].read_bytes() == make_tokenizer(64)
 
 
 def test_the_tokenizer_says_what_begins_and_ends_a_text(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(64, bos_id=4, eos_id=3)
-    export_weights(blank(CONFIG), CONFIG, tmp_path / "out", "hf", context=8, load_balance=0.0, tokenizer=tokenizer)
+    export_weights(blank(CONFIG), CONFIG, tmp_path / "out", "hf", About(8, 0.0, tokenizer))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"]) == (4, 3)
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
@@ -78,7 +79,7 @@ def test_the_tokenizer_says_what_begins_and_ends_a_text(tmp_path: Path) -> None:
 def test_a_disk_that_fills_up_leaves_nothing_and_the_next_export_works(tmp_path: Path, name: Any) -> None:
     with limited(resource.RLIMIT_FSIZE, 20_000):
         refused(tmp_path, blank(CONFIG), str(tmp_path / "out"), "File too large", name=name)
-    assert export_weights(blank(CONFIG), CONFIG, tmp_path / "out", name, context=8, load_balance=0.0)
+    assert export_weights(blank(CONFIG), CONFIG, tmp_path / "out", name, ABOUT)
 
 
 def test_an_interrupted_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +88,7 @@ def test_an_interrupted_export_leaves_nothing(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(exporting.SafetensorsWriter, "write", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        export_weights(blank(CONFIG), CONFIG, tmp_path / "out", "hf", context=8, load_balance=0.0)
+        export_weights(blank(CONFIG), CONFIG, tmp_path / "out", "hf", ABOUT)
     assert not list(tmp_path.iterdir())
 
 

@@ -6,15 +6,16 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
 
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.model.mixtral import Architecture
-from mixtral_jax.weights import importing
-from mixtral_jax.weights.blocks import block_layout, take_block
-from mixtral_jax.weights.exporting import EXPORT_FORMATS, export_weights
+from mixtral_jax.runs import sources
+from mixtral_jax.runs.sources import DeviceArrays
+from mixtral_jax.runs.streaming import place
+from mixtral_jax.weights.exporting import EXPORT_FORMATS, About, export_weights
+from mixtral_jax.weights.importing import ReleasedArrays
 from mixtral_jax.weights.names import FORMATS, OURS, atoms, axis_sizes
-from mixtral_jax.weights.released import open_released
+from mixtral_jax.weights.released import Upcycling, open_released
 from tests.weights.models import blank, import_arrays, runtime, small
 from tests.weights.synthetic import LAYOUTS, Tensors, classic, load, save_torch, write
 
@@ -74,20 +75,23 @@ def test_every_format_gives_the_same_arrays_on_every_mesh(name: str, mesh: dict[
     )
 
 
-def test_few_blocks_are_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    released = open_released(write(tmp_path / "in", "hf-fused", classic(CONFIG, "float16"), CONFIG, "float16"))
-    read, begun = importing._read, []
-
-    def watched(*arguments: Any) -> Any:
-        begun.append(arguments)
-        return read(*arguments)
-
-    monkeypatch.setattr(importing, "_read", watched)
-    matrix = CONFIG.d_model * max(CONFIG.d_ff, CONFIG.vocab_size)
-    blocks = importing.import_weights(released, Architecture(CONFIG, runtime(CONFIG)).abstract())
-    for number, (*_, values) in enumerate(blocks):
-        assert len(begun) <= number + 1 + importing.READERS
-        assert values.size <= matrix
+@pytest.mark.parametrize("upcycled", [False, True])
+def test_blocks_of_any_shape_hold_the_same_numbers(tmp_path: Path, upcycled: bool) -> None:
+    """Where arrays are small, one block holds several layers and experts; where they are large, one a part of a row."""
+    upcycling = Upcycling(3) if upcycled else None
+    name: Any = "hf-dense" if upcycled else "mistral"
+    released = open_released(write(tmp_path / "in", name, classic(CONFIG, "float32"), CONFIG, "float32"), upcycling)
+    abstract = Architecture(released.config, runtime(released.config)).abstract()
+    source = ReleasedArrays(released, abstract, upcycling)
+    draw = np.random.default_rng(0)
+    for part, leaves in source.parts.items():
+        for path, leaf in leaves.items():
+            whole = source.block(part, path, (0,) * len(leaf.shape), leaf.shape)
+            assert (whole.shape, whole.dtype) == (leaf.shape, leaf.dtype)
+            for _ in range(4):
+                start = tuple(int(draw.integers(size)) for size in leaf.shape)
+                shape = tuple(int(draw.integers(1, n - at + 1)) for at, n in zip(start, leaf.shape, strict=True))
+                assert_same_bits(source.block(part, path, start, shape), whole[place(start, shape)])
 
 
 def test_experts_in_one_pth_file_are_the_same_arrays(tmp_path: Path) -> None:
@@ -117,9 +121,7 @@ def test_import_then_export_is_byte_equal(
     config = small(num_layers=5)  # more than one file of the fused Mistral format
     write(tmp_path / "in", name, classic(config, dtype), config, dtype)
     arrays = import_arrays(open_released(tmp_path / "in"), runtime(config, params=params, **mesh))
-    export_weights(
-        arrays, config, tmp_path / "out", name, context=8, load_balance=0.02, dtype=dtype, shard_bytes=30_000
-    )
+    export_weights(arrays, config, tmp_path / "out", name, About(8, 0.02), dtype=dtype, shard_bytes=30_000)
     before, after = load(tmp_path / "in"), load(tmp_path / "out")
     assert before.keys() == after.keys()
     for key in before:
@@ -130,12 +132,12 @@ def test_import_then_export_is_byte_equal(
 
 def test_files_of_an_export_stay_below_the_limit(tmp_path: Path) -> None:
     arrays = blank(CONFIG)
-    files = export_weights(arrays, CONFIG, tmp_path / "a", "hf", context=8, load_balance=0.0, shard_bytes=40_000)
+    files = export_weights(arrays, CONFIG, tmp_path / "a", "hf", About(8, 0.0), shard_bytes=40_000)
     shards = [file for file in files if file.suffix == ".safetensors"]
     assert len(shards) > 3
     assert all(file.stat().st_size < 40_000 + 10_000 for file in shards)  # headers come on top
     assert shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
-    files = export_weights(arrays, CONFIG, tmp_path / "b", "hf", context=8, load_balance=0.0)
+    files = export_weights(arrays, CONFIG, tmp_path / "b", "hf", About(8, 0.0))
     assert [file.name for file in files] == ["config.json", "model.safetensors"]
 
 
@@ -160,16 +162,16 @@ def test_every_format_holds_every_parameter_once(name: Any) -> None:
     assert set(LAYOUTS) == set(FORMATS)
 
 
-@pytest.mark.parametrize("row", FORMATS["mistral-fused"].rows, ids=lambda row: row.path)
-def test_devices_exchange_nothing(row: Any) -> None:
-    mesh = runtime(CONFIG, **MESHES[1]).mesh
-    params: Any = Architecture(CONFIG, runtime(CONFIG, **MESHES[1])).abstract()["params"]
-    for part in row.path.split("/"):
-        params = params[part]
-    assert isinstance(params.sharding, NamedSharding)
-    layout = block_layout(row, CONFIG, params.sharding)
-    text = take_block.lower(params, 1, 0, layout=layout, dtype=np.dtype(np.float32)).compile().as_text()
-    assert "all-gather" not in text
-    assert "all-to-all" not in text
-    assert "collective-permute" not in text
-    assert mesh.size == 8
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_devices_exchange_nothing(mesh: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is read of arrays on devices comes from each device alone, whatever is asked for."""
+    take, devices = sources._take, []
+    monkeypatch.setattr(sources, "_take", lambda whole, *rest: devices.append(whole.devices()) or take(whole, *rest))
+    source = DeviceArrays(Architecture(CONFIG, runtime(CONFIG, **mesh)).init(0))
+    draw = np.random.default_rng(0)
+    for path, leaf in source.parts["params"].items():
+        start = tuple(int(draw.integers(size)) for size in leaf.shape)
+        shape = tuple(int(draw.integers(1, n - at + 1)) for at, n in zip(start, leaf.shape, strict=True))
+        assert_same_bits(source.block("params", path, start, shape), np.asarray(leaf)[place(start, shape)])
+    assert {len(found) for found in devices} == {1}
+    assert len(set().union(*devices)) > 1 or not mesh

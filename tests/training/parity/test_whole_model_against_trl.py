@@ -18,15 +18,14 @@ from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.runtime import make_runtime
 from mixtral_jax.training.losses import compute_losses, count
 from mixtral_jax.training.step import Trainable
-from mixtral_jax.weights.exporting import export_weights
+from mixtral_jax.weights.exporting import About, export_weights
 from tests.tiny import mesh_of, tiny_config
 
 BETA, LOSSES = 0.3, {"pairs": ["sigmoid", "ipo"], "labels": ["kto"]}
 
 
 def export(arrays, config, directory):
-    context = config.data.seq_len
-    export_weights(arrays, config.model, directory, "hf-fused", context=context, load_balance=0.0)
+    export_weights(arrays, config.model, directory, "hf-fused", About(config.data.seq_len, load_balance=0.0))
     (file,) = Path(directory).glob("*.safetensors")
     return load_file(file)
 

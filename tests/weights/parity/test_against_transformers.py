@@ -17,7 +17,7 @@ from mixtral_jax.config import LossesConfig
 from mixtral_jax.data.batch import Batch
 from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.training.losses import compute_losses, count
-from mixtral_jax.weights.exporting import export_weights
+from mixtral_jax.weights.exporting import About, export_weights
 from mixtral_jax.weights.released import Upcycling, open_released
 from tests.tiny import by_engine
 from tests.weights.models import import_arrays, runtime, small
@@ -134,9 +134,7 @@ def test_gradients_and_load_balancing_loss(name: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(losses.load_balance * config.num_experts_per_tok, balance.item(), rtol=1e-5)
 
     # The export knows which gradient is whose.
-    export_weights(
-        {**arrays, "params": grads}, config, tmp_path / "grads", "hf-fused", context=length, load_balance=0.0
-    )
+    export_weights({**arrays, "params": grads}, config, tmp_path / "grads", "hf-fused", About(length, load_balance=0.0))
     ours = load_file(tmp_path / "grads" / "model.safetensors")
     theirs = {key: parameter.grad for key, parameter in oracle.named_parameters()}
     assert ours.keys() == theirs.keys()
@@ -149,7 +147,7 @@ def test_the_load_balancing_coefficient_keeps_its_meaning(tmp_path: Path) -> Non
     config = small(num_layers=1, num_experts_per_tok=3)
     save(make_oracle(config), tmp_path / "hf")
     architecture, arrays = imported(tmp_path / "hf", ONE_DEVICE, 2, 16)
-    export_weights(arrays, config, tmp_path / "out", "hf", context=16, load_balance=0.6)
+    export_weights(arrays, config, tmp_path / "out", "hf", About(context=16, load_balance=0.6))
     oracle = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     tokens = torch.from_numpy(random_tokens(config, 2, 16)).long()
     out = oracle(tokens, labels=tokens, output_router_logits=True)
@@ -179,8 +177,7 @@ def test_transformers_takes_exports(format_name: Any, dtype: Any, tmp_path: Path
         config,
         tmp_path / "out",
         format_name,
-        context=128,
-        load_balance=0.02,
+        About(context=128, load_balance=0.02),
         dtype=dtype,
         shard_bytes=50_000,
     )
@@ -205,7 +202,7 @@ def test_transformers_generates_what_this_model_generates(tmp_path: Path) -> Non
     for place in range(5, 25):
         tokens[:, place] = logits_of(architecture, arrays, tokens)[:, place - 1].argmax(-1)
     assert len(set(tokens[:, 5:].flatten().tolist())) > 10
-    export_weights(arrays, config, tmp_path / "out", "hf", context=25, load_balance=0.02)
+    export_weights(arrays, config, tmp_path / "out", "hf", About(context=25, load_balance=0.02))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     generated = loaded.generate(torch.from_numpy(tokens[:, :5]).long(), **GREEDY)
     np.testing.assert_array_equal(generated.numpy(), tokens)
@@ -218,7 +215,7 @@ def test_pytorch_reads_and_writes_the_same_pickles(dtype: torch.dtype, tmp_path:
     save(oracle, tmp_path / "hf")
     _, arrays = imported(tmp_path / "hf", ONE_DEVICE, 1, 8)
     name: Any = str(dtype).removeprefix("torch.")
-    export_weights(arrays, config, tmp_path / "out", "mistral-fused", context=8, load_balance=0.0, dtype=name)
+    export_weights(arrays, config, tmp_path / "out", "mistral-fused", About(context=8, load_balance=0.0), dtype=name)
     files = sorted((tmp_path / "out").glob("*.pt"))
     assert [file.name for file in files] == ["consolidated.00.pt", "consolidated.01.pt"]
     for file in files:

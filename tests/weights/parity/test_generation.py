@@ -2,7 +2,6 @@
 
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from mixtral_jax.data.tokenizer import load_tokenizer
 from mixtral_jax.inference.decoding import CHUNK, make_generator
 from mixtral_jax.inference.sampling import Sampling
 from mixtral_jax.model.mixtral import Architecture
-from mixtral_jax.weights.exporting import export_weights
+from mixtral_jax.weights.exporting import About, export_weights
 from tests.weights.models import runtime, small
 from tests.weights.parity.oracle import make_oracle, save
 from tests.weights.parity.test_against_transformers import ALL_KINDS, ONE_DEVICE, imported
@@ -57,8 +56,8 @@ def test_chats_with_an_export(tmp_path: Path) -> None:
     config, tokenizer = small(vocab_size=32000, init_std=0.3), load_tokenizer(DataConfig(tokenizer="mixtral"), 32000)
     architecture = Architecture(config, runtime(config))
     arrays = architecture.init(3)
-    options: Any = {"context": 256, "load_balance": 0.0, "tokenizer": tokenizer.model_bytes}
-    export_weights(arrays, config, tmp_path / "out", "hf", **options)
+    about = About(context=256, load_balance=0.0, tokenizer=tokenizer.model_bytes)
+    export_weights(arrays, config, tmp_path / "out", "hf", about)
     chats = [[{"role": "user", "content": text}] for text in ("Hello there", "What is a mixture of experts, and why?")]
     reader = AutoTokenizer.from_pretrained(tmp_path / "out", padding_side="left")
     batch = reader.apply_chat_template(chats, padding=True, return_tensors="pt", return_dict=True)

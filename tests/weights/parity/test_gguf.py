@@ -26,7 +26,7 @@ from mixtral_jax.inference.sampling import Sampling
 from mixtral_jax.model import attention, moe
 from mixtral_jax.model.mixtral import Architecture, Mixtral
 from mixtral_jax.weights.checkpoints import import_checkpoint
-from mixtral_jax.weights.exporting import export_weights
+from mixtral_jax.weights.exporting import About, export_weights
 from mixtral_jax.weights.gguf_files import export_gguf
 from tests.small_run import WORDS
 from tests.tiny import tiny_config
@@ -188,7 +188,7 @@ def run(tokenizer: bytes, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     Where each number goes shows an export of a model of consecutive ones.
     """
     directory, arrays = tmp_path_factory.mktemp("run"), make_arrays(ROUNDED)
-    export_weights(arrays, ROUNDED, directory / "hf", "hf", context=CONTEXT, load_balance=0.0, tokenizer=tokenizer)
+    export_weights(arrays, ROUNDED, directory / "hf", "hf", About(CONTEXT, 0.0, tokenizer))
     import_checkpoint(directory / "hf", directory / "run", [], say=lambda text: None)
     leaves, tree = jax.tree.flatten(arrays["params"])
     ends = np.cumsum([0, *(leaf.size for leaf in leaves)])

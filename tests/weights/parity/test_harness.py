@@ -18,7 +18,7 @@ from mixtral_jax.evaluation.harness import MixtralJax
 from mixtral_jax.evaluation.tasks import jsonl_task
 from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.weights.checkpoints import import_checkpoint
-from mixtral_jax.weights.exporting import export_weights
+from mixtral_jax.weights.exporting import About, export_weights
 from tests.small_run import WORDS
 from tests.tiny import tiny_config
 from tests.weights.models import runtime, small
@@ -63,7 +63,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     tokenizer = train_model(data, 320)
     config = small(vocab_size=320, num_experts=8, num_experts_per_tok=2, init_std=0.25, num_layers=3)
     arrays = without_bytes(Architecture(config, runtime(config)).init(5), Tokenizer(tokenizer))
-    export_weights(arrays, config, directory / "hf", "hf", context=CONTEXT, load_balance=0.02, tokenizer=tokenizer)
+    export_weights(arrays, config, directory / "hf", "hf", About(CONTEXT, 0.02, tokenizer))
     import_checkpoint(directory / "hf", directory / "run", [], say=lambda text: None)
     return directory / "hf", directory / "run"
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mixtral_jax.weights.exporting import export_weights
+from mixtral_jax.weights.exporting import About, export_weights
 from tests.weights.models import small
 from tests.weights.parity.oracle import make_oracle, random_tokens, save
 from tests.weights.parity.test_against_transformers import ONE_DEVICE, imported, logits_of
@@ -60,7 +60,7 @@ def test_logits(name: str, where: str, tmp_path: Path) -> None:
     ours = logits_of(architecture, arrays, tokens)
     np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
     np.testing.assert_array_equal(ours.argmax(-1), theirs.argmax(-1))
-    export_weights(arrays, architecture.config, tmp_path / "out", "hf", context=512, load_balance=0.02)
+    export_weights(arrays, architecture.config, tmp_path / "out", "hf", About(context=512, load_balance=0.02))
     np.testing.assert_allclose(expected(tmp_path / "out", tokens), theirs, atol=1e-4, rtol=0)
     assert imported(tmp_path / "out", ONE_DEVICE, 2, LENGTH)[0].config == architecture.config
 
