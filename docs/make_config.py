@@ -53,7 +53,7 @@ def backends_table() -> list[str]:
     lines += ["| operation | backend | platforms | if asked for | needs | what it is |", "|---|---|---|---|---|---|"]
     for operation, backends in BACKENDS.items():
         for b in backends:
-            needs = ", ".join(need.short or need.problem for need in b.needs)
+            needs = ", ".join(need.short or need.problem for need in b.needs + b.auto_needs)
             places = f"{', '.join(b.platforms)} | {', '.join(b.if_asked)}"
             lines.append(f"| `{operation}` | `{b.name}` | {places} | {needs} | {b.what} |")
     return [*lines, ""]

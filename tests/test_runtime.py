@@ -168,14 +168,30 @@ def test_a_forced_kernel_is_checked_before_anything_runs():
 
 
 def test_the_fastest_products_that_are_there_multiply_on_one_cpu_device_in_float32(monkeypatch):
-    fastest = next((engine for engine in ("amx", "mkl") if backends.available(engine)), "xla")
+    slow = {"mkl"} if backends.amd_with_avx512() else set()
+    fastest = next((e for e in ("amx", "mkl") if backends.available(e) and e not in slow), "xla")
     assert make_runtime(tiny_config(), mesh_of()).matmul == fastest
     assert make_runtime(tiny_config(kernels={"matmul": "xla"}), mesh_of()).matmul == "xla"
     assert make_runtime(tiny_config(), mesh_of(fsdp=2)).matmul == "xla"
     assert make_runtime(tiny_config(precision={"compute": "bfloat16"}), mesh_of()).matmul == "xla"
-    for there, chosen in (({"amx", "mkl"}, "amx"), ({"mkl"}, "mkl"), (set(), "xla")):
+    for there, amd, chosen in (({"amx", "mkl"}, False, "amx"), ({"mkl"}, False, "mkl"), (set(), False, "xla"),
+                               ({"mkl"}, True, "xla")):  # fmt: skip
         monkeypatch.setattr(backends, "available", there.__contains__)
+        monkeypatch.setattr(backends, "amd_with_avx512", lambda amd=amd: amd)
         assert make_runtime(tiny_config(), mesh_of()).matmul == chosen
+    assert make_runtime(tiny_config(kernels={"matmul": "mkl"}), mesh_of()).matmul == "mkl"
+
+
+@pytest.mark.parametrize(
+    ("maker", "flags", "slow"),
+    [("AuthenticAMD", "avx2 avx512f", True), ("AuthenticAMD", "avx2", False), ("GenuineIntel", "avx512f", False)],
+)
+def test_where_onemkl_is_slower_than_xla(tmp_path, maker, flags, slow):
+    about = tmp_path / "cpuinfo"
+    assert not backends.amd_with_avx512(about)
+    backends.amd_with_avx512.cache_clear()
+    about.write_text(f"vendor_id\t: {maker}\nflags\t\t: fpu {flags}\n")
+    assert backends.amd_with_avx512(about) == slow
 
 
 @pytest.mark.parametrize(("engine", "remedy"), [("mkl", "pip install mkl"), ("amx", "a processor with AMX")])

@@ -11,6 +11,7 @@ import platform
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 from mixtral_jax.config import UserError
@@ -58,6 +59,7 @@ class Backend:
     module: str  # below `kernels`, imported when it is used
     what: str  # for the documentation
     needs: tuple[Need, ...] = ()
+    auto_needs: tuple[Need, ...] = ()  # what `auto` wants beside
     if_asked: tuple[str, ...] = ()  # where it runs too, but slowly or interpreted
     in_words: str = ""  # `describe` adds it
     row_multiple: int = 1  # would have every expert begin at a multiple of so many rows
@@ -78,6 +80,13 @@ def available(engine: str) -> bool:
         return False
     loaded: bool = importlib.import_module(f"mixtral_jax.kernels.cpu.{engine}").load()
     return loaded
+
+
+@functools.cache
+def amd_with_avx512(about: Path = Path("/proc/cpuinfo")) -> bool:
+    """Says whether this machine has AVX-512 that oneMKL leaves alone, for the processor is not Intel's."""
+    text = about.read_text() if about.exists() else ""
+    return "AuthenticAMD" in text and "avx512f" in text
 
 
 ALL, CPU, GPU, TPU = ("cpu", "gpu", "tpu"), ("cpu",), ("gpu",), ("tpu",)
@@ -119,6 +128,7 @@ WHOLE_EXPERTS = Need(
 AMX = Need(lambda _: available("amx"), "needs a processor with AMX, Linux, and pip install numba", short="AMX")
 NUMBA = Need(lambda _: on_x86(), "needs Linux on x86 and pip install numba", short="package numba")
 MKL = Need(lambda _: available("mkl"), "needs packages: pip install mkl numba", short="package mkl")
+INTEL_OR_AVX2 = Need(lambda _: not amd_with_avx512(), "is slower than XLA here", short="`auto`: not AMD's AVX-512")
 
 
 def _with_matmul(*names: str) -> Need:
@@ -130,7 +140,7 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
     "matmul": (
         Backend("amx", CPU, "cpu.matmul", "x86's matrix units, a float32 as a sum of two bfloat16: errors of 4e-6",
                 (ONE_CPU, AMX), in_words=" (a float32 as two bfloat16)"),
-        Backend("mkl", CPU, "cpu.matmul", "oneMKL's float32 products", (ONE_CPU, MKL)),
+        Backend("mkl", CPU, "cpu.matmul", "oneMKL's float32 products", (ONE_CPU, MKL), (INTEL_OR_AVX2,)),
         Backend("xla", ALL, "matmul", "XLA's own"),
     ),
     "cross_entropy": (
@@ -209,9 +219,9 @@ def choose(operation: str, name: str, target: Target) -> str:
         UserError: a backend that does not run on the target; the sentence names those that do.
     """
     check_name(operation, name)
-    fitting = [b.name for b in BACKENDS[operation] if target.platform in b.platforms and _unmet(b, target) is None]
+    fitting = [b for b in BACKENDS[operation] if target.platform in b.platforms and _unmet(b, target) is None]
     if name == "auto":
-        return fitting[0]
+        return next(b.name for b in fitting if all(need.holds(target) for need in b.auto_needs))
     backend = find(operation, name)
     if target.platform not in backend.platforms + backend.if_asked:
         problem, remedy = f"does not run on {target.platform}", ""
@@ -220,7 +230,7 @@ def choose(operation: str, name: str, target: Target) -> str:
         if unmet is None:
             return name
         problem, remedy = unmet.problem.format(**vars(target)), unmet.remedy
-    others = " or ".join(["auto", *fitting])
+    others = " or ".join(["auto", *(b.name for b in fitting)])
     raise UserError(f"kernels.{operation}={name} {problem}: {f'{remedy}, or ' if remedy else ''}use {others}")
 
 
