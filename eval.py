@@ -7,7 +7,8 @@ from mixtral_jax import cli
 from mixtral_jax.config import UserError
 from mixtral_jax.config_loading import home_expanded, user_path
 from mixtral_jax.console import make_console
-from mixtral_jax.distributed.processes import distributed_config, joined
+from mixtral_jax.distributed.cluster import distributed_config
+from mixtral_jax.distributed.processes import joined
 from mixtral_jax.evaluation.outputs import check_outputs
 
 MODES = ("perplexity", "context", "passkey", "routing", "ablation", "saturation", "tasks")

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_jax.config import DistributedConfig, NoCheckpointError, UserError
-from mixtral_jax.distributed.processes import may_be_several, speaks
+from mixtral_jax.distributed.cluster import may_be_several
+from mixtral_jax.distributed.processes import speaks
 from mixtral_jax.kernels.cpu.memory import ACCELERATORS, restart_with_huge_pages
 
 BEGAN = time.monotonic()  # before anything heavy is imported

@@ -12,7 +12,8 @@ from mixtral_jax.cli import prepare as prepare_cpu
 from mixtral_jax.config import Config, DistributedConfig, UserError
 from mixtral_jax.config_loading import home_expanded, load_config, user_path
 from mixtral_jax.data.sources import find_sources
-from mixtral_jax.distributed.processes import distributed_config, joined
+from mixtral_jax.distributed.cluster import distributed_config
+from mixtral_jax.distributed.processes import joined
 from mixtral_jax.evaluation.outputs import check_outputs
 from mixtral_jax.weights.destination import check_new, check_release, check_target
 

@@ -12,7 +12,7 @@ import pytest
 from mixtral_jax import cli, compiled, verbs
 from mixtral_jax.compiled import keep_compiled, trim
 from mixtral_jax.config import DistributedConfig
-from mixtral_jax.distributed.processes import LAUNCHERS
+from mixtral_jax.distributed.cluster import LAUNCHERS
 from mixtral_jax.kernels.cpu import memory
 from tests.small_run import run, write_config
 

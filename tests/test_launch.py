@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mixtral_jax.distributed.processes import distributed_config
+from mixtral_jax.distributed.cluster import distributed_config
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 VARIABLES = {

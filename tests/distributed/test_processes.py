@@ -14,8 +14,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mixtral_jax.config import DistributedConfig, UserError
 from mixtral_jax.config_loading import parse_config
 from mixtral_jax.data.batch import put_batch
-from mixtral_jax.distributed import processes
-from mixtral_jax.distributed.processes import Cluster, distributed_config, find_cluster, launched_as, may_be_several
+from mixtral_jax.distributed import cluster, processes
+from mixtral_jax.distributed.cluster import Cluster, distributed_config, find_cluster, launched_as, may_be_several
 from tests.tiny import TINY, mesh_of, tiny_batch, tiny_config, tiny_trainable
 
 SLURM = {
@@ -31,7 +31,7 @@ GIVEN = DistributedConfig(coordinator="node1:1234", num_processes=4, process_id=
 
 
 def find(monkeypatch, environ, config=DistributedConfig()):  # noqa: B008
-    for name in processes.LAUNCHERS:
+    for name in cluster.LAUNCHERS:
         monkeypatch.delenv(name, raising=False)
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
@@ -76,7 +76,7 @@ def test_a_coordinator_alone_is_not_enough(monkeypatch):
 
 
 def test_a_lone_process_is_not_even_looked_for(monkeypatch):
-    monkeypatch.setattr(processes, "TPU_CHIPS", ())
+    monkeypatch.setattr(cluster, "TPU_CHIPS", ())
     assert not may_be_several(DistributedConfig(), {"HOME": "/root", "SLURM_JOB_ID": "7"})  # in an allocation's shell
     assert not may_be_several(DistributedConfig(num_processes=1), SLURM)
     assert may_be_several(DistributedConfig(), SLURM)
