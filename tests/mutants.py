@@ -219,11 +219,11 @@ TABLE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("if (found := there[name].stat().st_size) != size:", "if False:"),
         ("if extra := there.keys() - recorded.keys():", "if False:"),
     ],
+    ("runs/disk.py", "runs/test_checkpoint.py"): [("if free < needed * 1.05:", "if free < needed * 0:")],
     ("runs/checkpoint.py", "runs/test_checkpoint.py"): [
         ("kept = set(finished[-self.config.keep :])", "kept = set(finished[: self.config.keep])"),
         ("if step % self.config.keep_every == 0}", "if step % self.config.keep_every == 1}"),
         ("for step in reversed(self.steps()):", "for step in self.steps():"),
-        ("if free < needed * 1.05:", "if free < needed * 0:"),
         ("[\"bundle\"]) != step:", "[\"bundle\"]) == -1:"),
     ],
     ("runs/checkpoint.py", "runs/test_checkpoint.py runs/test_drills.py"): [

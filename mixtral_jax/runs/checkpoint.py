@@ -4,11 +4,8 @@ A bundle `checkpoints/STEP/` holds `state/` (Orbax, one item for each part of th
 as the tokenizer, and last of all `manifest.json`.
 """
 
-import errno
 import json
 import logging
-import os
-import re
 import shutil
 import threading
 from collections.abc import Callable, Mapping
@@ -25,6 +22,7 @@ from mixtral_jax.config import CheckpointConfig, NoCheckpointError, UserError
 from mixtral_jax.data.record import FILE as RECORD
 from mixtral_jax.data.record import DocumentRecord
 from mixtral_jax.distributed.processes import barrier, is_main, take_turn
+from mixtral_jax.runs.disk import check_room, explain
 from mixtral_jax.runs.filling import fill
 from mixtral_jax.runs.manifest import NAME as MANIFEST
 from mixtral_jax.runs.manifest import Digests, find_damage, hashing, write_atomically, write_manifest
@@ -35,7 +33,6 @@ from mixtral_jax.runs.streaming import named_leaves, read_arrays, save_args
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 META = "meta.json"
-FILES = 256  # more than a checkpoint has, with what is made and removed on the way
 
 Parts = TypeVar("Parts", bound=Mapping[str, PyTree])
 
@@ -95,7 +92,7 @@ class Checkpoints:
             self._saver.save(bundle / "state", args=ocp.args.Composite(**items))
         except (OSError, ValueError) as error:
             self._abandon(bundle)
-            raise self._failure(step, error) from error
+            raise explain(error, step, self.directory) from error
         self._sealer = threading.Thread(target=self._seal, args=(step, bundle, take_turn()), name="seal-checkpoint")
         self._sealer.start()
 
@@ -123,13 +120,13 @@ class Checkpoints:
             hashing(lambda digests: write_manifest(bundle, digests))
         except (OSError, ValueError) as error:
             self._abandon(bundle)
-            raise self._failure(step, error) from error
+            raise explain(error, step, self.directory) from error
         hashing(lambda digests: self._retain(step, digests))
 
     def _make(self, bundle: Path, state: Mapping[str, PyTree], files: dict[str, bytes]) -> None:
         """Makes a bundle that lacks only the arrays and the manifest."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._check_room(state)
+        check_room(self.directory, sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(dict(state))))
         if bundle.exists():  # what a killed process left unfinished
             shutil.rmtree(bundle)
         bundle.mkdir()
@@ -273,7 +270,7 @@ class Checkpoints:
             hashing(lambda digests: self._seal_now(step, bundle, digests), turn)
         except Exception as error:  # raised by the next `wait`, in the thread of the loop
             self._abandon(bundle)
-            self._error = self._failure(step, error)
+            self._error = explain(error, step, self.directory)
 
     def _seal_now(self, step: int, bundle: Path, digests: Digests) -> None:
         write_manifest(bundle, digests)
@@ -306,40 +303,11 @@ class Checkpoints:
                 # On NFS a file that somebody reads stays, under another name; the next save tries again.
                 self.warn(f"warning: the old checkpoint {bundle} could not be removed: {error.strerror}")
 
-    def _check_room(self, state: Mapping[str, PyTree]) -> None:
-        needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(dict(state)))
-        free = shutil.disk_usage(self.directory).free
-        if free < needed * 1.05:
-            raise UserError(
-                f"no room for a checkpoint in {self.directory}: it takes {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB "
-                "are free; make room and start the same command again, the earlier checkpoints are intact"
-            )
-        system = os.statvfs(self.directory)
-        if system.f_files and system.f_favail < FILES:  # Orbax would try for minutes
-            raise UserError(
-                f"no room for a checkpoint in {self.directory}: the disk takes {system.f_favail} more files, whatever "
-                "their size; remove some and start the same command again, the earlier checkpoints are intact"
-            )
-
     def _abandon(self, bundle: Path) -> None:
         """Removes a failed bundle and the saver with it: Orbax would raise its error again and save nothing."""
         if is_main():
             shutil.rmtree(bundle, ignore_errors=True)
         self._saver = None
-
-    def _failure(self, step: int, error: Exception) -> Exception:
-        text = f"{error} {error.__cause__ or ''}"
-        code = re.search(r"os_error_code='(\d+)'", text)  # how tensorstore, under Orbax, tells of the system's errors
-        number = error.errno if isinstance(error, OSError) else int(code[1]) if code else None
-        if number is None and "RESOURCE_EXHAUSTED" in text:
-            number = errno.ENOSPC
-        if number is not None:
-            reason = "the disk is full" if number == errno.ENOSPC else os.strerror(number)
-            return UserError(
-                f"checkpoint {step} could not be written to {self.directory}: {reason}; fix that and start the same "
-                "command again, the earlier checkpoints are intact"
-            )
-        return error
 
 
 def find_checkpoint(path: Path, warn: Callable[[str], None] = print) -> tuple[Checkpoints, int]:

@@ -151,7 +151,7 @@ def test_a_small_file_system_that_fills_up_refuses_a_save_and_takes_the_next(sma
     assert_good(checkpoints, 1)
     (small_disk / "other").unlink()
     with monkeypatch.context() as patch:  # room was found, and is gone where the arrays are written
-        patch.setattr(checkpoints, "_check_room", lambda _: fill(small_disk / "other"))
+        patch.setattr(module, "check_room", lambda *_: fill(small_disk / "other"))
         with pytest.raises(UserError, match=r"checkpoint 2 could not be written .*: the disk is full; .* intact"):
             save(checkpoints, 2)
     assert_good(checkpoints, 1)
