@@ -11,7 +11,7 @@ import pytest
 
 from mixtral_jax.config import UserError
 from mixtral_jax.evaluation.experiment_file import choose, load_experiment
-from mixtral_jax.evaluation.experiments import outcome
+from mixtral_jax.evaluation.experiments import Seed, outcome
 from mixtral_jax.evaluation.intervals import mean_interval
 from mixtral_jax.metrics import flops_per_token, parameter_counts
 from mixtral_jax.training.trainer import Trainer
@@ -224,6 +224,20 @@ def test_mixtures_and_dense_models_of_the_shipped_experiments_do_equal_work_or_a
     assert parameter_counts(whole.model).total / parameter_counts(mixture.model).total == pytest.approx(1, abs=0.003)
     assert dense.data == mixture.data == whole.data
     assert dense.train == mixture.train == whole.train
+
+
+def test_finer_experts_and_the_ways_to_a_mixture_do_as_much_work_as_what_they_are_compared_with():
+    shipped = ROOT / "configs" / "experiments"
+    coarse, *finer = (run.config.model for run in load_experiment(shipped / "fine.yaml", [])[:3])
+    for model in finer:
+        assert 1 <= flops_per_token(model, 128) / flops_per_token(coarse, 128) < 1.03  # the routers'
+        assert 1 <= parameter_counts(model).total / parameter_counts(coarse).total < 1.01
+    runs = {run.variant: Seed(run.config, []) for run in load_experiment(shipped / "upcycling.yaml", [])[:6]}
+    work = {name: run.step_flops * run.config.train.steps for name, run in runs.items()}
+    for name in ("mixture", "dense_late", "mixture_late"):
+        assert work[name] / work["dense"] == pytest.approx(1, abs=0.003)
+    assert (work["half"] + work["upcycled"]) / work["dense"] == pytest.approx(1, abs=0.003)
+    assert runs["upcycled"].config.init_from == runs["half"].config.run_dir
 
 
 def test_a_run_that_is_not_there_cannot_be_chosen(file):
