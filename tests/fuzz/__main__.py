@@ -77,7 +77,8 @@ def run(trial: Trial, seconds: float, seed: int) -> None:
         corpus.mkdir()
         for number, data in enumerate(seeds):
             (corpus / str(number)).write_bytes(data)
-        options = [f"-seed={seed + 1}", "-max_len=20000", "-rss_limit_mb=0", "-timeout=60", "-verbosity=0", str(corpus)]
+        options = [f"-seed={seed + 1}", "-max_len=20000", "-rss_limit_mb=0", "-verbosity=0"]
+        options += ["-timeout=86400", str(corpus)]  # seconds of the clock: paused is no hang; ours is the processor's
         atheris.Setup([sys.argv[0], *options], one, custom_mutator=change)
         atheris.Fuzz()
     draw = random.Random(seed)
