@@ -71,9 +71,9 @@ def building(target: Path) -> Iterator[Path]:
             partial.mkdir()
             yield partial
             for file in partial.iterdir():
-                _flush(file)
+                flush(file)
             partial.rename(target)
-            _flush(target.parent)
+            flush(target.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -108,13 +108,13 @@ def write_file(target: Path, data: bytes) -> None:
     with explained(target.parent):
         try:
             partial.write_bytes(data)
-            _flush(partial)
+            flush(partial)
             partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Brings a file or a directory's entries to the disk, so that a rename never outlives the data."""
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from mixtral_jax.data.cache_files import flush
 from mixtral_jax.distributed.processes import take_turn, with_all, work_on
 
 NAME = "manifest.json"
@@ -56,11 +57,7 @@ def write_manifest(directory: Path, digests: Digests = ALONE) -> None:
     files = _files(directory)
     # The checksums must not outlive the data that they speak of, nor the names under which these are found.
     for path in [*files, *sorted({file.parent for file in files})]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        flush(path)
     facts = {
         file.relative_to(directory).as_posix(): {"bytes": file.stat().st_size, "sha256": digest}
         for file, digest in zip(files, _ordered(files, digests), strict=True)

@@ -1,7 +1,6 @@
 """Streams a model into files of a released format, in threads and processes."""
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mixtral_jax.config import ModelConfig, UserError
+from mixtral_jax.data.cache_files import flush
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.distributed.processes import is_main, take_turn, with_all
 from mixtral_jax.model.mixtral import Arrays
@@ -79,7 +79,7 @@ def export_weights(
         if is_main():
             _write_words(config, layout, kind, about, partial)
             for file in partial.iterdir():
-                _sync(file)
+                flush(file)
     return sorted(directory.iterdir())
 
 
@@ -232,12 +232,3 @@ def _write_words(config: ModelConfig, layout: Format, dtype: FileType, about: Ab
         written = {**tokenizer_files(known.model_bytes), "generation_config.json": json.dumps(generation) + "\n"}
         for name, content in written.items():
             (directory / name).write_text(content, encoding="utf-8")
-
-
-def _sync(file: Path) -> None:
-    """Waits until a file is on the disk, before it gets its name."""
-    handle = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
