@@ -16,7 +16,7 @@ from mixtral_jax.kernels.attention import attention as attend
 from mixtral_jax.kernels.backends import choose
 from mixtral_jax.kernels.expert_ffn import ExpertWeights, expert_ffn
 from mixtral_jax.kernels.grouped_blocks import choose_block_sizes
-from mixtral_jax.kernels.permutation import combine_rows, dispatch_rows
+from mixtral_jax.kernels.permutation import RowMover, combine_rows, dispatch_rows
 from mixtral_jax.model.layers import RMSNorm, rotary_tables, rotate
 from mixtral_jax.model.routing import choose_experts, dropless_plan
 from mixtral_jax.precision import make_precision
@@ -158,15 +158,18 @@ def rest(options: Options) -> None:
     time_it("choice and plan of rows", route, logits)
     plan, shares = route(logits)
     report("rows of the busiest expert", share=float(jnp.max(plan.group_sizes)) / rows)
-    dispatch = jax.jit(lambda x: dispatch_rows(x, plan.source, plan.row_of))
-    combine = jax.jit(lambda out, shares: combine_rows(out, shares, plan.source, plan.row_of))
-    pull_dispatch = jax.jit(lambda x, d: jax.vjp(dispatch, x)[1](d))
-    pull_combine = jax.jit(lambda out, shares, d: jax.vjp(combine, out, shares)[1](d))
+    # Every token and every row once; gradients of combine read the experts' results, too.
     moved = 2 * (out.size + x.size)
-    time_it("dispatch", dispatch, x, moved=moved)
-    time_it("dispatch, gradients", pull_dispatch, x, out, moved=moved)
-    time_it("combine", combine, out, shares, moved=moved)
-    time_it("combine, gradients", pull_combine, out, shares, x, moved=2 * moved)
+    for name in dict.fromkeys(["xla", automatic("rows", options), *["triton"] * options.tiny]):
+        maps = plan.source, plan.row_of, RowMover(name, interpret)
+        dispatch = jax.jit(lambda x, maps=maps: dispatch_rows(x, *maps))
+        combine = jax.jit(lambda out, shares, maps=maps: combine_rows(out, shares, *maps))
+        time_it(f"{name}, dispatch", dispatch, x, moved=moved)
+        pull = jax.jit(lambda out, shares, d, combine=combine: jax.vjp(combine, out, shares)[1](d))
+        time_it(f"{name}, combine's gradients", pull, out, shares, x, moved=moved + 2 * out.size)
+    pull = jax.jit(lambda x, d: jax.vjp(dispatch, x)[1](d))
+    time_it("xla, dispatch's gradients", pull, x, out, moved=moved)
+    time_it("xla, combine", combine, out, shares, moved=moved)
 
     norm = RMSNorm(d, 1e-5, make_precision(PrecisionConfig(compute="bfloat16")))
     graph, state = nnx.split(norm)

@@ -29,6 +29,7 @@ class Runtime:
     attention: str
     experts: str
     exchange: str  # of rows between the devices along the mesh axis `expert`
+    rows: str  # what moves token rows to the experts' and back
     adamw: str
     decoding: str
     block_sizes: tuple[int, ...]  # rows of the blocks of expert products; empty: chosen from the expected load
@@ -144,6 +145,7 @@ def make_runtime(config: Config, mesh: Mesh | None = None) -> Runtime:
         attention=choose("attention", kernels.attention, place),
         experts=experts,
         exchange=choose("exchange", kernels.exchange, place),
+        rows=choose("rows", "auto", place),
         adamw=choose("adamw", "auto", place),
         decoding=choose("decoding", "auto", place),
         block_sizes=(kernels.block_size,) if kernels.block_size else (),

@@ -174,6 +174,10 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
         Backend("gather", CPU, "exchange", "all tokens to all devices, and sums back", if_asked=("gpu", "tpu")),
         Backend("padded", (), "exchange", "blocks of one size", if_asked=ALL),
     ),
+    "rows": (
+        Backend("triton", GPU, "gpu.triton_rows", "our kernels, which read each token once"),
+        Backend("xla", ALL, "permutation", "gathers"),
+    ),
     "decoding": (
         Backend("stored", CPU, "cpu.stored_matmul", "the weights of chosen experts, read once as they are stored",
                 (Need(lambda t: t.devices == 1, "is for one device", short="one device"), NOT_8_BIT, NUMBA)),

@@ -1,18 +1,35 @@
 """Moves token rows to expert rows and back by gathers only: the backward pass is the inverse gather, no scatter-add.
 
+An engine may do the same another way.
 Both directions need the map from rows to assignments and its inverse. Assignment `t * k + j` is choice j of token t.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from mixtral_jax.kernels.backends import load
 
-@jax.custom_vjp
+
+class RowMover(NamedTuple):
+    """Who moves rows, one of `backends`, and whether it runs step by step."""
+
+    backend: str = "xla"
+    interpret: bool = False
+
+
+GATHERS = RowMover()
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
 def dispatch_rows(
-    x: Float[Array, "tokens d_model"], source: Int[Array, " rows"], row_of: Int[Array, "tokens k"]
+    x: Float[Array, "tokens d_model"],
+    source: Int[Array, " rows"],
+    row_of: Int[Array, "tokens k"],
+    mover: RowMover = GATHERS,
 ) -> Float[Array, "rows d_model"]:
     """Gathers the token of every expert row.
 
@@ -20,16 +37,20 @@ def dispatch_rows(
         x: token activations.
         source: assignment of each row; `tokens * k` or more marks an empty row, which becomes zero.
         row_of: row of each assignment; `rows` or more marks a dropped one.
+        mover: who does it.
     """
+    if mover.backend != "xla":
+        spread: Array = load("rows", mover.backend).spread_rows(x, source, row_of, mover.interpret)
+        return spread
     k = row_of.shape[1]
     return jnp.take(x, source // k, axis=0, mode="fill", fill_value=0)
 
 
-def _dispatch_fwd(x: Array, source: Array, row_of: Array) -> tuple[Array, Array]:
-    return dispatch_rows(x, source, row_of), row_of
+def _dispatch_fwd(x: Array, source: Array, row_of: Array, mover: RowMover) -> tuple[Array, Array]:
+    return dispatch_rows(x, source, row_of, mover), row_of
 
 
-def _dispatch_bwd(row_of: Array, d_rows: Array) -> tuple[Array, None, None]:
+def _dispatch_bwd(_: RowMover, row_of: Array, d_rows: Array) -> tuple[Array, None, None]:
     return _sum_choices(d_rows, row_of), None, None
 
 
@@ -55,12 +76,13 @@ def _collect_bwd(maps: tuple[Array, Array], d_y: Array) -> tuple[Array, None, No
 collect_rows.defvjp(_collect_fwd, _collect_bwd)
 
 
-@jax.custom_vjp
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
 def combine_rows(
     rows: Float[Array, "rows d_model"],
     weights: Float[Array, "tokens k"],
     source: Int[Array, " rows"],
     row_of: Int[Array, "tokens k"],
+    mover: RowMover = GATHERS,
 ) -> Float[Array, "tokens d_model"]:
     """Sums the weighted expert rows of every token, in the order of its choices; see `dispatch_rows` for the maps."""
     weights = weights.astype(rows.dtype)
@@ -70,12 +92,17 @@ def combine_rows(
     return total
 
 
-def _combine_fwd(rows: Array, weights: Array, source: Array, row_of: Array) -> tuple[Array, tuple[Array, ...]]:
-    return combine_rows(rows, weights, source, row_of), (rows, weights, source, row_of)
+def _combine_fwd(
+    rows: Array, weights: Array, source: Array, row_of: Array, mover: RowMover
+) -> tuple[Array, tuple[Array, ...]]:
+    return combine_rows(rows, weights, source, row_of, mover), (rows, weights, source, row_of)
 
 
-def _combine_bwd(residuals: tuple[Array, ...], d_y: Array) -> tuple[Array, Array, None, None]:
+def _combine_bwd(mover: RowMover, residuals: tuple[Array, ...], d_y: Array) -> tuple[Array, Array, None, None]:
     rows, weights, source, row_of = residuals
+    if mover.backend != "xla":
+        engine = load("rows", mover.backend)
+        return *engine.combine_gradients(rows, weights, source, row_of, d_y, mover.interpret), None, None
     k = row_of.shape[1]
     row_weight = jnp.take(weights.reshape(-1), source, mode="fill", fill_value=0).astype(rows.dtype)
     d_rows = jnp.take(d_y, source // k, axis=0, mode="fill", fill_value=0) * row_weight[:, None]

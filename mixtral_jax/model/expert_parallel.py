@@ -20,7 +20,7 @@ from mixtral_jax.kernels.exchange import (
     ragged_exchange,
     sort_arrivals,
 )
-from mixtral_jax.kernels.permutation import combine_rows, dispatch_rows, pad_groups
+from mixtral_jax.kernels.permutation import GATHERS, RowMover, combine_rows, dispatch_rows, pad_groups
 from mixtral_jax.model.routing import RowPlan, capacity_plan, dropless_plan
 from mixtral_jax.precision import FULL
 from mixtral_jax.remat import save_for_backward
@@ -37,6 +37,7 @@ class ExpertGroup:
     quota: int  # assignments that a device may have for one device of the group; at most so many there are
     row_multiple: int = 1  # every expert's rows begin at a multiple of it; more than 1 without other devices alone
     capacity: int | None = None  # assignments of a sequence to an expert, in buffers of one size; None: as many as come
+    mover: RowMover = GATHERS  # of tokens to rows and back
 
     @property
     def local_experts(self) -> int:
@@ -90,7 +91,8 @@ def dispatch(tokens: RoutedTokens, group: ExpertGroup) -> RoutedRows:
     if group.row_multiple > 1:
         plan = at_multiples(plan, group.row_multiple)
     plan = save_for_backward(plan)
-    return RoutedRows(dispatch_rows(x, plan.source, plan.row_of), plan.group_sizes, plan, weights)
+    rows = dispatch_rows(x, plan.source, plan.row_of, group.mover)
+    return RoutedRows(rows, plan.group_sizes, plan, weights)
 
 
 def exchange(sent: RoutedRows, group: ExpertGroup) -> RoutedRows:
@@ -127,9 +129,9 @@ def exchange_back(results: RoutedRows, group: ExpertGroup) -> RoutedRows:
     return results._replace(rows=rows)
 
 
-def combine(returned: RoutedRows) -> Float[Array, "tokens d_model"]:
+def combine(returned: RoutedRows, group: ExpertGroup) -> Float[Array, "tokens d_model"]:
     """Sums the weighted results of each token."""
-    return combine_rows(returned.rows, returned.weights, returned.plan.source, returned.plan.row_of)
+    return combine_rows(returned.rows, returned.weights, returned.plan.source, returned.plan.row_of, group.mover)
 
 
 def scatter_sums(y: Float[Array, "tokens d_model"], group: ExpertGroup) -> Float[Array, "own_tokens d_model"]:

@@ -21,6 +21,7 @@ from mixtral_jax.kernels.expert_ffn import (
 )
 from mixtral_jax.kernels.grouped_blocks import choose_block_sizes
 from mixtral_jax.kernels.matmul import exact_contract
+from mixtral_jax.kernels.permutation import RowMover
 from mixtral_jax.kernels.stored import StoredExperts
 from mixtral_jax.model.expert_parallel import (
     ExpertGroup,
@@ -139,7 +140,7 @@ class MoE(nnx.Module):
         experts = ExpertWeights(w_gate, w_up, w_down, stack, carried)
         rows, carried = self._run_experts(rows, experts, group, valid.size)
         rows = exchange_back(rows, group)
-        y = scatter_sums(combine(rows), group).reshape(x.shape)
+        y = scatter_sums(combine(rows, group), group).reshape(x.shape)
         dropped = add_up(dropped, mesh, "data", "fsdp", "expert", "context")
         return add_up(y, mesh, "tensor"), indices, dropped, carried
 
@@ -152,7 +153,8 @@ class MoE(nnx.Module):
         capacity = expert_capacity(seq_len, k, config.num_experts, config.capacity_factor) if equal else None
         as_they_come = devices > 1 or capacity is not None or decodes
         multiple = 1 if as_they_come else find("experts", self.runtime.experts).row_multiple
-        return ExpertGroup(config.num_experts, devices, self.runtime.exchange, quota, multiple, capacity)
+        mover = RowMover(self.runtime.rows, self.runtime.interpret)
+        return ExpertGroup(config.num_experts, devices, self.runtime.exchange, quota, multiple, capacity, mover)
 
     def _route(
         self, x: Array, logits: Array, valid: Array, bias: Array, group: ExpertGroup

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mixtral_jax.kernels.attention import attention
 from mixtral_jax.kernels.expert_ffn import ExpertOptions, ExpertWeights, expert_ffn
+from mixtral_jax.kernels.permutation import RowMover, combine_rows, dispatch_rows
 from mixtral_jax.planning.compile import compile_step
 from mixtral_jax.planning.hlo import Module, parse
 from mixtral_jax.planning.topology import describe_topology
@@ -82,6 +83,47 @@ def test_expert_products_are_those_of_the_rows(gpu, backend, dtype):
     assert program.memory_analysis().temp_size_in_bytes < 5 * inner  # no row is there once an expert
 
 
+@pytest.mark.parametrize("gpu", ["h100", "b200", "a100"])
+@pytest.mark.parametrize(
+    ("d_model", "k", "dtype"), [(4096, 2, jnp.bfloat16), (512, 2, jnp.float32), (6144, 4, jnp.bfloat16)]
+)
+def test_rows_are_moved_by_one_kernel_each(gpu, d_model, k, dtype):
+    tokens, padding, mover = 2048, 1016, RowMover("triton")
+    rows, whole = tokens * k + padding, {"in_specs": PartitionSpec(), "out_specs": PartitionSpec()}
+
+    @jax.shard_map(mesh=one_gpu(gpu).mesh, **whole, check_vma=False)
+    def spread(x, source, row_of):
+        return dispatch_rows(x, source, row_of, mover)
+
+    @jax.shard_map(mesh=one_gpu(gpu).mesh, **whole, check_vma=False)
+    def pull(out, weights, source, row_of, d_y):
+        return jax.vjp(lambda *a: combine_rows(*a, source, row_of, mover), out, weights)[1](d_y)[:2]
+
+    x, out, maps = (
+        ((tokens, d_model), dtype),
+        ((rows, d_model), dtype),
+        [(n, jnp.int32) for n in [(rows,), (tokens, k)]],
+    )
+    size = dtype.dtype.itemsize * d_model
+    for name, function, arrays, moved in (
+        ("spread_rows", spread, [x, *maps], tokens + rows),
+        ("combine_gradients", pull, [out, ((tokens, k), jnp.float32), *maps, x], tokens + 2 * rows),
+    ):
+        program = compiled(gpu, function, *arrays)
+        module = parse(program.as_text())
+        assert kernels(module) == {name: 1}
+        assert {i.opcode for i in module.computations[module.entry].values()} <= {
+            "parameter",
+            "custom-call",
+            "tuple",
+            "get-tuple-element",
+        }
+        assert program.memory_analysis().temp_size_in_bytes == 0
+        work = count_work(module, attention_product=0.0, expert_rows=float(tokens * k))
+        assert 1 <= work.memory_bytes / (moved * size) < 1.01
+        assert work.flops == 0
+
+
 @pytest.mark.parametrize("seq_len", [4096, 16384])
 def test_attention_of_packed_rows_is_flash_and_linear_in_memory(seq_len):
     rows, heads, kv_heads, head_dim = 2, 32, 8, 128
@@ -124,6 +166,7 @@ def test_the_step_uses_the_kernels_alone_and_moves_rows_by_ragged_exchanges_and_
     assert products_of(called) == (layers * (6 + 3 * again), layers * 3)
     assert called["__cudnn$fmhaSoftmax"] == layers * (1 + again)
     assert called["__cudnn$fmhaSoftmaxBackward"] == layers
+    assert (called["spread_rows"], called["combine_gradients"]) == (layers * (1 + again), layers)
     assert not re.search(rf"\[[\d,]*{config.data.seq_len},{config.data.seq_len}[\d,]*\]", program.text)
     products = [
         instruction.shapes[0].dims
@@ -155,6 +198,7 @@ def test_one_gpu_reads_the_experts_and_writes_their_gradients_where_they_lie():
     module = parse(program.text)
     called = kernels(module)
     assert products_of(called) == (config.model.num_layers * 6, config.model.num_layers * 3)
+    assert called["spread_rows"] == called["combine_gradients"] == config.model.num_layers
     runs = [
         module.runs[name]
         for name, computation in module.computations.items()
@@ -194,4 +238,5 @@ def test_the_step_compiles_for_every_generation(gpu, experts):
     assert (program.runtime.attention, program.runtime.experts) == ("cudnn", experts)
     called = kernels(parse(program.text))
     assert products_of(called) == (6, 3)
+    assert called["spread_rows"] == called["combine_gradients"] == 1
     assert called["__cudnn$fmhaScaleBiasSoftmaxBackward" if gpu == "a100" else "__cudnn$fmhaSoftmaxBackward"] == 1

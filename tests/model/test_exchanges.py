@@ -25,7 +25,9 @@ def emulated(monkeypatch):
 
 
 @functools.cache
-def layer(k: int, exchange: str, dispatch: str, factor: float, axes: tuple[tuple[str, int], ...], experts="auto"):
+def layer(
+    k: int, exchange: str, dispatch: str, factor: float, axes: tuple[tuple[str, int], ...], experts="auto", rows="xla"
+):
     """Output, dropped count and gradients as a compiled function of (arrays, valid, d_y)."""
     name = "capacity_factor" if dispatch == "capacity" else "buffer_factor"
     config = tiny_config(
@@ -33,7 +35,7 @@ def layer(k: int, exchange: str, dispatch: str, factor: float, axes: tuple[tuple
                "num_experts": EXPERTS, "num_experts_per_tok": k, "dispatch": dispatch, name: factor},
         kernels={"experts": experts},
     )  # fmt: skip
-    runtime = dataclasses.replace(make_runtime(config, mesh_of(**dict(axes))), exchange=exchange)
+    runtime = dataclasses.replace(make_runtime(config, mesh_of(**dict(axes))), exchange=exchange, rows=rows)
     return moe_layer(config, runtime)
 
 
@@ -110,6 +112,16 @@ def test_dropless_drops_nothing(exchange, k, scenario):
         assert load[5] == BATCH * SEQ
     if scenario == "all on one device":
         assert load[2:4].sum() == BATCH * SEQ * min(k, 2)
+
+
+@pytest.mark.parametrize("scenario", ["random", "all on one device", "padding"])
+@pytest.mark.parametrize(("exchange", "devices"), [*((exchange, 4) for exchange in EXCHANGES), ("ragged", 1)])
+def test_kernels_may_move_the_rows(exchange, devices, scenario):
+    """Those for GPUs, step by step."""
+    arrays, valid, _ = example(scenario)
+    ran = which_run(chosen(arrays, valid, 3), 1, BATCH * SEQ * 3)
+    run = layer(3, exchange, "dropless", 0.0, (("expert", devices),), rows="triton")
+    assert check(run, scenario, 3, ran) == 0
 
 
 @pytest.mark.parametrize(
