@@ -7,6 +7,7 @@ from mixtral_jax.config_loading import key_table, load_config, user_path
 from mixtral_jax.console import make_console
 from mixtral_jax.data.sources import find_sources
 from mixtral_jax.distributed.processes import joined
+from mixtral_jax.distributed.supervisor import ONWARD
 
 DEFAULT = Path(__file__).parent / "configs" / "tiny.yaml"
 
@@ -20,7 +21,7 @@ def main(arguments: list[str]) -> None:
     config = load_config(user_path(arguments[0]) if named else DEFAULT, arguments[1:] if named else arguments)
     find_sources(config.data.sources)
     cli.prepare(config.distributed, config.data.cache_dir)
-    with joined(config.distributed):
+    with joined(config.distributed, ONWARD):
         # Heavy imports come after the cheap checks, so that a typing error is told at once.
         from mixtral_jax.training.summary import summarize
         from mixtral_jax.training.trainer import Trainer

@@ -14,6 +14,7 @@ from mixtral_jax.config_loading import home_expanded, load_config, user_path
 from mixtral_jax.data.sources import find_sources
 from mixtral_jax.distributed.cluster import distributed_config
 from mixtral_jax.distributed.processes import joined
+from mixtral_jax.distributed.supervisor import ONWARD
 from mixtral_jax.evaluation.outputs import check_outputs
 from mixtral_jax.weights.destination import check_new, check_release, check_target
 
@@ -177,7 +178,7 @@ def experiment(arguments: list[str]) -> None:
         find_sources(run.config.data.sources)
     first = runs[0].config
     prepare_cpu(first.distributed, first.data.cache_dir)
-    with joined(first.distributed):
+    with joined(first.distributed, ONWARD):
         from mixtral_jax.console import make_console
         from mixtral_jax.evaluation.experiments import outcome, plan
         from mixtral_jax.evaluation.modes import show

@@ -155,15 +155,16 @@ TABLE: dict[tuple[str, str], list[tuple[str, str]]] = {
     ],
     ("weights/destination.py", "weights/test_destinations.py"): [
         ("if directory.is_symlink() and not directory.exists():", "if False:"),
-        ("uuid.uuid4().hex[:8]", "'x'"),
-        ("target == Path.cwd() or", "False and"),
-        ("        shutil.rmtree(partial, ignore_errors=True)\n", ""),
+        ("target == Path.cwd() or", "False and"), ("undo.callback(remove)", "pass"),
+    ],
+    ("whole_files.py", "test_whole_files.py"): [
+        ("if _is_left(left) and", "if"), ("stat.S_ISDIR(found.st_mode) and ", ""), ("os.path.samestat", "max"),
+        ("            file.truncate()\n", ""), ("fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_UN"),
     ],
     ("evaluation/outputs.py", "evaluation/test_outputs.py"): [
         ("direct = target.exists() and not target.is_file()", "direct = False"),
-        ("target = path.resolve()\n    direct", "target = path\n    direct"),
-        ("if target.is_dir():", "if False:"),
-        ("elif not target.parent.is_dir():", "elif False:"),
+        ("target = path.resolve()\n    text", "target = path\n    text"),
+        ("if target.is_dir():", "if False:"), ("elif not target.parent.is_dir():", "elif False:"),
     ],
     ("training/optimizer.py", "training/test_optimizer.py"): [
         ("peak_step = max(0, warmup - 1)", "peak_step = max(0, warmup)"),
@@ -215,9 +216,8 @@ TABLE: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("runs/manifest.py", "runs/test_checkpoint.py"): [
         ("if path.is_file() and path != directory / NAME",
          "if path.is_file() and path != directory / NAME and path.name[0] != \"_\""),
-        ("if digest != expected:", "if False:"),
+        ("if digest != expected:", "if False:"), ("if extra := there.keys() - recorded.keys():", "if False:"),
         ("if (found := there[name].stat().st_size) != size:", "if False:"),
-        ("if extra := there.keys() - recorded.keys():", "if False:"),
     ],
     ("runs/disk.py", "runs/test_checkpoint.py"): [("if free < needed * 1.05:", "if free < needed * 0:")],
     ("runs/checkpoint.py", "runs/test_checkpoint.py"): [

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mixtral_jax.config import UserError
 from mixtral_jax.config_loading import home_expanded
+from mixtral_jax.whole_files import UNFINISHED, flush, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ def building(target: Path) -> Iterator[Path]:
 
     Leftovers of a builder that was killed, and a `target` that is no longer good, are removed.
     """
-    partial = target.with_name(target.name + ".partial")
+    partial = target.with_name(target.name + UNFINISHED)
     with explained(target.parent):
         try:
             for stale in (partial, target):
@@ -104,20 +105,5 @@ def altered_file(directory: Path, sha256: Mapping[str, str], stamps: Path) -> st
 
 def write_file(target: Path, data: bytes) -> None:
     """Writes a whole file or nothing."""
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     with explained(target.parent):
-        try:
-            partial.write_bytes(data)
-            flush(partial)
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
-
-
-def flush(path: Path) -> None:
-    """Brings a file or a directory's entries to the disk, so that a rename never outlives the data."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        write_whole(target, data)

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from mixtral_jax.config import DistributedConfig, UserError
 from mixtral_jax.distributed.cluster import START_TIMEOUT, Cluster, find_cluster, launched_as, may_be_several
-from mixtral_jax.distributed.supervisor import GIVEN_UP, RESTART, supervise
+from mixtral_jax.distributed.supervisor import ANEW, GIVEN_UP, supervise
 from mixtral_jax.distributed.watchdog import ROOT, USER_ERROR, Watchdog
 
 T = TypeVar("T")
@@ -63,10 +63,14 @@ def speaks() -> bool:
 
 
 @contextlib.contextmanager
-def joined(config: DistributedConfig) -> Iterator[None]:
+def joined(config: DistributedConfig, restart: str = ANEW) -> Iterator[None]:
     """Joins the other processes, if there are any, for as long as it is entered; call it before any use of devices.
 
     Process 0 alone keeps its standard output. An error in any process ends all of them, with one sentence.
+
+    Args:
+        config: who the others are, if no launcher says so.
+        restart: what to do when a process is lost.
 
     Raises:
         UserError: the processes did not find each other.
@@ -74,13 +78,13 @@ def joined(config: DistributedConfig) -> Iterator[None]:
     global _joined, _speaks
     cluster = None
     if may_be_several(config, os.environ):
-        supervise()
+        supervise(restart)
         cluster = find_cluster(config, os.environ)
     _speaks = True  # alone, or about things that another process may not even see
     if cluster is None:
         yield
         return
-    _joined = mine = _connect(cluster, config)
+    _joined = mine = _connect(cluster, config, restart)
     try:
         yield
         barrier()  # what one still does, the others must wait for
@@ -93,7 +97,7 @@ def joined(config: DistributedConfig) -> Iterator[None]:
     jax.distributed.shutdown()
 
 
-def _connect(cluster: Cluster, config: DistributedConfig) -> _Joined:
+def _connect(cluster: Cluster, config: DistributedConfig, restart: str) -> _Joined:
     import jax
     from jax._src.distributed import global_state  # the one way to its key-value store
 
@@ -122,7 +126,7 @@ def _connect(cluster: Cluster, config: DistributedConfig) -> _Joined:
         logging.disable(logging.WARNING)
     watchdog = Watchdog(
         global_state.client, cluster.process_id, cluster.num_processes,
-        heartbeat_timeout=config.heartbeat_timeout, step_timeout=config.step_timeout,
+        heartbeat_timeout=config.heartbeat_timeout, step_timeout=config.step_timeout, restart=restart,
     )  # fmt: skip
     watchdog.start()
     return _Joined(global_state.client, cluster.process_id, cluster.num_processes, watchdog)
@@ -141,7 +145,8 @@ def _end_all(mine: _Joined, error: BaseException) -> None:
     traceback.print_exception(error)
     who = f"process {mine.process} on {socket.gethostname()}"
     first_line = (str(error).strip() or "no message").splitlines()[0]
-    text = f"{who} failed with {type(error).__name__}: {first_line}; its log has the traceback; fix it and {RESTART}"
+    remedy = f"its log has the traceback; fix it and {mine.watchdog.restart}"
+    text = f"{who} failed with {type(error).__name__}: {first_line}; {remedy}"
     mine.watchdog.end_all(code, text)
 
 

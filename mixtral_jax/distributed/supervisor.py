@@ -13,13 +13,17 @@ import sys
 from types import FrameType
 
 GIVEN_UP = 75  # exit code (EX_TEMPFAIL) of a process that is whole itself: the same command, started again, goes on
-RESTART = "start the same command again: it goes on from the newest checkpoint"
+ANEW = "start the same command again"  # what to do where nothing was kept
+ONWARD = f"{ANEW}: it goes on from the newest checkpoint"
 
 
-def supervise() -> None:
+def supervise(restart: str) -> None:
     """Forks and returns in the child alone; the parent passes signals on, waits, and exits as the child did.
 
     Call it before anything starts threads.
+
+    Args:
+        restart: what to do when the cause is mended.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -42,20 +46,20 @@ def supervise() -> None:
     if code < 0 and -code in asked:
         code = 128 - code
     elif code < 0:
-        print(f"error: {_explain(-code)}", file=sys.stderr, flush=True)
+        print(f"error: {_explain(-code, restart)}", file=sys.stderr, flush=True)
         code = GIVEN_UP
     os._exit(code)
 
 
-def _explain(number: int) -> str:
+def _explain(number: int, restart: str) -> str:
     here = f"the process on {socket.gethostname()}"
     if number == signal.SIGABRT:
         return (
             f"{here} was ended because another process, or the connection to it, was lost (see the message of JAX "
-            f"above): find the first error in the logs of all processes, then {RESTART}"
+            f"above): find the first error in the logs of all processes, then {restart}"
         )
     cause = "; was it out of memory?" if number == signal.SIGKILL else ""
-    return f"{here} was ended by {signal.Signals(number).name}{cause}: fix the cause, then {RESTART}"
+    return f"{here} was ended by {signal.Signals(number).name}{cause}: fix the cause, then {restart}"
 
 
 def _die_with(parent: int) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mixtral_jax.distributed.supervisor import GIVEN_UP, RESTART
+from mixtral_jax.distributed.supervisor import ANEW, GIVEN_UP
 
 ROOT = "mixtral_jax/"
 USER_ERROR = 2
@@ -38,7 +38,16 @@ class Verdict:
 class Watchdog:
     """Watches one process and, in process 0, all; a thread from `start` to `stop`."""
 
-    def __init__(self, client: Any, process: int, count: int, *, heartbeat_timeout: float, step_timeout: float):
+    def __init__(
+        self,
+        client: Any,
+        process: int,
+        count: int,
+        *,
+        heartbeat_timeout: float,
+        step_timeout: float,
+        restart: str = ANEW,
+    ):
         """Starts nothing yet.
 
         Args:
@@ -47,9 +56,11 @@ class Watchdog:
             count: of all processes.
             heartbeat_timeout: seconds without a sign of life after which a process counts as lost.
             step_timeout: seconds without `progress`, once there was some, after which the run counts as hung.
+            restart: what to do then.
         """
         self._client, self._process, self._count = client, process, count
         self._heartbeat_timeout, self._step_timeout = heartbeat_timeout, step_timeout
+        self.restart = restart
         self._period = min(5.0, heartbeat_timeout / 6)
         self._begun = 0  # steps that this process has started
         self._progress: float | None = None  # when one was last finished
@@ -135,7 +146,7 @@ class Watchdog:
         who = _names({process: signs[process][0] for process in lost})
         text = (
             f"{who} gave no sign of life for {self._heartbeat_timeout:g} seconds: killed, out of memory, frozen or cut "
-            f"off; look at its log, then {RESTART}"
+            f"off; look at its log, then {self.restart}"
         )
         return self._announce(Verdict(GIVEN_UP, text, self._process, lost=len(lost)))
 
@@ -150,7 +161,7 @@ class Watchdog:
         if len(behind) < len(begun):
             step = max(1, min(begun.values()))
             text += f"; {_names(behind)} hangs in or before step {step}, the others wait for it"
-        return self._announce(Verdict(GIVEN_UP, f"{text}; {RESTART}", self._process))
+        return self._announce(Verdict(GIVEN_UP, f"{text}; {self.restart}", self._process))
 
     def _read_signs(self) -> dict[int, str]:
         entries = self._client.key_value_dir_get(f"{ROOT}alive/")

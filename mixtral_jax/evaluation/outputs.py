@@ -5,10 +5,12 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mixtral_jax.config import UserError
+from mixtral_jax.whole_files import write_whole
 
 
 def check_outputs(json_file: Path | None, plots: Path | None) -> None:
@@ -56,13 +58,9 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         UserError: the file cannot be written.
     """
     target = path.resolve()
+    text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     direct = target.exists() and not target.is_file()
-    fresh = target if direct else target.with_name(f"{target.name}.tmp")
     try:
-        fresh.write_text(json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
-        if not direct:
-            os.replace(fresh, target)
+        (target.write_bytes if direct else partial(write_whole, target))(text.encode())
     except OSError as error:
-        if not direct:
-            fresh.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error.strerror}; give another file to --json") from None

@@ -25,9 +25,10 @@ from mixtral_jax.distributed.processes import barrier, is_main, take_turn
 from mixtral_jax.runs.disk import check_room, explain
 from mixtral_jax.runs.filling import fill
 from mixtral_jax.runs.manifest import NAME as MANIFEST
-from mixtral_jax.runs.manifest import Digests, find_damage, hashing, write_atomically, write_manifest
+from mixtral_jax.runs.manifest import Digests, find_damage, hashing, write_manifest
 from mixtral_jax.runs.sources import Source, StoredArrays
 from mixtral_jax.runs.streaming import named_leaves, read_arrays, save_args
+from mixtral_jax.whole_files import write_whole
 
 # Orbax tells of every step it takes, and of a failure in stack traces; we raise what a person needs to know.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -131,7 +132,7 @@ class Checkpoints:
             shutil.rmtree(bundle)
         bundle.mkdir()
         for name, content in files.items():
-            write_atomically(bundle / name, content)
+            write_whole(bundle / name, content)
 
     def wait(self) -> None:
         """Waits until the last save is finished and sealed.

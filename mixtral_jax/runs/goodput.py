@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from mixtral_jax.config import UserError
 from mixtral_jax.distributed.processes import is_main
-from mixtral_jax.runs.manifest import write_atomically
+from mixtral_jax.whole_files import write_whole
 
 FILE = "goodput.json"
 PERIOD = 10.0  # seconds between two writes; what a kill leaves unwritten is `down`
@@ -124,7 +124,7 @@ class Goodput:
         if is_main():
             account = {"starts": self._starts, "seconds": self._seconds, "marks": self._marks, "written": time.time()}
             try:
-                write_atomically(self._file, json.dumps(account).encode())
+                write_whole(self._file, json.dumps(account).encode())
             except OSError as error:
                 raise UserError(
                     f"cannot write {self._file}: {error.strerror}; fix that and start the same command again, it goes "

@@ -2,33 +2,18 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from mixtral_jax.data.cache_files import flush
 from mixtral_jax.distributed.processes import take_turn, with_all, work_on
+from mixtral_jax.whole_files import flush, write_whole
 
 NAME = "manifest.json"
 
 T = TypeVar("T")
 Digests = Callable[[list[str]], list[str]]  # of files by name
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all, on disk when the call returns."""
-    fresh = path.with_name(path.name + ".tmp")
-    try:
-        with fresh.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, path)
-    except OSError:
-        fresh.unlink(missing_ok=True)
-        raise
 
 
 def _digest(file: str) -> str:
@@ -62,7 +47,7 @@ def write_manifest(directory: Path, digests: Digests = ALONE) -> None:
         file.relative_to(directory).as_posix(): {"bytes": file.stat().st_size, "sha256": digest}
         for file, digest in zip(files, _ordered(files, digests), strict=True)
     }
-    write_atomically(directory / NAME, json.dumps(facts, indent=1).encode())
+    write_whole(directory / NAME, json.dumps(facts, indent=1).encode())
 
 
 def fingerprint(directory: Path) -> str | None:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from mixtral_jax.config import UserError
+from mixtral_jax.whole_files import replacing
 
 Vectors = Mapping[str, Shaped[np.ndarray, "..."]]  # values of a step that are no scalars, by name
 
@@ -36,10 +36,8 @@ class MetricsFile:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():
-                fresh = path.with_suffix(".tmp")
-                with fresh.open("wb") as file:
+                with replacing(path) as file:
                     file.writelines(_line(entry) for entry in read_metrics(path) if 0 < resume_step >= entry["step"])
-                os.replace(fresh, path)
             self._file = path.open("ab", buffering=0)  # a buffer would hold back lines and fail again at closing
         except OSError as error:
             raise self._unwritable(error) from None

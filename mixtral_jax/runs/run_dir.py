@@ -10,7 +10,7 @@ from types import TracebackType
 from mixtral_jax.config import RESUMABLE_KEYS, Config, UserError
 from mixtral_jax.config_loading import changed_keys, parse_config, to_yaml, value_of
 from mixtral_jax.distributed.processes import is_main
-from mixtral_jax.runs.manifest import write_atomically
+from mixtral_jax.whole_files import UNFINISHED, write_whole
 
 CONFIG = "config.yaml"
 LOCK = "lock"
@@ -49,7 +49,7 @@ class RunDirectory:
         path = self.path
         try:
             path.mkdir(parents=True, exist_ok=True)
-            foreign = [entry.name for entry in path.iterdir() if entry.name != LOCK]
+            foreign = [entry.name for entry in path.iterdir() if entry.name not in (LOCK, CONFIG + UNFINISHED)]
             if foreign and not _is_run(path):
                 raise UserError(
                     f"run_dir {path} holds {min(foreign)} and no run: name a new or empty directory as run_dir"
@@ -79,7 +79,7 @@ class RunDirectory:
         if not is_main():
             return
         try:
-            write_atomically(self.path / CONFIG, (MARK + to_yaml(self.config)).encode())
+            write_whole(self.path / CONFIG, (MARK + to_yaml(self.config)).encode())
         except OSError as error:
             raise self._unwritable(error) from None
 

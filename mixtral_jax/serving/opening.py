@@ -11,6 +11,7 @@ from mixtral_jax.evaluation.loading import LoadedModel, load_model
 from mixtral_jax.inference.holding import hold_weights, size_of
 from mixtral_jax.weights.checkpoints import import_checkpoint
 from mixtral_jax.weights.files import holds_release
+from mixtral_jax.whole_files import make_place
 
 
 @contextlib.contextmanager
@@ -29,10 +30,12 @@ def open_model(checkpoint: str, overrides: list[str], weights: str = "") -> Iter
     if not holds_release(path):
         yield _held(load_model(checkpoint, overrides, packed=False), weights)
         return
-    with tempfile.TemporaryDirectory(prefix="mixtral_jax_import_") as directory:
-        imported = Path(directory) / "import"
+    imported, remove = make_place(Path(tempfile.gettempdir()) / "mixtral_jax_import")
+    try:
         import_checkpoint(path, imported, overrides)
         yield _held(load_model(str(imported), overrides, packed=False), weights)
+    finally:
+        remove()
 
 
 def _held(loaded: LoadedModel, weights: str) -> LoadedModel:

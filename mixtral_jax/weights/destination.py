@@ -2,15 +2,13 @@
 
 import importlib.util
 import os
-import shutil
-import time
-import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from mixtral_jax.config import UserError
 from mixtral_jax.distributed.processes import barrier, from_main, is_main, undone
+from mixtral_jax.whole_files import make_place
 
 
 @contextmanager
@@ -35,6 +33,7 @@ def new_directory(directory: Path) -> Iterator[Path]:
         barrier()
         return
     with _beside(directory) as (partial, target):
+        partial.mkdir()
         yield Path(from_main(lambda: str(partial)))
         barrier()
         os.rename(partial, target)  # takes the place of an empty directory, never of a full one
@@ -46,35 +45,33 @@ def new_file(file: Path) -> Iterator[Path]:
     """Names a file that nobody else has, to be written, and renames it when that is done; see `new_directory`."""
     check_new_file(file)
     with _beside(file) as (partial, target):
-        yield partial / target.name
+        yield partial
         check_new_file(file)
-        os.rename(partial / target.name, target)
+        os.rename(partial, target)
 
 
 @contextmanager
 def _beside(path: Path) -> Iterator[tuple[Path, Path]]:
-    """Makes a directory of a unique name where a path will be, and in the end leaves nothing that was made for it."""
+    """Names another place where a path will be, and in the end leaves nothing that was made for it."""
     target = path.resolve()
-    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
     above = [parent for parent in target.parents if not parent.exists()]
-
-    def remove() -> None:
-        for _ in range(10):  # threads may still write into it
-            shutil.rmtree(partial, ignore_errors=True)
-            if not partial.exists():
-                break
-            time.sleep(0.1)
-        for parent in above:
-            if parent.exists() and not any(parent.iterdir()):
-                parent.rmdir()
-
-    with undone(remove):
+    undo = ExitStack()
+    undo.callback(_remove_empty, above)
+    with undone(undo.close):
         try:
-            partial.mkdir(parents=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial, remove = make_place(target.with_name(f".{target.name}"))
+            undo.callback(remove)
             yield partial, target
         except OSError as error:
             why = error.strerror or error
             raise UserError(f"cannot write {path} ({why}): free some space or name another one") from None
+
+
+def _remove_empty(directories: list[Path]) -> None:
+    for directory in directories:
+        if directory.exists() and not any(directory.iterdir()):
+            directory.rmdir()
 
 
 def check_release(directory: Path) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from mixtral_jax.config import ModelConfig, UserError
-from mixtral_jax.data.cache_files import flush
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.distributed.processes import is_main, take_turn, with_all
 from mixtral_jax.model.mixtral import Arrays
@@ -23,6 +22,7 @@ from mixtral_jax.weights.released_config import describe_hf, describe_mistral
 from mixtral_jax.weights.safetensors_files import SafetensorsWriter
 from mixtral_jax.weights.stored import FILE_TYPES, FileType
 from mixtral_jax.weights.torch_files import TorchWriter
+from mixtral_jax.whole_files import flush
 
 EXPORT_FORMATS: tuple[FormatName, ...] = ("hf", "hf-fused", "mistral", "mistral-fused")
 SHARD_BYTES = 5 * 10**9  # of one Hugging Face file, at most, if no tensor is larger

@@ -121,7 +121,7 @@ def test_before_the_first_step_and_after_the_last_nothing_is_late(group):
 def test_a_mistake_is_told_by_process_0_alone_whoever_made_it(group, capfd):
     dogs, left = group(3)
     time.sleep(HEARTBEAT / 2)
-    threading.Thread(target=dogs[1].end_all, args=(2, "the file is missing"), name="main of 1").start()
+    threading.Thread(target=dogs[1].end_all, args=(2, "the file is missing"), name="main of 1", daemon=True).start()
     wait_until_left(left, 0, 1, 2)
     assert set(left.values()) == {2}
     (line,) = capfd.readouterr().err.splitlines()
@@ -131,7 +131,8 @@ def test_a_mistake_is_told_by_process_0_alone_whoever_made_it(group, capfd):
 def test_a_mistake_of_all_is_told_once(group, capfd):
     dogs, left = group(2)
     for number, dog in enumerate(dogs):
-        threading.Thread(target=dog.end_all, args=(2, "the mesh is wrong"), name=f"main of {number}").start()
+        end = {"target": dog.end_all, "args": (2, "the mesh is wrong"), "name": f"main of {number}"}
+        threading.Thread(**end, daemon=True).start()
     wait_until_left(left, 0, 1)
     assert set(left.values()) == {2}
     assert capfd.readouterr().err == "error: the mesh is wrong\n"

@@ -23,7 +23,7 @@ def test_links_are_written_through(tmp_path: Path) -> None:
         write_json(tmp_path / link, NUMBERS)
         assert (tmp_path / link).is_symlink()
         assert json.loads((tmp_path / target).read_text(encoding="utf-8")) == NUMBERS
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert not list(tmp_path.rglob("*.partial"))
 
 
 def test_a_pipe_gets_the_text(tmp_path: Path) -> None:

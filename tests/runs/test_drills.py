@@ -315,6 +315,14 @@ def test_an_old_checkpoint_that_cannot_be_removed_costs_no_new_one(checkpoints, 
     assert checkpoints.steps() == [3, 4]
 
 
+def test_a_run_that_was_killed_before_it_had_a_configuration_starts(tmp_path):
+    with RunDirectory(tmp_path / "run", tiny_config()):
+        (tmp_path / "run" / "config.yaml.partial").write_text("# Every")
+    with RunDirectory(tmp_path / "run", tiny_config()) as run:
+        run.write_config()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
+
+
 def test_a_file_system_without_locks_is_one_sentence(tmp_path, monkeypatch):
     def refuse(file, operation):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))

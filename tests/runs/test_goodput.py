@@ -108,6 +108,6 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
     def full(path, content):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(goodput, "write_atomically", full)
+    monkeypatch.setattr(goodput, "write_whole", full)
     with pytest.raises(UserError, match=r"cannot write .*goodput.json: No space left on device; .* newest checkpoint"):
         goodput.Goodput(tmp_path, 0, 0.0)

@@ -27,8 +27,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.drills]
 CONFIG = small(num_layers=5)  # more than one file of the fused Mistral format
 
 
-def take_part(number: int, port: int, directory: Path, arguments: list[str], hangs: bool) -> None:
-    """Is one of two processes that run a verb; one that hangs says so in a file, once it has begun its work."""
+def take_part(number: int, directory: Path, arguments: list[str], hangs: bool) -> None:
+    """Is a process that runs a verb, and one that hangs says so in a file, once it has begun its work."""
 
     def hang(*_: Any) -> None:
         (directory / "hangs").touch()
@@ -39,10 +39,15 @@ def take_part(number: int, port: int, directory: Path, arguments: list[str], han
     if hangs:
         setattr(ReleasedArrays, "block", hang)  # noqa: B010
         setattr(SafetensorsWriter, "write", hang)  # noqa: B010
-    keys = {"coordinator": f"127.0.0.1:{port}", "num_processes": 2, "process_id": number}
-    keys["heartbeat_timeout"] = HEARTBEAT
-    sys.argv = ["mixtral_jax", *arguments, *(f"distributed.{key}={value}" for key, value in keys.items())]
+    sys.argv = ["mixtral_jax", *arguments]
     program.start()
+
+
+def wait_for(file: Path) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not file.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 class Two:
@@ -52,8 +57,10 @@ class Two:
         directory.mkdir()
         self.directory, port, self.all = directory, free_port(), []
         for number in range(2):
-            facts = (number, port, directory, [str(argument) for argument in arguments], number == hangs)
-            self.all.append(fork(take_part, *facts, **on_devices()))
+            keys = {"coordinator": f"127.0.0.1:{port}", "num_processes": 2, "process_id": number}
+            keys["heartbeat_timeout"] = HEARTBEAT
+            words = [*map(str, arguments), *(f"distributed.{key}={value}" for key, value in keys.items())]
+            self.all.append(fork(take_part, number, directory, words, number == hangs, **on_devices()))
 
     def read(self, name: str) -> str:
         return without_noise((self.directory / name).read_text())
@@ -120,10 +127,7 @@ def test_a_lost_process_leaves_nothing(source: Path, tmp_path: Path, verb: str) 
         "export": ("export", source / "alone", tmp_path / "new" / "place", "--format", "hf"),
     }[verb]
     two = Two(tmp_path / "log", *arguments, hangs=1)
-    deadline = time.monotonic() + PATIENCE
-    while not (tmp_path / "log" / "hangs").exists():
-        assert time.monotonic() < deadline, two.read("0.err")
-        time.sleep(0.05)
+    wait_for(tmp_path / "log" / "hangs")
     assert list((tmp_path / "new").iterdir())  # some of it is there, under another name
     assert not (tmp_path / "new" / "place").exists()
     (child,) = Path(f"/proc/{two.all[1].pid}/task/{two.all[1].pid}/children").read_text().split()
@@ -132,8 +136,29 @@ def test_a_lost_process_leaves_nothing(source: Path, tmp_path: Path, verb: str) 
     said = two.read("0.err")
     assert said.startswith("error: process 1 on "), said
     assert said.count("\n") == 1, said
-    assert "gave no sign of life" in said
+    assert said.endswith(
+        "; look at its log, then start the same command again\n"
+    )  # there is no checkpoint to go on from
     assert [path.name for path in tmp_path.iterdir()] == ["log"]
+
+
+@pytest.mark.parametrize("verb", ["import", "export"])
+def test_what_a_killed_process_leaves_goes_at_the_next_start(
+    source: Path, tmp_path: Path, verb: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    arguments = {
+        "import": [str(source / "hf"), str(tmp_path / "place")],
+        "export": [str(source / "alone"), str(tmp_path / "place"), "--format", "hf"],
+    }[verb]
+    (tmp_path / "log").mkdir()
+    alone = fork(take_part, 0, tmp_path / "log", [verb, *arguments], True, **on_devices())
+    wait_for(tmp_path / "log" / "hangs")
+    alone.kill()
+    alone.join()
+    (left,) = (path for path in tmp_path.iterdir() if path.name != "log")
+    VERBS[verb](arguments)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "place"]
+    assert f"removed {left}, which a killed process had left" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["gguf", "peft"])
