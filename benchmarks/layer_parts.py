@@ -61,7 +61,8 @@ def products(options: Options) -> None:
         if name in GROUPED:
             module = importlib.import_module(GROUPED[name])
             gmm = jax.jit(partial(module.gmm, **settings), static_argnames="transposed")
-            tgmm = jax.jit(partial(module.tgmm, dtype=BFLOAT16, **settings))
+            result = module.Scaling(BFLOAT16) if name == "hopper" else BFLOAT16
+            tgmm = jax.jit(lambda x, y, sizes, run=module.tgmm, result=result: run(x, y, sizes, result, **settings))
             back = partial(gmm, transposed=True)
             time_it(f"{name}, forward up", gmm, [(x, w_up)], whole, flops=flops, dense=up)
             time_it(f"{name}, forward down", gmm, [(y, w_down)], whole, flops=flops, dense=down)

@@ -1,13 +1,15 @@
 """The SwiGLU experts over rows that are sorted by expert: work for the chosen experts only; see `backends`."""
 
-from typing import NamedTuple, TypeVar
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from mixtral_jax.kernels.backends import load
+from mixtral_jax.kernels.backends import find, load
+from mixtral_jax.kernels.permutation import collect_rows, dispatch_rows, pad_groups
 from mixtral_jax.kernels.quantized import EightBitProduct, quantized_ffn
 from mixtral_jax.kernels.stored import StoredExperts
 
@@ -57,7 +59,7 @@ class ExpertOptions(NamedTuple):
 
     backend: str  # of the table, but for `StoredExperts`; or `equal`, which requires groups of rows / experts each
     block_sizes: tuple[int, ...] = ()  # rows of the blocks of `grouped_blocks`, largest first
-    interpret: bool = False  # run a kernel of the platform step by step, on a CPU
+    interpret: Any = False  # run a kernel of the platform step by step, on a CPU
     eight_bit: DTypeLike | None = None  # type that the products' factors are rounded to, see `quantized`
     decoding: str = "stored"  # backend for `StoredExperts`
     row_multiple: int = 1  # what divides all group sizes; their padding rows are zero
@@ -86,8 +88,7 @@ def expert_ffn(
     if isinstance(stack, StoredExperts):
         return load("decoding", decoding).stored_ffn(rows, sizes, stack)  # type: ignore[no-any-return]
     if eight_bit is not None:
-        product = EightBitProduct(eight_bit, backend, block_sizes[0] if block_sizes else 0, interpret)
-        return quantized_ffn(rows, sizes, w_gate, w_up, w_down, product)
+        return _eight_bit_ffn(rows, sizes, weights._replace(carried=None), options)[0]
     if backend == "equal":
         x = rows.reshape(w_gate.shape[0], -1, rows.shape[1])
         gate, up = jnp.einsum("ecd,edf->ecf", x, w_gate), jnp.einsum("ecd,edf->ecf", x, w_up)
@@ -116,9 +117,27 @@ def carrying_ffn(
     options: ExpertOptions,
 ) -> tuple[Float[Array, "rows d_model"], Carried]:
     """Computes `expert_ffn` and hands on what is carried; for backends that write gradients where they lie."""
-    sizes, engine = group_sizes.astype(jnp.int32), load("experts", options.backend)
+    sizes = group_sizes.astype(jnp.int32)
+    if options.eight_bit is not None:
+        return _eight_bit_ffn(rows, sizes, weights, options)
+    engine = load("experts", options.backend)
     out, carried = engine.carrying_ffn(rows, sizes, weights, row_multiple=options.row_multiple)
     return out, carried
+
+
+def _eight_bit_ffn(rows: Array, sizes: Array, weights: ExpertWeights, options: ExpertOptions) -> tuple[Array, Any]:
+    """Pads groups of rows as the backend would have them, and computes in 8 bits."""
+    block_size = options.block_sizes[0] if options.block_sizes else 0
+    assert options.eight_bit is not None
+    product = EightBitProduct(options.eight_bit, options.backend, block_size, options.interpret)
+    layer = weights.stack.layer if isinstance(weights.stack, ExpertStack) else None
+    run = partial(quantized_ffn, weights=weights[:3], product=product, carried=weights.carried, layer=layer)
+    multiple = 1 if options.backend == "equal" else find("experts", options.backend).row_multiple
+    if options.row_multiple % multiple == 0:
+        return run(rows, sizes)
+    padding = pad_groups(sizes, rows.shape[0], multiple)
+    out, carried = run(dispatch_rows(rows, padding.source, padding.place), padding.sizes)
+    return collect_rows(out, padding.source, padding.place), carried
 
 
 @jax.custom_vjp

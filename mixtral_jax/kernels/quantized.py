@@ -2,8 +2,8 @@
 
 A factor is divided by scales and rounded to whole numbers or short floats: a scale for each row of activations, for
 each column of an expert's weights. A gradient passes the rounding as if it were not there (straight through), is
-divided by scales along what its own product sums, and is rounded in its turn. Sums are float32, or exact. Megablox
-multiplies 8-bit numbers in bfloat16, which holds them all: on a TPU nothing is faster for it.
+divided by scales along what its own product sums, and is rounded in its turn. Sums are float32, or exact. Only Hopper's
+kernels and XLA multiply in 8 bits; Triton's and megablox multiply in bfloat16, which holds all such numbers.
 """
 
 from dataclasses import dataclass
@@ -12,12 +12,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
 
 from mixtral_jax.kernels.backends import load
 from mixtral_jax.precision import EIGHT_BIT_CARRIER, FULL
 
+IN_CARRIER = ("triton", "megablox")  # multiply in `EIGHT_BIT_CARRIER`
 WEIGHT_GRADIENTS = jax.lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
 )
@@ -25,34 +27,71 @@ WEIGHT_GRADIENTS = jax.lax.RaggedDotDimensionNumbers(
 
 @dataclass(frozen=True)
 class EightBitProduct:
-    """Products of 8-bit factors by one backend of `expert_ffn`: numbers without their scales in, float32 sums out."""
+    """Products of 8-bit factors by one backend of `expert_ffn`, multiplied with their scales."""
 
     dtype: DTypeLike  # of the factors
-    backend: str  # grouped_blocks, ragged_dot, megablox or equal
+    backend: str  # grouped_blocks, ragged_dot, triton, hopper, megablox or equal
     block_size: int  # rows of a block of `grouped_blocks`
-    interpret: bool
+    interpret: Any  # run a kernel of the platform step by step, on a CPU: a flag, for `hopper` how
 
     def quantize(self, x: Float[Array, "..."], axes: tuple[int, ...]) -> Any:
         """Rounds to 8 bits; every index along `axes` has a scale of its own."""
         import qwix  # takes a second, which only who needs it shall wait for
 
+        if self.backend == "hopper":  # or XLA would write everything transposed that leads to a transposed factor
+            x = with_layout_constraint(x, Layout(tuple(range(x.ndim))))
         # To the end of the type: by itself qwix puts the largest at 127.5, where its sign decides how it is rounded.
         method = f"absmax,{127.5 / 127}" if self._whole() else "absmax"
         return qwix.quantize(x.astype(FULL), self.dtype, channelwise_axes=axes, calibration_method=method)
 
     def rows(
-        self, x: Num[Array, "rows k"], weights: Num[Array, "experts k n"], sizes: Int[Array, " experts"]
+        self,
+        x: Num[Array, "rows k"],
+        weights: Num[Array, "experts k n"],
+        sizes: Int[Array, " experts"],
+        row_scales: Float[Array, "rows 1"],
+        column_scales: Float[Array, "experts 1 n"] | None,
+        dtype: DTypeLike,
     ) -> Float[Array, "rows n"]:
-        """[rows, k] and [experts, k, n] to [rows, n], each row with its expert."""
+        """[rows, k] and [experts, k, n] to [rows, n] of that type, each row with its expert; zeros in padding rows."""
+        if self.backend == "hopper":
+            scales = row_scales, column_scales
+            out: Array = load("experts", "hopper").multiply_8_bits(x, weights, sizes, scales, dtype, self.interpret)
+            return out
+        sums = self._row_sums(x, weights, sizes) * row_scales
+        sums = sums if column_scales is None else sums * _of_rows(column_scales, sizes, sums.shape[0])
+        return _used(sums, sizes).astype(dtype)
+
+    def weights(
+        self,
+        x: Num[Array, "rows k"],
+        y: Num[Array, "rows n"],
+        sizes: Int[Array, " experts"],
+        column_scales: Float[Array, "1 n"],
+        into: tuple[Float[Array, "matrices k n"], Int[Array, ""]] | None,
+        dtype: DTypeLike,
+    ) -> Float[Array, "matrices k n"]:
+        """[rows, k] and [rows, n] to [experts, k, n] of that type, summed over each expert's rows.
+
+        `into`, which `hopper` knows, are matrices to write over, and the place of the first expert's.
+        """
+        if self.backend == "hopper":
+            engine = load("experts", "hopper")
+            out: Array = engine.outer_products_8_bits(x, y, sizes, column_scales, into, dtype, self.interpret)
+            return out
+        assert into is None
+        return (self._weight_sums(x, y, sizes) * column_scales).astype(dtype)
+
+    def _row_sums(self, x: Array, weights: Array, sizes: Array) -> Array:
         if self.backend == "equal":
             by_expert = self._dot(x.reshape(weights.shape[0], -1, x.shape[1]), weights, ((2,), (1,)), True)
             return by_expert.reshape(x.shape[0], -1)
         if self.backend == "ragged_dot":
             return jax.lax.ragged_dot(x, weights, sizes, preferred_element_type=self._sums()).astype(FULL)
-        if self.backend == "megablox":
+        if self.backend in IN_CARRIER:
             x, weights = x.astype(EIGHT_BIT_CARRIER), weights.astype(EIGHT_BIT_CARRIER)
-            out: Array = load("experts", self.backend).multiply(x, weights, sizes, FULL, self.interpret)
-            return out
+            sums: Array = load("experts", self.backend).multiply(x, weights, sizes, FULL, self.interpret)
+            return sums
 
         spilling = jnp.pad(x, ((0, self.block_size), (0, 0)))
 
@@ -69,10 +108,7 @@ class EightBitProduct:
         zeros = jnp.zeros((spilling.shape[0], weights.shape[2]), FULL)
         return jax.lax.scan(expert, zeros, (_starts(sizes), sizes, weights))[0][: x.shape[0]]
 
-    def weights(
-        self, x: Num[Array, "rows k"], y: Num[Array, "rows n"], sizes: Int[Array, " experts"]
-    ) -> Float[Array, "experts k n"]:
-        """[rows, k] and [rows, n] to [experts, k, n], summed over each expert's rows."""
+    def _weight_sums(self, x: Array, y: Array, sizes: Array) -> Array:
         experts = sizes.shape[0]
         if self.backend == "equal":
             x, y = (a.reshape(experts, -1, a.shape[1]) for a in (x, y))
@@ -80,7 +116,7 @@ class EightBitProduct:
         if self.backend == "ragged_dot":
             sums = jax.lax.ragged_dot_general(x, y, sizes, WEIGHT_GRADIENTS, preferred_element_type=self._sums())
             return sums.astype(FULL)
-        if self.backend == "megablox":
+        if self.backend in IN_CARRIER:
             x, y = x.astype(EIGHT_BIT_CARRIER), y.astype(EIGHT_BIT_CARRIER)
             sums = load("experts", self.backend).outer_products(x, y, sizes, FULL, self.interpret)
             return sums
@@ -117,41 +153,63 @@ class EightBitProduct:
 def quantized_ffn(
     rows: Float[Array, "rows d_model"],
     group_sizes: Int[Array, " experts"],
-    w_gate: Float[Array, "experts d_model d_ff"],
-    w_up: Float[Array, "experts d_model d_ff"],
-    w_down: Float[Array, "experts d_ff d_model"],
+    weights: tuple[Array, Array, Array],
     product: EightBitProduct,
-) -> Float[Array, "rows d_model"]:
+    carried: tuple[Array, Array, Array] | None = None,
+    layer: Int[Array, ""] | None = None,
+) -> tuple[Float[Array, "rows d_model"], Any]:
     """Computes w_down(silu(w_gate x) * w_up x) with each row's expert in products of 8-bit factors; see `expert_ffn`.
 
+    Args:
+        rows: sorted by expert.
+        group_sizes: rows of each expert.
+        weights: w_gate and w_up [experts, d_model, d_ff], w_down [experts, d_ff, d_model].
+        product: who multiplies, and in which type.
+        carried: the same of all layers, where gradients are to be written; see `ExpertWeights`.
+        layer: this one's number.
+
     Returns:
-        One output a row; zero for padding rows.
+        One output a row, zero for padding rows; and what is carried.
     """
     if product.backend == "equal":
-        group_sizes = jnp.full(w_gate.shape[0], rows.shape[0] // w_gate.shape[0], jnp.int32)
-    gate, up = _multiply(rows, w_gate, group_sizes, product), _multiply(rows, w_up, group_sizes, product)
-    return _multiply(jax.nn.silu(gate) * up, w_down, group_sizes, product)
+        group_sizes = jnp.full(weights[0].shape[0], rows.shape[0] // weights[0].shape[0], jnp.int32)
+    places = carried or (None, None, None)
+    multiply = partial(_multiply, product)
+    gate, to_gate = multiply(rows, weights[0], group_sizes, places[0], layer)
+    up, to_up = multiply(rows, weights[1], group_sizes, places[1], layer)
+    out, to_down = multiply(jax.nn.silu(gate) * up, weights[2], group_sizes, places[2], layer)
+    return out, carried and (to_gate, to_up, to_down)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _multiply(rows: Array, weights: Array, sizes: Array, product: EightBitProduct) -> Array:
-    return _forward(rows, weights, sizes, product)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _multiply(
+    product: EightBitProduct, rows: Array, weights: Array, sizes: Array, carried: Array | None, layer: Array | None
+) -> tuple[Array, Array | None]:
+    return _forward(product, rows, weights, sizes, carried, layer)[0]
 
 
-def _forward(rows: Array, weights: Array, sizes: Array, product: EightBitProduct) -> tuple[Array, tuple[Any, ...]]:
+def _forward(
+    product: EightBitProduct, rows: Array, weights: Array, sizes: Array, carried: Array | None, layer: Array | None
+) -> tuple[tuple[Array, Array | None], tuple[Any, ...]]:
     x, w = product.quantize(_used(rows, sizes), (0,)), product.quantize(weights, (0, 2))
-    out = product.rows(x.qvalue, w.qvalue, sizes) * x.scale * _of_rows(w.scale, sizes, rows.shape[0])
-    return _used(out, sizes).astype(rows.dtype), (x, w, sizes)
+    out = product.rows(x.qvalue, w.qvalue, sizes, x.scale, w.scale, rows.dtype)
+    return (out, carried), (x, w, sizes, layer)
 
 
-def _backward(product: EightBitProduct, residuals: tuple[Any, ...], d_out: Array) -> tuple[Array | None, ...]:
-    x, w, sizes = residuals
-    d_used = _used(d_out.astype(FULL), sizes)
+def _backward(
+    product: EightBitProduct, residuals: tuple[Any, ...], cotangents: tuple[Array, Array | None]
+) -> tuple[Array | None, ...]:
+    x, w, sizes, layer = residuals
+    d_out, d_carried = cotangents
+    d_used, dtype = _used(d_out.astype(FULL), sizes), d_out.dtype
     by_row = product.quantize(d_used * _of_rows(w.scale, sizes, d_out.shape[0]), (0,))
-    d_rows = product.rows(by_row.qvalue, w.qvalue.swapaxes(1, 2), sizes) * by_row.scale
+    d_rows = product.rows(by_row.qvalue, w.qvalue.swapaxes(1, 2), sizes, by_row.scale, None, dtype)
     by_column = product.quantize(d_used * x.scale, (1,))
-    d_weights = product.weights(x.qvalue, by_column.qvalue, sizes) * by_column.scale
-    return _used(d_rows, sizes).astype(d_out.dtype), d_weights.astype(d_out.dtype), None
+    into = None if d_carried is None else (d_carried.reshape(-1, *d_carried.shape[2:]), layer * sizes.size)
+    d_weights = product.weights(x.qvalue, by_column.qvalue, sizes, by_column.scale, into, dtype)
+    if d_carried is None:
+        return d_rows, d_weights, None, None, None
+    return d_rows, None, None, d_weights.reshape(d_carried.shape), None
 
 
 _multiply.defvjp(_forward, _backward)

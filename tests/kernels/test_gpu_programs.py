@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mixtral_jax.config import PrecisionConfig
 from mixtral_jax.kernels.attention import attention
 from mixtral_jax.kernels.expert_ffn import ExpertOptions, ExpertWeights, expert_ffn
 from mixtral_jax.kernels.permutation import RowMover, combine_rows, dispatch_rows
@@ -18,6 +19,7 @@ from mixtral_jax.planning.compile import compile_step
 from mixtral_jax.planning.hlo import Module, parse
 from mixtral_jax.planning.topology import describe_topology
 from mixtral_jax.planning.work import count_work
+from mixtral_jax.precision import make_precision
 from mixtral_jax.sharding import MESH_AXES
 from tests.tiny import tiny_config
 
@@ -122,6 +124,30 @@ def test_rows_are_moved_by_one_kernel_each(gpu, d_model, k, dtype):
         work = count_work(module, attention_product=0.0, expert_rows=float(tokens * k))
         assert 1 <= work.memory_bytes / (moved * size) < 1.01
         assert work.flops == 0
+
+
+@pytest.mark.parametrize(("experts", "element"), [("fp8", "f8e4m3fn"), ("int8", "s8")])
+def test_hopper_multiplies_in_8_bits_what_was_rounded_in_few_passes(experts, element):
+    """Factors lie with the side together that is summed, so most are needed in two orders: both come from one pass."""
+    rows, d_model, d_ff, num_experts, dtype = 8192, 2048, 4096, 8, jnp.bfloat16
+    eight_bit = make_precision(PrecisionConfig(experts=experts)).experts
+
+    @jax.shard_map(mesh=one_gpu("h100").mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
+    def both(x, sizes, d_out, *w):
+        options = ExpertOptions("hopper", eight_bit=eight_bit, row_multiple=128)
+        out, pull = jax.vjp(lambda x, *w: expert_ffn(x, sizes, ExpertWeights(*w), options), x, *w)
+        return out, pull(d_out)
+
+    w_in, w_out = ((num_experts, d_model, d_ff), dtype), ((num_experts, d_ff, d_model), dtype)
+    x = ((rows, d_model), dtype)
+    text = compiled("h100", both, x, ((num_experts,), jnp.int32), x, w_in, w_in, w_out).as_text()
+    calls = [line for line in text.splitlines() if "custom-call(" in line and "hopper_" in line]
+    assert len(calls) == 3 + 3 + 3
+    types = {i.name: i.shapes[0].dtype for c in parse(text).computations.values() for i in c.values() if i.shapes}
+    for line in calls:
+        names = re.findall(r"%([\w.-]+)", line.split("custom-call(")[1].split(")")[0])
+        assert sum(types[name] == element for name in names) == 2, line
+    assert not re.search(rf"(bf16|f32)\[({d_ff}|{d_model}),{rows}\]\{{1,0\}}", text[text.index("ENTRY") :])
 
 
 @pytest.mark.parametrize("seq_len", [4096, 16384])

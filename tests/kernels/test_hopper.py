@@ -1,6 +1,7 @@
 """The experts' kernels for Hopper GPUs, interpreted on a CPU, against each row with its own expert in float64."""
 
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +9,14 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mixtral_jax.kernels.expert_ffn import ExpertStack, ExpertWeights
+from mixtral_jax.kernels.expert_ffn import ExpertOptions, ExpertStack, ExpertWeights, expert_ffn
+from mixtral_jax.kernels.expert_ffn import carrying_ffn as carrying
 from mixtral_jax.kernels.gpu.hopper_ffn import carrying_ffn
-from mixtral_jax.kernels.gpu.hopper_grouped import gated, gmm, matrices_of_blocks, tgmm
+from mixtral_jax.kernels.gpu.hopper_grouped import Scaling, gated, gmm, matrices_of_blocks, tgmm
 from mixtral_jax.kernels.gpu.hopper_ring import Tiling, place
 from mixtral_jax.kernels.permutation import pad_groups
 from tests import oracles
+from tests.kernels.test_quantized import KINDS
 
 interpreted = pytest.mark.skipif(
     not hasattr(plgpu, "InterpretGPUParams"), reason="needs JAX's interpreter of these kernels, of JAX 0.11 or later"
@@ -55,7 +58,7 @@ def test_products_equal_each_row_with_its_matrix(sizes, tiling, processors):
     turned = gmm(
         [(rows, m.swapaxes(1, 2)) for m in (matrices, 2 * matrices)], jnp.asarray(sizes), transposed=True, **how
     )
-    sums = tgmm(rows, other, jnp.asarray(sizes), jnp.float32, **how)
+    sums = tgmm(rows, other, jnp.asarray(sizes), Scaling(jnp.float32), **how)
 
     expected = np.einsum("rk,rkn->rn", exact(rows[:used]), exact(matrices)[groups])
     assert oracles.error(straight[:used], expected) < 0.005
@@ -137,6 +140,43 @@ def test_gradients_of_what_is_carried_lie_in_the_layer_s_place(monkeypatch):
         np.testing.assert_array_equal(found, old.at[1].set(own))
     for given, handed in zip(carried, handed_on, strict=True):
         np.testing.assert_array_equal(given, handed)
+
+
+@interpreted
+@pytest.mark.parametrize("kind", KINDS)
+def test_factors_of_8_bits_are_multiplied_as_by_portable_blocks(monkeypatch, kind):
+    """Which `test_quantized` holds against the scheme in numpy; then the same with gradients of what is carried."""
+    monkeypatch.setattr("mixtral_jax.kernels.gpu.hopper_ring.num_processors", lambda: 2)
+    sizes, width = jnp.array([0, 101]), 256
+    rng = np.random.default_rng(0)
+    shapes = [(121, width)] * 2 + [(2, width, width)] * 3
+    rows, d_out, *weights = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes)
+    rows, d_out = (x.at[101:].set(jnp.nan) for x in (rows, d_out))
+    in_8_bits = partial(ExpertOptions, eight_bit=KINDS[kind])
+    options = in_8_bits("hopper", interpret=interpret())
+
+    def both(options):
+        out, pull = jax.vjp(lambda x, *w: expert_ffn(x, sizes, ExpertWeights(*w), options), rows, *weights)
+        return out, *pull(d_out)
+
+    found, expected = both(options), both(in_8_bits("grouped_blocks", (8,)))
+    for array, right in zip(found, expected, strict=True):
+        assert oracles.error(array, right) < 1e-6  # sums in another order; of whole numbers none is rounded
+        assert kind == "fp8" or np.array_equal(array, right)
+
+    carried = tuple(jnp.stack([w, w, w]) for w in weights)
+
+    def handing_on(x, carried):
+        experts = ExpertWeights(*weights, ExpertStack(*carried, jnp.int32(1)), carried)
+        return carrying(x, sizes, experts, options)
+
+    (out, _), pull = jax.vjp(handing_on, rows, carried)
+    before = tuple(jnp.full_like(w, n) for n, w in enumerate(carried))
+    d_rows, d_carried = pull((d_out, before))
+    np.testing.assert_array_equal(out, found[0])
+    np.testing.assert_array_equal(d_rows, found[1])
+    for array, own, old in zip(d_carried, found[2:], before, strict=True):
+        np.testing.assert_array_equal(array, old.at[1].set(own))
 
 
 def random_sizes(seed, num_rows):

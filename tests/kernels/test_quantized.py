@@ -15,7 +15,8 @@ from tests.kernels.test_expert_ffn import D_FF, D_MODEL, EXPERTS, GROUPS, ROWS
 from tests.tiny import mesh_of, tiny_config, tiny_trainable, train
 
 KINDS = {name: make_precision(tiny_config(f"precision.experts={name}").precision).experts for name in ("int8", "fp8")}
-BACKENDS = [("grouped_blocks", (8, 4)), ("grouped_blocks", (64,)), ("ragged_dot", ()), ("megablox", ())]
+BACKENDS = [("grouped_blocks", (8, 4)), ("grouped_blocks", (64,)), ("ragged_dot", ()), ("megablox", ()),
+            ("triton", ())]  # fmt: skip
 
 
 def rounded(x, kind, axes):

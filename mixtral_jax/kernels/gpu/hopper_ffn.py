@@ -8,10 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Num
 
 from mixtral_jax.kernels.expert_ffn import Carried, ExpertWeights
-from mixtral_jax.kernels.gpu.hopper_grouped import gated, gmm, tgmm
+from mixtral_jax.kernels.gpu.hopper_grouped import Scaling, gated, gmm, tgmm
 from mixtral_jax.kernels.gpu.hopper_ring import Tiling
 from mixtral_jax.kernels.permutation import collect_rows, dispatch_rows, pad_groups
 from mixtral_jax.precision import FULL
@@ -19,6 +20,7 @@ from mixtral_jax.precision import FULL
 HEIGHT = Tiling().height
 # The fastest of those tried on an H200 at the widths of 8x7B; see docs/performance-log.md.
 BY_COLUMN, FEW_NEIGHBOURS = Tiling(split=1), Tiling(split=1, neighbours=8)
+EIGHT_BITS = Tiling(split=1, depth=128)  # as many bytes deep
 
 
 def carrying_ffn(
@@ -74,7 +76,7 @@ def _bwd(
     d_inner = gmm([(d_out, w_down)], sizes, fill=False, tiling=BY_COLUMN, **place)
     inner, d_gate, d_up = _swiglu_gradients(gate, up, d_inner)
     d_rows = gmm([(d_gate, w_gate), (d_up, w_up)], sizes, tiling=BY_COLUMN, **place)
-    sums = partial(tgmm, sizes=sizes, dtype=w_gate.dtype, tiling=FEW_NEIGHBOURS, interpret=interpret)
+    sums = partial(tgmm, sizes=sizes, scaling=Scaling(w_gate.dtype), tiling=FEW_NEIGHBOURS, interpret=interpret)
     pairs = (rows, d_gate), (rows, d_up), (inner, d_out)
     if d_carried is None:
         d_gate, d_up, d_down = (sums(*pair) for pair in pairs)
@@ -96,3 +98,42 @@ def _swiglu_gradients(gate: Array, up: Array, d_inner: Array) -> tuple[Array, ..
     share = jax.nn.sigmoid(g)
     results = g * share * u, d * u * share * (1 + g * (1 - share)), d * g * share
     return tuple(x.astype(gate.dtype) for x in results)
+
+
+def multiply_8_bits(
+    rows: Num[Array, "rows inner"],
+    weights: Num[Array, "experts inner outer"],
+    sizes: Int[Array, " experts"],
+    scales: tuple[Float[Array, "rows 1"], Float[Array, "experts 1 outer"] | None],
+    dtype: DTypeLike,
+    interpret: Any = None,
+) -> Float[Array, "rows outer"]:
+    """Multiplies every row of 8-bit numbers with its expert's matrix, and with the scales; zeros in padding rows.
+
+    Args:
+        rows: sorted by expert.
+        weights: of the experts; the matrix units want the side that is summed to lie together, so they are transposed.
+        sizes: rows of each expert, multiples of a tile's height.
+        scales: of rows, and of each expert's columns.
+        dtype: of the result.
+        interpret: how to run the kernel step by step, on a CPU.
+    """
+    of_rows, of_columns = scales
+    scaling = Scaling(dtype, of_rows[:, 0], None if of_columns is None else of_columns[:, 0])
+    pairs = [(rows, weights.swapaxes(1, 2))]
+    return gmm(pairs, sizes, transposed=True, scaling=scaling, tiling=EIGHT_BITS, interpret=interpret)
+
+
+def outer_products_8_bits(
+    left: Num[Array, "rows inner"],
+    right: Num[Array, "rows outer"],
+    sizes: Int[Array, " experts"],
+    column_scales: Float[Array, "1 outer"],
+    into: tuple[Float[Array, "matrices inner outer"], Int[Array, ""]] | None,
+    dtype: DTypeLike,
+    interpret: Any = None,
+) -> Float[Array, "matrices inner outer"]:
+    """Sums the products of 8-bit numbers over every expert's rows, multiplied with the scales; see `tgmm`."""
+    scaling = Scaling(dtype, columns=column_scales)
+    how = {"into": into, "tiling": EIGHT_BITS, "interpret": interpret}
+    return tgmm(left.T, right.T, sizes, scaling, transposed=True, **how)

@@ -5,6 +5,7 @@ its three warpgroups only copies: it fills a ring of stages in shared memory and
 other two, each with its part of the tile in its registers, still multiply or store.
 """
 
+import inspect
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -176,7 +177,8 @@ class Ring:
             pl.when(tile.steps > 0)(lambda: self.release(freed, done + tile.steps - 1))
             return values
 
-        values = pl.run_scoped(add_up, *[plgpu.ACC((height, width), jnp.dtype(FULL))] * self.products)
+        sums_of = jnp.int32 if jnp.issubdtype(self.dtype, jnp.integer) else FULL
+        values = pl.run_scoped(add_up, *[plgpu.ACC((height, width), jnp.dtype(sums_of))] * self.products)
 
         @pl.when(tile.written)
         def _() -> None:
@@ -210,6 +212,13 @@ def place(index: Array, grid: tuple[int, int], tiling: Tiling) -> tuple[Array, A
     """Orders a result's tiles so that those computed at the same time share rows and columns."""
     i, j = plgpu.planar_snake(index, grid, 0, tiling.neighbours)
     return i, j
+
+
+def load(ref: Any) -> Array:
+    """Reads a few numbers from the device's memory straight into registers."""
+    whole = [()] if "idx" in inspect.signature(plgpu.load).parameters else []  # before JAX 0.12
+    numbers: Array = plgpu.load(ref, *whole, optimized=False)
+    return numbers
 
 
 def cut(index: Array, size: int) -> Any:

@@ -76,6 +76,7 @@ def gmm(
     *,
     transposed: bool = False,
     fill: bool = True,
+    dtype: DTypeLike | None = None,
     interpret: bool = False,
 ) -> Float[Array, "rows outer"]:
     """Multiplies every row with its group's matrix, and adds up over the pairs.
@@ -85,11 +86,12 @@ def gmm(
         sizes: rows of each group.
         transposed: whether the matrices are [groups, outer, inner].
         fill: whether padding rows are zeros; otherwise they are what the memory held.
+        dtype: of the result; None: that of the rows.
         interpret: run the kernel step by step, on a CPU.
     """
-    (num_rows, inner), (groups, *shape), dtype = pairs[0][0].shape, pairs[0][1].shape, pairs[0][0].dtype
-    outer = shape[0 if transposed else 1]
-    height, width, depth = _block(dtype)
+    (num_rows, inner), (groups, *shape) = pairs[0][0].shape, pairs[0][1].shape
+    outer, factors = shape[0 if transposed else 1], pairs[0][0].dtype
+    height, width, depth = _block(factors)
     plan = _row_blocks(sizes, num_rows, height)
     grid = plan[0].size, -(-outer // width)
 
@@ -115,10 +117,10 @@ def gmm(
             sums = jax.lax.fori_loop(0, steps, step, sums)
         written = mine if fill else mine & (group < groups)
         place = refs[-1].at[pl.ds(first, height), pl.ds(start, width)]
-        plgpu.store(place, sums.astype(dtype), mask=_both(written, columns))
+        plgpu.store(place, sums.astype(refs[-1].dtype), mask=_both(written, columns))
 
     name = "gmm" if fill else "gmm_unfilled"
-    result = jax.ShapeDtypeStruct((num_rows, outer), dtype)
+    result = jax.ShapeDtypeStruct((num_rows, outer), dtype or factors)
     return _call(kernel, name, (grid[0] * grid[1],), result, interpret)(*plan, *(x for pair in pairs for x in pair))
 
 
@@ -162,6 +164,28 @@ def tgmm(
 
     result = jax.ShapeDtypeStruct((sizes.size, inner, outer), dtype)
     return _call(kernel, "tgmm", (grid[0] * grid[1], sizes.size), result, interpret)(ends - sizes, ends, left, right)
+
+
+def multiply(
+    rows: Float[Array, "rows inner"],
+    weights: Float[Array, "groups inner outer"],
+    sizes: Int[Array, " groups"],
+    dtype: DTypeLike,
+    interpret: bool,
+) -> Float[Array, "rows outer"]:
+    """Multiplies rows with one matrix a group, as megablox's function of that name; see `gmm`."""
+    return gmm([(rows, weights)], sizes, dtype=dtype, interpret=interpret)
+
+
+def outer_products(
+    left: Float[Array, "rows inner"],
+    right: Float[Array, "rows outer"],
+    sizes: Int[Array, " groups"],
+    dtype: DTypeLike,
+    interpret: bool,
+) -> Float[Array, "groups inner outer"]:
+    """Sums over every group's rows, as megablox's function of that name; see `tgmm`."""
+    return tgmm(left, right, sizes, dtype, interpret=interpret)
 
 
 def swiglu(
