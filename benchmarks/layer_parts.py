@@ -14,7 +14,7 @@ from benchmarks.whole_models import wide_config
 from mixtral_jax.config import MeshConfig, PrecisionConfig
 from mixtral_jax.kernels.attention import attention as attend
 from mixtral_jax.kernels.backends import choose
-from mixtral_jax.kernels.expert_ffn import ExpertWeights, expert_ffn
+from mixtral_jax.kernels.expert_ffn import ExpertOptions, ExpertWeights, expert_ffn
 from mixtral_jax.kernels.grouped_blocks import choose_block_sizes
 from mixtral_jax.kernels.permutation import RowMover, combine_rows, dispatch_rows
 from mixtral_jax.model.layers import RMSNorm, rotary_tables, rotate
@@ -75,7 +75,7 @@ def products(options: Options) -> None:
 
 
 def eight_bit(options: Options) -> None:
-    """The experts' SwiGLU with factors of 8 bits."""
+    """Products of factors of 8 bits alone, where the platform has some, and the experts' SwiGLU with them."""
     batch, seq_len, d, f, *_ = sizes(options.tiny)
     rows = batch * seq_len * PER_TOKEN
     load = jnp.asarray(uneven_sizes(rows, EXPERTS), jnp.int32)
@@ -83,19 +83,41 @@ def eight_bit(options: Options) -> None:
     weights = [normal((EXPERTS, *shape), BFLOAT16, n, shape[0] ** -0.5) for n, shape in enumerate(shapes, 1)]
     product = jax.jit(jnp.matmul)
     dense = time_it("dense rows x d_model x d_ff", product, x, weights[0][0], flops=2 * rows * d * f)
+    backend = automatic("experts", options, eight_bit=True)
     for factors in ("fp8", "int8"):
-        swiglu(automatic("experts", options, eight_bit=True), factors, load, (x, *weights), dense)
+        if backend == "hopper":
+            eight_bit_products(factors, x, weights[0], 2 * rows * d * f)
+        swiglu(backend, factors, load, (x, *weights), dense)
+
+
+def eight_bit_products(factors: str, x: Array, w: Array, flops: int) -> None:
+    """Measures Hopper's products of factors that are rounded already."""
+    engine = importlib.import_module("mixtral_jax.kernels.gpu.hopper_ffn")
+    (rows, d), f = x.shape, w.shape[2]
+    kind = make_precision(PrecisionConfig(experts=factors)).experts
+    y, turned = normal((rows, f), BFLOAT16, 5), normal((EXPERTS, f, d), BFLOAT16, 6)
+    x, y, w, turned = ((32 * a).astype(kind) for a in (x, y, w, turned))
+    sizes, ones = jnp.asarray(uneven_sizes(rows, EXPERTS, TILE), jnp.int32), partial(jnp.ones, dtype=jnp.float32)
+    of_rows, columns = ones((rows, 1)), ones((EXPERTS, 1, f))
+    # The transposition is that of the call, so the compiler takes it away.
+    across = jax.jit(lambda x, w: engine.multiply_8_bits(x, w.swapaxes(1, 2), sizes, (of_rows, columns), BFLOAT16))
+    back = jax.jit(lambda y, w: engine.multiply_8_bits(y, w.swapaxes(1, 2), sizes, (of_rows, None), BFLOAT16))
+    sums = jax.jit(lambda x, y: engine.outer_products_8_bits(x.T, y.T, sizes, columns[0], None, BFLOAT16))
+    time_it(f"hopper {factors}, forward up", across, x, turned, flops=flops)
+    time_it(f"hopper {factors}, rows' gradients of up", back, y, w, flops=flops)
+    time_it(f"hopper {factors}, weights' gradients of up", sums, x.T + 0, y.T + 0, flops=flops)
 
 
 def swiglu(name: str, factors: str, load: Array, arrays: tuple[Array, ...], dense: float) -> None:
     """Measures the experts' SwiGLU, forward and with all gradients, in a backend."""
     x, w_gate = arrays[:2]
-    run = partial(
-        expert_ffn, backend=name, block_sizes=choose_block_sizes(len(x), EXPERTS),
+    options = ExpertOptions(
+        name,
+        block_sizes=choose_block_sizes(len(x), EXPERTS),
         interpret=jax.devices()[0].platform == "cpu",
         eight_bit=make_precision(PrecisionConfig(experts=factors)).experts,
-    )  # fmt: skip
-    layer = lambda x, *w: run(x, load, ExpertWeights(*w))  # noqa: E731
+    )
+    layer = lambda x, *w: expert_ffn(x, load, ExpertWeights(*w), options)  # noqa: E731
     forward, gradients = jax.jit(layer), jax.jit(lambda d_out, *a: jax.vjp(layer, *a)[1](d_out))
     title = f"{name if factors == 'compute' else f'{name} {factors}'}, SwiGLU forward"
     flops = 6 * x.size * w_gate.shape[2]

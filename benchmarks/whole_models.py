@@ -79,9 +79,9 @@ def admission(options: Options) -> None:
                 report(title, seconds=time.perf_counter() - begin, largest_difference=said)
 
 
-def stack(options: Options) -> None:
+def stack(options: Options, experts: str = "compute") -> None:
     """Layers of 8x7B in bfloat16, forward and with gradients, rows of one document and of several."""
-    config = wide_config(options.tiny, "precision.params=bfloat16")
+    config = wide_config(options.tiny, "precision.params=bfloat16", f"precision.experts={experts}")
     config = changed(config, model={"vocab_size": 256, **({} if options.tiny else {"num_layers": 4})})
     config = changed(config, train={"batch_size": 4})
     model, batch, seq_len = config.model, config.train.batch_size, config.data.seq_len
@@ -98,9 +98,15 @@ def stack(options: Options) -> None:
         for documents in (1, 4):
             place = jnp.tile(jnp.arange(seq_len, dtype=jnp.int32), (batch, 1))
             text = tokens, place * documents // seq_len + 1, place % (seq_len // documents)
-            title = f"{architecture.runtime.experts}, {model.num_layers} layers, {documents} a row, forward"
+            kernel = f"{architecture.runtime.experts}{'' if experts == 'compute' else f' {experts}'}"
+            title = f"{kernel}, {model.num_layers} layers, {documents} a row, forward"
             time_it(title, forward, arrays["params"], *text, flops=useful / 3, peak=peak)
             time_it(f"{title} and gradients", gradients, arrays["params"], d_out, *text, flops=useful, peak=peak)
+
+
+def stack_fp8(options: Options) -> None:
+    """The same with the factors of the experts' products in 8 bits."""
+    stack(options, "fp8")
 
 
 def passes(architecture: Architecture, bias: Any) -> tuple[Any, Any]:

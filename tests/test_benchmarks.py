@@ -4,8 +4,9 @@ import json
 
 import ml_dtypes
 import numpy as np
+import pytest
 
-from benchmarks import accelerator, moe_layer, preferences, whole_models
+from benchmarks import accelerator, layer_parts, moe_layer, preferences, whole_models
 
 
 def rows_of(capsys) -> list[dict]:
@@ -31,6 +32,15 @@ def test_parts_of_an_accelerator_report_as_they_go_in_their_time_and_a_file_hold
         assert named[what]["TFLOP_a_s"] > 0
     assert [row["part"] for row in rows if row.get("what") == "the whole part"] == ["products", "attention"]
     assert len(capsys.readouterr().out.splitlines()) == len(rows)
+
+
+@pytest.mark.parametrize("part", ["products", "eight_bit", "rest"])
+def test_every_part_of_a_layer_is_measured(part, capsys):
+    """A row that fails lets the others be measured, so only its text tells."""
+    getattr(layer_parts, part)(accelerator.Options(tiny=True, experts=("grouped_blocks", "triton")))
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert rows
+    assert not [row for row in rows if "failed" in row]
 
 
 def test_the_stack_and_the_steps_of_an_accelerator_give_rates_and_the_same_hashes(capsys):
