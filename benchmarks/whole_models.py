@@ -70,13 +70,15 @@ def admission(options: Options) -> None:
             runtime = one_device(config)
             keep_compiled("")
             for turn in ("first", "second"):
-                begin = time.perf_counter()
+                begin, programs = time.perf_counter(), dict[str, float]()
                 try:
-                    said = admit_kernels(config, runtime).split()[-1]
+                    said = admit_kernels(config, runtime, programs.__setitem__).split()[-1]
                 except Exception as error:  # the next types still count
                     said = f"{type(error).__name__}: {str(error)[:300]}"
                 title = f"d_model {config.model.d_model}, {experts}, {turn}"
                 report(title, seconds=time.perf_counter() - begin, largest_difference=said)
+                for program, seconds in programs.items():  # side by side: the sum is more than the whole
+                    report(f"  {program}", seconds=seconds)
 
 
 def stack(options: Options, experts: str = "compute") -> None:

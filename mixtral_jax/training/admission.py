@@ -11,7 +11,8 @@ import importlib.metadata
 import itertools
 import json
 import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -28,8 +29,9 @@ from mixtral_jax.data.cache_files import write_file
 from mixtral_jax.kernels.attention import attention
 from mixtral_jax.kernels.expert_ffn import ExpertOptions, ExpertWeights, expert_ffn
 from mixtral_jax.kernels.grouped_blocks import choose_block_sizes
+from mixtral_jax.kernels.permutation import RowMover, combine_rows, dispatch_rows
 from mixtral_jax.precision import EXACT_PRODUCT, FULL
-from mixtral_jax.runtime import Runtime
+from mixtral_jax.runtime import CompilerOptions, Runtime
 from mixtral_jax.sharding import axis_size, make_mesh
 
 # Largest ||kernel - reference|| / ||reference|| of an output or gradient. Rounding to bfloat16 gives some 0.005, to
@@ -40,15 +42,21 @@ MOST_TOKENS, MOST_ROWS = 2048, 4096  # of attention and of the experts: widths a
 PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "jax-cuda12-plugin", "jax-cuda12-pjrt", "libtpu",
             "nvidia-cudnn-cu13", "nvidia-cudnn-cu12", "qwix")  # fmt: skip
 
+# The reference in XLA's first choice of products, and those of the library: to time all of them, or to compile products
+# in full float32 of its own, takes longer than to multiply.
+QUICKLY: CompilerOptions = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+
 Differences = dict[str, dict[str, float]]
+Told = Callable[[str, float], None]  # what was done, and the seconds that it took
 
 
-def admit_kernels(config: Config, runtime: Runtime) -> str:
-    """Compares attention and expert products with float32 references, at the widths of one device.
+def admit_kernels(config: Config, runtime: Runtime, told: Told = lambda *_: None) -> str:
+    """Compares attention and what becomes of tokens at the experts with float32 references, at widths of one device.
 
     Args:
         config: gives the shapes.
         runtime: gives mesh and kernels.
+        told: hears of every program that is traced, compiled or run, from any thread.
 
     Returns:
         What was compared and the largest difference found, for people.
@@ -63,7 +71,10 @@ def admit_kernels(config: Config, runtime: Runtime) -> str:
     if differences is None:
         names = f"attention: {runtime.attention}", f"experts: {runtime.experts}"
         with ThreadPoolExecutor() as pool:  # XLA compiles several programs at a time
-            asked = [_differences(*case, runtime, pool) for case in cases]
+            asked = [
+                _differences(*case, runtime, pool, partial(_tell, told, name))
+                for name, case in zip(names, cases, strict=True)
+            ]
             differences = {name: answer() for name, answer in zip(names, asked, strict=True)}
     _check(differences, runtime)
     if kept and facts and not known:
@@ -71,6 +82,13 @@ def admit_kernels(config: Config, runtime: Runtime) -> str:
     largest = max(value for found in differences.values() for value in found.values())
     when = "found before" if known else "forward and gradients"
     return f"kernels checked against float32, {when}: relative differences up to {largest:.1g}"
+
+
+@contextlib.contextmanager
+def _tell(told: Told, kernel: str, what: str) -> Iterator[None]:
+    begin = time.perf_counter()
+    yield
+    told(f"{kernel}, {what}", time.perf_counter() - begin)
 
 
 def _check(differences: Differences, runtime: Runtime) -> None:
@@ -107,7 +125,7 @@ def _facts(runtime: Runtime, shapes: list[Any]) -> dict[str, Any] | None:
     for path in sorted(Path(next(iter(kernels.__path__))).rglob("*.py")):
         digest.update(path.read_bytes())
     digest.update(Path(__file__).read_bytes())
-    backends = runtime.attention, runtime.experts, runtime.block_sizes
+    backends = runtime.attention, runtime.experts, runtime.rows, runtime.block_sizes
     facts = {
         "device": device.device_kind, "driver": driver, "versions": versions, "kernels": digest.hexdigest(),
         "backends": backends, "precision": str(runtime.precision), "shapes": shapes,
@@ -192,29 +210,38 @@ def _experts_case(config: Config, runtime: Runtime) -> Case:
     batch = config.train.batch_size // config.train.microbatches // axis_size(mesh, "batch")
     tokens = batch * config.data.seq_len // axis_size(mesh, "sequence")
     rows = min(tokens * model.num_experts_per_tok, MOST_ROWS)
-    # A part of the buffer is empty, one expert has no rows and one has most, if there are so many.
+    # A part of the buffer is empty, one expert has no rows and one has most, if there are so many; two choices a token,
+    # of which those without a row are dropped.
     sizes = np.zeros(experts, np.int32)
     sizes[-1] = rows - rows // 8
     sizes[0] -= sizes.sum() - (rows - rows // 16)
     ends = np.cumsum(sizes).tolist()
-    used = np.arange(rows)[:, None] < ends[-1]
+    used, tokens = ends[-1], -(-rows // 2)
+    place = np.random.default_rng(0).permutation(2 * tokens)
+    row_of = np.where(place < used, place, rows).astype(np.int32).reshape(tokens, 2)
+    source = np.full(rows, 2 * tokens, np.int32)
+    source[:used] = np.argsort(place)[:used]
     w_in, w_out = (experts, model.d_model, d_ff), (experts, d_ff, model.d_model)
-    shapes = [(rows, model.d_model), w_in, w_in, w_out, (rows, model.d_model)]
+    x_shape = tokens, model.d_model
+    shapes = [x_shape, (tokens, 2), w_in, w_in, w_out, x_shape]
 
-    def kernel(x: Array, w_gate: Array, w_up: Array, w_down: Array) -> Array:
+    def kernel(x: Array, shares: Array, w_gate: Array, w_up: Array, w_down: Array) -> Array:
         blocks = runtime.block_sizes or choose_block_sizes(rows, experts)
         options = ExpertOptions(runtime.experts, blocks, runtime.interpret, runtime.precision.experts)
-        out = expert_ffn(x, jnp.asarray(sizes), ExpertWeights(w_gate, w_up, w_down), options)
-        return jnp.where(used, out, 0)
+        maps = jnp.asarray(source), jnp.asarray(row_of), RowMover(runtime.rows, runtime.interpret)
+        weights = ExpertWeights(w_gate, w_up, w_down)
+        out = expert_ffn(dispatch_rows(x, *maps), jnp.asarray(sizes), weights, options)
+        return combine_rows(out, shares, *maps)
 
-    def reference(x: Array, w_gate: Array, w_up: Array, w_down: Array) -> Array:
-        parts = []
+    def reference(x: Array, shares: Array, w_gate: Array, w_up: Array, w_down: Array) -> Array:
+        parts, sorted_x = [], x[source[:used] // 2]
         for expert, (start, end) in enumerate(itertools.pairwise([0, *ends])):
-            mine = x[start:end]
+            mine = sorted_x[start:end]
             parts.append((jax.nn.silu(mine @ w_gate[expert]) * (mine @ w_up[expert])) @ w_down[expert])
-        return jnp.concatenate([*parts, jnp.zeros_like(x[ends[-1] :])])
+        out = jnp.concatenate([*parts, jnp.zeros_like(x[:1])])[np.minimum(row_of, used)]
+        return jnp.einsum("tk,tkd->td", shares, out)
 
-    return kernel, reference, ("output", "d_rows", "d_w_gate", "d_w_up", "d_w_down"), shapes
+    return kernel, reference, ("output", "d_tokens", "d_shares", "d_w_gate", "d_w_up", "d_w_down"), shapes
 
 
 def _differences(
@@ -224,6 +251,7 @@ def _differences(
     shapes: Sequence[tuple[int, ...]],
     runtime: Runtime,
     pool: ThreadPoolExecutor,
+    timed: Callable[[str], contextlib.AbstractContextManager[None]],
 ) -> Callable[[], dict[str, float]]:
     """Compiles in the pool what then says relative differences of the output and of each gradient.
 
@@ -251,20 +279,28 @@ def _differences(
             for a, b in zip(found, expected, strict=True)
         ]
 
-    def compiled(function: Callable[..., Any], *arguments: Any, **options: Any) -> Future[Any]:
-        with jax.default_device(jax.local_devices()[0]):
-            return pool.submit(jax.jit(function, **options).lower(*arguments).compile)
+    def compiled(what: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Future[Any]:
+        with jax.default_device(jax.local_devices()[0]), timed(f"{what} traced"):
+            traced = jax.jit(function, **options).lower(*arguments)
 
-    # The reference in XLA's first choice of products: to time all of them takes longer than the products.
-    quickly = {"xla_gpu_autotune_level": 0} if runtime.platform == "gpu" else None
+        def program() -> Any:
+            with timed(f"{what} compiled"):
+                return traced.compile()
+
+        return pool.submit(program)
+
+    quickly = QUICKLY if runtime.platform == "gpu" else None
     key, compute_kernel = jax.random.key(0), partial(value_and_pull, kernel)
     arrays = jax.eval_shape(make, key)
-    making, computing = compiled(make, key), compiled(compute_kernel, arrays)
-    comparing = compiled(compare, jax.eval_shape(compute_kernel, arrays), arrays, compiler_options=quickly)
+    making, computing = compiled("inputs", make, key), compiled("kernel", compute_kernel, arrays)
+    found = arrays[-1], *arrays[:-1]  # the output, and a gradient of each input
+    comparing = compiled("reference", compare, found, arrays, compiler_options=quickly)
 
     def answer() -> dict[str, float]:
-        arrays = making.result()(key)
-        differences = comparing.result()(computing.result()(arrays), arrays)
-        return {name: float(value) for name, value in zip(names, differences, strict=True)}
+        programs = [future.result() for future in (making, computing, comparing)]
+        with timed("all run"):
+            arrays = programs[0](key)
+            differences = programs[2](programs[1](arrays), arrays)
+            return {name: float(value) for name, value in zip(names, differences, strict=True)}
 
     return answer

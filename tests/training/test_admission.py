@@ -1,10 +1,13 @@
 """Kernels are admitted when they compute what the references do, and refused with the figures when they do not."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from mixtral_jax.config import UserError
+from mixtral_jax.kernels.gpu import triton_rows
 from mixtral_jax.runtime import make_runtime
 from mixtral_jax.training import admission
 from tests.tiny import mesh_of, tiny_config
@@ -41,6 +44,27 @@ def test_products_of_8_bits_are_held_to_what_their_rounding_gives(monkeypatch, e
 
 def test_the_grouped_kernel_for_gpus_is_admitted():
     assert float(admit("precision.compute=bfloat16", experts="triton").split()[-1]) < 0.02
+
+
+def test_kernels_that_move_rows_are_admitted_and_wrong_ones_are_not(monkeypatch):
+    config = tiny_config("precision.compute=bfloat16", "kernels.experts=grouped_blocks", model=SHAPES)
+    runtime = dataclasses.replace(make_runtime(config, mesh_of()), rows="triton")
+    told = {}
+    assert float(admission.admit_kernels(config, runtime, told.__setitem__).split()[-1]) < 0.02
+    stages = [*(f"{part} {what}" for part in ("inputs", "kernel", "reference") for what in ("traced", "compiled"))]
+    kernels = "attention: blockwise", "experts: grouped_blocks"
+    assert set(told) == {f"{kernel}, {stage}" for kernel in kernels for stage in (*stages, "all run")}
+    assert min(told.values()) > 0
+
+    real = triton_rows.combine_gradients
+
+    def swapped(*arrays):
+        d_rows, d_weights = real(*arrays)
+        return d_rows, d_weights[:, ::-1]
+
+    monkeypatch.setattr(triton_rows, "combine_gradients", swapped)
+    with pytest.raises(UserError, match="experts=grouped_blocks does not compute what it should.*d_shares 1"):
+        admission.admit_kernels(config, runtime)
 
 
 def wrong(real, fix, backend):
