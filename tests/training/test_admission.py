@@ -63,7 +63,7 @@ def test_kernels_that_move_rows_are_admitted_and_wrong_ones_are_not(monkeypatch)
         return d_rows, d_weights[:, ::-1]
 
     monkeypatch.setattr(triton_rows, "combine_gradients", swapped)
-    with pytest.raises(UserError, match="experts=grouped_blocks does not compute what it should.*d_shares 1"):
+    with pytest.raises(UserError, match=r"experts=grouped_blocks does not .*d_shares 0\.\d"):
         admission.admit_kernels(config, runtime)
 
 
