@@ -1,6 +1,7 @@
 """Whole models on one device: a start's checks, a stack of layers, training steps and decoding; see `accelerator`."""
 
 import time
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -13,7 +14,7 @@ from benchmarks.accelerator import Options
 from benchmarks.measure import machine
 from benchmarks.timing import normal, report, time_it
 from mixtral_jax.compiled import keep_compiled
-from mixtral_jax.config import Config, MeshConfig
+from mixtral_jax.config import Config, MeshConfig, ModelConfig
 from mixtral_jax.config_loading import parse_config
 from mixtral_jax.config_loading import replace as changed
 from mixtral_jax.data.batch import Batch
@@ -137,9 +138,23 @@ def again(options: Options) -> None:
 
 
 def wide(options: Options) -> None:
-    """Steps of layers of 8x7B."""
-    config = wide_config(options.tiny)
-    train(f"{config.model.num_layers} layers of 8x7B", config, 4 if options.tiny else 8)
+    """Steps of layers of 8x7B, and the price of determinism; where one of the two fails, both in a loop over layers."""
+    for remat in ("none", "full"):
+        steps = [wide_steps(options, remat, deterministic) for deterministic in ("false", "true")]
+        if all(steps):
+            break
+
+
+def wide_steps(options: Options, remat: str, deterministic: str) -> bool:
+    """Whether some steps ended; what prevented them is reported."""
+    config = wide_config(options.tiny, f"train.remat={remat}", f"train.deterministic={deterministic}")
+    title = f"{config.model.num_layers} layers of 8x7B, remat={remat}, deterministic={deterministic}"
+    try:
+        train(title, config, 4 if options.tiny else 8)
+    except Exception as error:  # too little memory, say; the next ones still count
+        report(title, failed=f"{type(error).__name__}: {str(error).splitlines()[0][:300]}")
+        return False
+    return True
 
 
 def train(title: str, config: Config, steps: int, turns: tuple[str, ...] = ("first",)) -> None:
@@ -202,21 +217,35 @@ def hash_of(leaves: list[Any]) -> int:
 
 
 def decoding(options: Options) -> None:
-    """Tokens drawn a second, after prompts of 64, by `small` and by layers of 8x7B."""
+    """Tokens drawn a second, after prompts of 64, by `small` and by layers of 8x7B, many texts at once and one.
+
+    TB/s are those of the weights that every step must read, whatever it keeps: those that multiply a token, 2 bytes
+    each, with the experts that so many texts can choose, over the seconds of a step, prompts included.
+    """
     keep_compiled("")
     for title, make in (("small", small_config), ("layers of 8x7B", wide_config)):
-        config = make(options.tiny, "precision.params=bfloat16")
+        # XLA for CPU lacks some of the decoder's products in bfloat16.
+        config = make(options.tiny, "precision.params=bfloat16", *["precision.compute=float32"] * options.tiny)
         architecture = Architecture(config.model, one_device(config))
         generate = decoder.make_generator(architecture)(architecture.init(0))
-        rows, prompt, new = (2, 8, 16) if options.tiny else (32, 64, 128)
-        prompts = [[1 + (row + i) % 50 for i in range(prompt)] for row in range(rows)]
-        seconds = []
-        for _ in range(3):
-            begin = time.perf_counter()
-            steps = generate(prompts, [Sampling()] * rows, rows=rows, slots=prompt + new)
-            drawn = sum(len(step[0].tokens) for step in islice(steps, -(-new // decoder.STEPS)))
-            seconds.append(time.perf_counter() - begin)
-        rate = rows * drawn / min(seconds[1:])
-        report(
-            f"{title}, {config.model.num_layers} layers, {rows} texts", tokens_a_second=rate, first_seconds=seconds[0]
-        )
+        texts, prompt, new = (2, 8, 16) if options.tiny else (32, 64, 128)
+        for rows in (texts, 1):
+            prompts = [[1 + (row + i) % 50 for i in range(prompt)] for row in range(rows)]
+            seconds = []
+            for _ in range(3):
+                begin = time.perf_counter()
+                steps = generate(prompts, [Sampling()] * rows, rows=rows, slots=prompt + new)
+                drawn = sum(len(step[0].tokens) for step in islice(steps, -(-new // decoder.STEPS)))
+                seconds.append(time.perf_counter() - begin)
+            rate = drawn / min(seconds[1:])
+            asked = f"{rows} text{'s' * (rows > 1)}"
+            report(
+                f"{title}, {config.model.num_layers} layers, {asked}", tokens_a_second=rows * rate,
+                TB_a_s=rate * weights_read(config.model, rows) / 1e12, first_seconds=seconds[0],
+            )  # fmt: skip
+
+
+def weights_read(model: ModelConfig, texts: int) -> float:
+    """Bytes of weights, 2 each, that a step must read which draws a token of each text."""
+    experts = min(model.num_experts, texts * model.num_experts_per_tok)
+    return 2 * flops_per_token(replace(model, num_experts_per_tok=experts), 0) / 6  # 6 FLOPs a weight
