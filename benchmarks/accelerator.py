@@ -119,7 +119,8 @@ def main(arguments: list[str] | None = None) -> int:
         work(options.worker, told)
         return 0
 
-    end, rows, waiting = time.monotonic() + options.limit, [], Part.start(options.parts[0], told)
+    begin = time.monotonic()
+    end, rows, waiting = begin + options.limit, [], Part.start(options.parts[0], told)
     for number, name in enumerate(options.parts):
         part, left = waiting, end - time.monotonic()
         if left < 1:
@@ -131,6 +132,8 @@ def main(arguments: list[str] | None = None) -> int:
             waiting = Part.start(options.parts[number + 1], told)
         rows += part.run(min(left, LIMITS.get(name, LIMIT)))
         _write(options.json, rows)
+    rows.append({"part": "all", "what": "all parts together", "seconds": time.monotonic() - begin})
+    print(for_people(rows[-1]), flush=True)
     _write(options.json, rows)
     return sum("failed" in row for row in rows)
 
