@@ -88,9 +88,9 @@ class StartClock:
             self._compiled = time.monotonic()
 
     def end(self, part: str, at: float | None = None) -> None:
-        """Says that a part has ended now, or at a time."""
+        """Says that a part, or more of one, has ended now, or at a time."""
         at = time.monotonic() if at is None else at
-        self.parts[part] = at - self._last
+        self.parts[part] = self.parts.get(part, 0.0) + at - self._last
         self._last = at
 
     @property

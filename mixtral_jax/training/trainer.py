@@ -166,6 +166,8 @@ class Trainer:
                 self.start.end("evaluation")
             processes.progress()  # from here on a hang counts, also one before the first step has ended
             for batch in self.goodput.waiting(batches):
+                if step + 1 == self.first:
+                    self.start.end("data")
                 processes.begin(step + 1)
                 state, metrics = self.trainable.step(state, batch)
                 step += 1

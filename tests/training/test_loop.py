@@ -113,6 +113,23 @@ def test_the_run_ends_with_the_last_of_so_many_steps_that_were_not_finite(traine
 
 
 @pytest.mark.drills
+def test_a_first_batch_that_is_waited_for_is_not_counted_as_compilation_too(trainer, monkeypatch):
+    put, slow = Trainable.put, iter([3.0])
+
+    def put_slowly(self, batch, rows=None):
+        time.sleep(next(slow, 0))
+        return put(self, batch, rows)
+
+    monkeypatch.setattr(Trainable, "put", put_slowly)
+    trainer.run()
+    seconds = trainer.goodput._seconds
+    assert seconds["data"] > 2.9
+    assert 0 < seconds["steps"]
+    assert 0 < seconds["compile"] == pytest.approx(trainer.start.parts["compile"])
+    assert trainer.start.parts["data"] > 2.9
+
+
+@pytest.mark.drills
 def test_a_clock_that_jumps_changes_neither_steps_nor_the_account(trainer, monkeypatch):
     now, report, ahead = time.time, Trainer._report, [0.0]
     monkeypatch.setattr(time, "time", lambda: now() + ahead[0])
