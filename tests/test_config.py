@@ -200,6 +200,14 @@ def test_broken_files_are_named(text, sentence):
     assert refusal(text=text).startswith(sentence)
 
 
+def test_yaml_makes_no_objects(tmp_path):
+    """A tag says what YAML would call or import; here it says nothing."""
+    touch = f"!!python/object/apply:os.system ['touch {tmp_path / 'called'}']"
+    assert refusal(text=f"{TINY}\nrun_dir: {touch}")
+    assert refusal(f"run_dir={touch}")
+    assert not (tmp_path / "called").exists()
+
+
 def test_an_unreadable_file_is_named(tmp_path):
     with pytest.raises(UserError) as error:
         load_config(tmp_path / "none.yaml")

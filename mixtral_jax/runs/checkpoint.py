@@ -6,6 +6,7 @@ as the tokenizer, and last of all `manifest.json`.
 
 import json
 import logging
+import os
 import shutil
 import threading
 from collections.abc import Callable, Mapping
@@ -22,7 +23,8 @@ from mixtral_jax.config import CheckpointConfig, NoCheckpointError, UserError
 from mixtral_jax.data.record import FILE as RECORD
 from mixtral_jax.data.record import DocumentRecord
 from mixtral_jax.distributed.processes import barrier, is_main, take_turn
-from mixtral_jax.runs.disk import check_room, explain
+from mixtral_jax.distributed.supervisor import ANEW
+from mixtral_jax.runs.disk import INTACT, check_room, explain, system_error
 from mixtral_jax.runs.filling import fill
 from mixtral_jax.runs.manifest import NAME as MANIFEST
 from mixtral_jax.runs.manifest import Digests, find_damage, hashing, write_manifest
@@ -86,7 +88,7 @@ class Checkpoints:
         described = {**meta, "bundle": step, "arrays": {name: _describe(part) for name, part in state.items()}}
         try:
             if is_main():
-                self._make(bundle, state, {**files, META: json.dumps(described, indent=1).encode()})
+                self._make(bundle, state, {**files, META: json.dumps(described, indent=1).encode()}, INTACT)
             barrier()
             self._saver = self._saver or ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
             items = {name: _save_item(named_leaves(part)) for name, part in state.items()}
@@ -111,23 +113,26 @@ class Checkpoints:
 
         Raises:
             UserError: no room for it.
+            OSError: it could not be written.
         """
         self.wait()
         bundle = self.directory / str(step)
         arrays = {name: _describe(part) for name, part in source.parts.items()}
         written = {**files, META: json.dumps({**meta, "bundle": step, "arrays": arrays}, indent=1).encode()}
         try:
-            fill(bundle / "state", source, lambda: self._make(bundle, source.parts, written), advance)
+            fill(bundle / "state", source, lambda: self._make(bundle, source.parts, written, ANEW), advance)
             hashing(lambda digests: write_manifest(bundle, digests))
         except (OSError, ValueError) as error:
             self._abandon(bundle)
-            raise explain(error, step, self.directory) from error
+            number = system_error(error)
+            raise (error if number is None else OSError(number, os.strerror(number))) from error
         hashing(lambda digests: self._retain(step, digests))
 
-    def _make(self, bundle: Path, state: Mapping[str, PyTree], files: dict[str, bytes]) -> None:
-        """Makes a bundle that lacks only the arrays and the manifest."""
+    def _make(self, bundle: Path, state: Mapping[str, PyTree], files: dict[str, bytes], then: str) -> None:
+        """Makes a bundle that lacks only the arrays and the manifest; `then` is to be done when there is room."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        check_room(self.directory, sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(dict(state))))
+        needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(dict(state)))
+        check_room(self.directory, needed, then)
         if bundle.exists():  # what a killed process left unfinished
             shutil.rmtree(bundle)
         bundle.mkdir()

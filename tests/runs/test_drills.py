@@ -236,7 +236,8 @@ def save_without_memory(directory: Path) -> None:
     def main(arguments: list[str]) -> None:
         checkpoints = Checkpoints(directory, CheckpointConfig())
         save(checkpoints, 1)
-        large = {"params": {"w": jax.device_put(np.random.default_rng(2).random(ROOM_OF_MEMORY, np.float32))}}
+        host = np.random.default_rng(2).random(ROOM_OF_MEMORY, np.float32)  # held to the end: its room would be found
+        large = {"params": {"w": jax.device_put(host)}}
         with mapping_at_most(ROOM_OF_MEMORY):  # a quarter of what it takes to compress and write that
             checkpoints.save(2, large, {}, {})
             checkpoints.wait()

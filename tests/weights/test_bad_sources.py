@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import re
 import shutil
@@ -200,6 +201,20 @@ def test_not_finite(hf: Path, key: str, bad: float) -> None:
 def test_indices_that_are_none(hf: Path, text: str) -> None:
     (hf / "model.safetensors.index.json").write_text(text)
     refused(hf, "model.safetensors.index.json is not an index")
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/outside.safetensors", "model-00001-of-00009.safetensors"])
+def test_names_in_an_index_open_nothing(hf: Path, name: str) -> None:
+    """Neither above the directory nor elsewhere; what must be there is named."""
+    index = hf / "model.safetensors.index.json"
+    outside = hf.parent / "outside.safetensors"
+    os.mkfifo(outside)  # whoever opens it waits for ever
+    where = json.loads(index.read_text())["weight_map"]
+    key = next(iter(where))
+    index.write_text(
+        json.dumps({"weight_map": {**where, key: name.replace("/outside", f"{hf.parent}/outside", name[0] == "/")}})
+    )
+    refused(hf, name.rpartition("/")[2])
 
 
 def make_tokenizer(vocab_size: int, **ids: int) -> bytes:

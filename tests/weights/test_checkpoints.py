@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from mixtral_jax.weights.checkpoints import export_checkpoint, import_checkpoint
 from mixtral_jax.weights.importing import ReleasedArrays
 from mixtral_jax.weights.released import open_released
 from mixtral_jax.weights.released_tokenizer import read_tokenizer
+from tests.limits import limited
 from tests.weights.models import small
 from tests.weights.synthetic import LAYOUTS, classic, load, write
 from tests.weights.test_bad_sources import make_tokenizer
@@ -70,6 +72,15 @@ def test_an_import_that_stops_midway_leaves_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["import", "source"]
     assert not list((tmp_path / "import").iterdir())
     monkeypatch.setattr(ReleasedArrays, "block", read)
+    import_checkpoint(source, tmp_path / "import", [], say=quiet)
+
+
+@pytest.mark.drills
+def test_a_disk_that_fills_up_in_an_import_leaves_nothing_and_the_next_one_works(source: Path, tmp_path: Path) -> None:
+    with limited(resource.RLIMIT_FSIZE, 20_000), pytest.raises(UserError, match="File too large") as told:
+        import_checkpoint(source, tmp_path / "import", [], say=quiet)
+    assert "earlier checkpoints" not in str(told.value)  # there are none
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
     import_checkpoint(source, tmp_path / "import", [], say=quiet)
 
 
