@@ -59,7 +59,7 @@ def uninterrupted(tmp_path_factory):
 
 def test_a_run_shows_what_a_person_wants_to_know(uninterrupted):
     run_dir, result = uninterrupted
-    for word in ("perplexity", "unigram", "uniform", "tok", "left", "eval.py", "tensorboard", str(run_dir)):
+    for word in ("perplexity", "unigram", "uniform", "tok", "left", "eval.py", "tensorboard", "goodput ", str(run_dir)):
         assert word in result.stdout
     assert (run_dir / "config.yaml").exists()
     assert any((run_dir / "tensorboard").iterdir())

@@ -62,6 +62,12 @@ class Two:
             words = [*map(str, arguments), *(f"distributed.{key}={value}" for key, value in keys.items())]
             self.all.append(fork(take_part, number, directory, words, number == hangs, **on_devices()))
 
+    def kill(self, number: int) -> None:
+        """Kills what does the work of a process; its parent has the last word."""
+        parent = self.all[number].pid
+        (child,) = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+        os.kill(int(child), signal.SIGKILL)
+
     def read(self, name: str) -> str:
         return without_noise((self.directory / name).read_text())
 
@@ -130,8 +136,7 @@ def test_a_lost_process_leaves_nothing(source: Path, tmp_path: Path, verb: str) 
     wait_for(tmp_path / "log" / "hangs")
     assert list((tmp_path / "new").iterdir())  # some of it is there, under another name
     assert not (tmp_path / "new" / "place").exists()
-    (child,) = Path(f"/proc/{two.all[1].pid}/task/{two.all[1].pid}/children").read_text().split()
-    os.kill(int(child), signal.SIGKILL)
+    two.kill(1)
     assert two.end() == [75, 75]
     said = two.read("0.err")
     assert said.startswith("error: process 1 on "), said
@@ -142,21 +147,34 @@ def test_a_lost_process_leaves_nothing(source: Path, tmp_path: Path, verb: str) 
     assert [path.name for path in tmp_path.iterdir()] == ["log"]
 
 
-@pytest.mark.parametrize("verb", ["import", "export"])
-def test_what_a_killed_process_leaves_goes_at_the_next_start(
-    source: Path, tmp_path: Path, verb: str, caplog: pytest.LogCaptureFixture
+def test_what_a_killed_export_leaves_goes_at_the_next_start(
+    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    arguments = {
-        "import": [str(source / "hf"), str(tmp_path / "place")],
-        "export": [str(source / "alone"), str(tmp_path / "place"), "--format", "hf"],
-    }[verb]
+    arguments = [str(source / "alone"), str(tmp_path / "place"), "--format", "hf"]
     (tmp_path / "log").mkdir()
-    alone = fork(take_part, 0, tmp_path / "log", [verb, *arguments], True, **on_devices())
+    alone = fork(take_part, 0, tmp_path / "log", ["export", *arguments], True, **on_devices())
     wait_for(tmp_path / "log" / "hangs")
     alone.kill()
     alone.join()
     (left,) = (path for path in tmp_path.iterdir() if path.name != "log")
-    VERBS[verb](arguments)
+    VERBS["export"](arguments)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "place"]
+    assert f"removed {left}, which a killed process had left" in caplog.text
+
+
+def test_so_does_what_an_import_leaves_whose_first_process_was_killed(
+    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    two = Two(tmp_path / "log", "import", source / "hf", tmp_path / "place", hangs=0)
+    wait_for(tmp_path / "log" / "hangs")
+    two.kill(0)
+    assert two.end() == [75, 75]
+    for number in range(2):
+        last = two.read(f"{number}.err").splitlines()[-1]
+        assert last.startswith("error: the process on "), last
+        assert last.endswith(", then start the same command again"), last
+    (left,) = (path for path in tmp_path.iterdir() if path.name != "log")
+    VERBS["import"]([str(source / "hf"), str(tmp_path / "place")])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "place"]
     assert f"removed {left}, which a killed process had left" in caplog.text
 
