@@ -25,6 +25,7 @@ from mixtral_jax.runs.streaming import read_blocks
 from tests.small_run import ROOT, environment, write_config
 
 FEWEST = 60  # samples of a process from which growth is told
+PARTS = 6  # of the curve that is shown
 TOLERANCE = 1.03  # of memory, and of threads: one of 40, for pools of libraries fill up late; files may not grow at all
 
 
@@ -72,21 +73,26 @@ def train(config: Path, run: Path, keys: list[str], kill_at: int | None) -> list
     return samples
 
 
+def curve(samples: list[Sample], parts: int) -> list[Sample]:
+    """What a process held in each part of its samples, with the last step of it."""
+    size = len(samples) // parts
+    found = []
+    for part in (samples[number * size : (number + 1) * size] for number in range(parts)):
+        memory = statistics.median(one.memory for one in part)
+        # A save has files and threads while it goes on; what is left behind shows where there is none.
+        found.append(Sample(part[-1].step, memory, min(one.files for one in part), min(one.threads for one in part)))
+    return found
+
+
 def grown(samples: list[Sample]) -> list[str]:
     """What is more in the last third of a process than in the middle one, beyond what is allowed."""
-    third = len(samples) // 3
-    middle, last = samples[third : 2 * third], samples[2 * third :]
-    found = []
-    # A save has files and threads while it goes on; what is left behind shows where there is none.
-    for name, factor, usual in (
-        ("memory", TOLERANCE, statistics.median),
-        ("files", 1, min),
-        ("threads", TOLERANCE, min),
-    ):
-        before, after = (usual(getattr(one, name) for one in part) for part in (middle, last))
-        if after > before * factor:
-            found.append(f"{name}: {before:g} to {after:g}")
-    return found
+    _, before, after = curve(samples, 3)
+    allowed = Sample(1, TOLERANCE, 1, TOLERANCE)
+    return [
+        f"{name}: {had:g} to {has:g}"
+        for name, had, has, factor in zip(Sample._fields, before, after, allowed, strict=True)
+        if name != "step" and has > had * factor
+    ]
 
 
 def content(run: Path, step: int) -> dict[str, bytes]:
@@ -117,12 +123,14 @@ def main() -> int:
     for name, ends in (("undisturbed", [None]), ("killed", [*kills, None])):
         for end in ends:
             samples = train(config, folder / name, keys, end)
-            first, last = samples[0], samples[-1]
+            print(
+                f"{time.monotonic() - began:5.0f} s {name}, killed at {end}" if end else f"{name} to the end",
+                flush=True,
+            )
             if len(samples) >= FEWEST:
-                trouble += [f"{name} to step {last.step}: {text}" for text in grown(samples)]
-                first = samples[len(samples) // 3]
-            seconds, more = time.monotonic() - began, zip(Sample._fields, first, last, strict=True)
-            print(f"{seconds:5.0f} s {name}: " + ", ".join(f"{what} {a:g} to {b:g}" for what, a, b in more), flush=True)
+                trouble += [f"{name} to step {samples[-1].step}: {text}" for text in grown(samples)]
+                for part in curve(samples, PARTS):
+                    print("        to step {:5d}: {:.0f} MB, {} files, {} threads".format(*part), flush=True)
     runs = [folder / "undisturbed", folder / "killed"]
     states = [content(run, asked.steps) for run in runs]
     logs = [[line for line in read_metrics(run / "metrics.jsonl") if "loss" in line] for run in runs]
