@@ -6,6 +6,7 @@ divided by scales along what its own product sums, and is rounded in its turn. S
 kernels and XLA multiply in 8 bits; Triton's and megablox multiply in bfloat16, which holds all such numbers.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -38,11 +39,16 @@ class EightBitProduct:
         """Rounds to 8 bits; every index along `axes` has a scale of its own."""
         import qwix  # takes a second, which only who needs it shall wait for
 
-        if self.backend == "hopper":  # or XLA would write everything transposed that leads to a transposed factor
-            x = with_layout_constraint(x, Layout(tuple(range(x.ndim))))
         # To the end of the type: by itself qwix puts the largest at 127.5, where its sign decides how it is rounded.
         method = f"absmax,{127.5 / 127}" if self._whole() else "absmax"
-        return qwix.quantize(x.astype(FULL), self.dtype, channelwise_axes=axes, calibration_method=method)
+        found = qwix.quantize(
+            self._as_it_lies(x).astype(FULL), self.dtype, channelwise_axes=axes, calibration_method=method
+        )
+        return dataclasses.replace(found, qvalue=self._as_it_lies(found.qvalue))
+
+    def _as_it_lies(self, x: Array) -> Array:
+        """Keeps XLA from transposing all that leads to one of Hopper's factors, which are transposed themselves."""
+        return with_layout_constraint(x, Layout(tuple(range(x.ndim)))) if self.backend == "hopper" else x
 
     def rows(
         self,
