@@ -138,23 +138,18 @@ def again(options: Options) -> None:
 
 
 def wide(options: Options) -> None:
-    """Steps of layers of 8x7B, and the price of determinism; where one of the two fails, both in a loop over layers."""
-    for remat in ("none", "full"):
-        steps = [wide_steps(options, remat, deterministic) for deterministic in ("false", "true")]
-        if all(steps):
-            break
+    """Steps of layers of 8x7B."""
+    config = wide_config(options.tiny)
+    train(f"{config.model.num_layers} layers of 8x7B", config, 4 if options.tiny else 8)
 
 
-def wide_steps(options: Options, remat: str, deterministic: str) -> bool:
-    """Whether some steps ended; what prevented them is reported."""
-    config = wide_config(options.tiny, f"train.remat={remat}", f"train.deterministic={deterministic}")
-    title = f"{config.model.num_layers} layers of 8x7B, remat={remat}, deterministic={deterministic}"
-    try:
-        train(title, config, 4 if options.tiny else 8)
-    except Exception as error:  # too little memory, say; the next ones still count
-        report(title, failed=f"{type(error).__name__}: {str(error).splitlines()[0][:300]}")
-        return False
-    return True
+def price(options: Options) -> None:
+    """What determinism costs layers of 8x7B: of two, on two rows, since it takes memory, too."""
+    for deterministic in ("false", "true"):
+        config = wide_config(options.tiny, f"train.deterministic={deterministic}")
+        if not options.tiny:
+            config = changed(config, model={"num_layers": 2}, train={"batch_size": 2})
+        train(f"2 layers of 8x7B, deterministic={deterministic}", config, 4 if options.tiny else 12)
 
 
 def train(title: str, config: Config, steps: int, turns: tuple[str, ...] = ("first",)) -> None:

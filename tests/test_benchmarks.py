@@ -58,22 +58,6 @@ def test_the_stack_and_the_steps_of_an_accelerator_give_rates_and_the_same_hashe
     assert first["losses"] == second["losses"]
 
 
-def test_where_steps_of_wide_layers_fail_the_price_of_determinism_is_that_of_a_loop(capsys, monkeypatch):
-    def train(title, config, steps):
-        if "none, deterministic=true" in title:
-            raise MemoryError("too little\nmemory")
-        whole_models.report(title, ms=1)
-
-    monkeypatch.setattr(whole_models, "train", train)
-    whole_models.wide(accelerator.Options(tiny=True, experts=()))
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    said = [(row["what"].split(", ", 1)[1], row.get("failed")) for row in rows]
-    assert said == [
-        ("remat=none, deterministic=false", None), ("remat=none, deterministic=true", "MemoryError: too little"),
-        ("remat=full, deterministic=false", None), ("remat=full, deterministic=true", None),
-    ]  # fmt: skip
-
-
 def test_weights_that_a_decoder_must_read():
     model = dataclasses.replace(whole_models.small_config(False).model, **whole_models.MIXTRAL)
     layer, expert = 2 * 4096 * 128 * 40 + 4096 * 8, 3 * 4096 * 14336
