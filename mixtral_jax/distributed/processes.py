@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from mixtral_jax.config import DistributedConfig, UserError
 from mixtral_jax.distributed.cluster import START_TIMEOUT, Cluster, find_cluster, launched_as, may_be_several
+from mixtral_jax.distributed.lone_watch import LoneWatch
 from mixtral_jax.distributed.supervisor import ANEW, GIVEN_UP, supervise
 from mixtral_jax.distributed.watchdog import ROOT, USER_ERROR, Watchdog
 
@@ -39,6 +40,7 @@ class _Joined:
 
 
 _joined: _Joined | None = None
+_watch: Watchdog | LoneWatch | None = None  # of this process, inside of `joined`
 _speaks: bool | None = None  # whether this process tells of its mistakes; None: as its number says
 
 
@@ -66,32 +68,40 @@ def speaks() -> bool:
 def joined(config: DistributedConfig, restart: str = ANEW) -> Iterator[None]:
     """Joins the other processes, if there are any, for as long as it is entered; call it before any use of devices.
 
-    Process 0 alone keeps its standard output. An error in any process ends all of them, with one sentence.
+    Process 0 alone keeps its standard output. An error in any process ends all of them, with one sentence. A lone
+    process is watched for steps that hang.
 
     Args:
         config: who the others are, if no launcher says so.
-        restart: what to do when a process is lost.
+        restart: what to do when a process is lost or hangs.
 
     Raises:
         UserError: the processes did not find each other.
     """
-    global _joined, _speaks
+    global _joined, _speaks, _watch
     cluster = None
     if may_be_several(config, os.environ):
         supervise(restart)
         cluster = find_cluster(config, os.environ)
     _speaks = True  # alone, or about things that another process may not even see
     if cluster is None:
-        yield
+        _watch = lone = LoneWatch(config.step_timeout, restart)
+        lone.start()
+        try:
+            yield
+        finally:
+            lone.stop()
+            _watch = None
         return
     _joined = mine = _connect(cluster, config, restart)
+    _watch = mine.watchdog
     try:
         yield
         barrier()  # what one still does, the others must wait for
     except BaseException as error:
         _end_all(mine, error)
     mine.watchdog.stop()
-    _joined = None
+    _joined = _watch = None
     import jax
 
     jax.distributed.shutdown()
@@ -268,20 +278,20 @@ def check_same(value: str, remedy: str) -> None:
 
 def begin(step: int) -> None:
     """Tells the watchdog that this process goes to work on a step."""
-    if _joined:
-        _joined.watchdog.begin(step)
+    if _watch:
+        _watch.begin(step)
 
 
 def progress() -> None:
     """Tells the watchdog that the devices have finished a step or a batch, or that the first is to come."""
-    if _joined:
-        _joined.watchdog.progress()
+    if _watch:
+        _watch.progress()
 
 
 def stop_waiting() -> None:
     """Tells the watchdog that no step is to be waited for any more."""
-    if _joined:
-        _joined.watchdog.stop_waiting()
+    if _watch:
+        _watch.stop_waiting()
 
 
 def is_alone() -> bool:
