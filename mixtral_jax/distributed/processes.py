@@ -85,7 +85,7 @@ def joined(config: DistributedConfig, restart: str = ANEW) -> Iterator[None]:
         cluster = find_cluster(config, os.environ)
     _speaks = True  # alone, or about things that another process may not even see
     if cluster is None:
-        _watch = lone = LoneWatch(config.step_timeout, restart)
+        _watch = lone = LoneWatch(float(config.step_timeout), restart)
         lone.start()
         try:
             yield
