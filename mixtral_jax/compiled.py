@@ -1,24 +1,32 @@
 """Compiled programs on disk, so that a second start compiles nothing.
 
-JAX keeps and finds them, by program, compiler options, versions and devices; here is decided where, and when not.
+JAX keeps and finds them, by program, compiler options, versions and devices; here is decided where, and when not. Each
+is written whole and with a checksum, which JAX's own files have not: it runs a damaged program, to wrong numbers or to
+the end of the process, at every start.
 """
 
 import contextlib
 import hashlib
+import logging
 import os
 import platform
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax._src import compilation_cache  # public only as settings, which choose the place and not what is written
 
 from mixtral_jax.config import UserError
 from mixtral_jax.data.cache_files import cache_directory
 from mixtral_jax.distributed.processes import is_alone, is_main
 from mixtral_jax.kernels.cpu.memory import return_memory
+from mixtral_jax.whole_files import write_whole
 
 LIMIT = 4 << 30  # bytes; a program of a large model takes some 10 MiB
+END = "-cache"  # of a program's file, as JAX calls it
 CPU_FACTS = ("model name", "flags", "CPU implementer", "CPU part", "Features")  # of /proc/cpuinfo, x86 and ARM
+
+log = logging.getLogger(__name__)
 
 
 def keep_compiled(configured: str) -> None:
@@ -51,9 +59,40 @@ def keep_compiled(configured: str) -> None:
         return
     if is_main():
         trim(directory, LIMIT)
+    compilation_cache.get_file_cache = _open_programs  # type: ignore[assignment]
     settings.update("jax_compilation_cache_dir", str(directory))
     # A start compiles dozens of small programs, which take longer together than they do on disk.
     settings.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+class Programs:
+    """Programs by their keys, for JAX; what is not as it was written is removed, and compiled again."""
+
+    def __init__(self, path: str):
+        """Takes a directory that is there."""
+        self._path = Path(path)
+
+    def get(self, key: str) -> bytes | None:
+        """Finds a program; None where there is none, or none that is whole."""
+        file = self._path / f"{key}{END}"
+        try:
+            content = file.read_bytes()
+        except FileNotFoundError:
+            return None
+        digest, program = content[:32], content[32:]
+        if hashlib.sha256(program).digest() == digest:
+            return program
+        log.warning("%s is damaged: the program is compiled again", file)
+        file.unlink(missing_ok=True)
+        return None
+
+    def put(self, key: str, value: bytes) -> None:
+        """Keeps a program."""
+        write_whole(self._path / f"{key}{END}", hashlib.sha256(value).digest() + value, durable=False)
+
+
+def _open_programs(path: str) -> tuple[Programs, str]:
+    return Programs(path), path
 
 
 def trim(directory: Path, limit: int) -> None:
@@ -69,7 +108,7 @@ def trim(directory: Path, limit: int) -> None:
 
 def _files(directory: Path) -> list[tuple[Path, os.stat_result]]:
     found = []
-    for path in directory.glob("*-cache"):
+    for path in directory.glob(f"*{END}*"):
         with contextlib.suppress(FileNotFoundError):  # another process trims, too
             found.append((path, path.stat()))
     return found

@@ -23,22 +23,31 @@ _LOCK, _CONTENT = "lock", "content"
 log = logging.getLogger(__name__)
 
 
-def write_whole(target: Path, data: bytes) -> None:
-    """Writes a file whole or not at all, on disk when the call returns."""
-    with replacing(target) as file:
+def write_whole(target: Path, data: bytes, *, durable: bool = True) -> None:
+    """Writes a file whole or not at all; see `replacing`."""
+    with replacing(target, durable=durable) as file:
         file.write(data)
 
 
 @contextlib.contextmanager
-def replacing(target: Path) -> Iterator[BinaryIO]:
-    """Opens a file that takes the place of `target` when it is written; a second process waits for the first."""
+def replacing(target: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
+    """Opens a file that takes the place of `target` when it is written; a second process waits for the first.
+
+    Args:
+        target: the name that it gets.
+        durable: whether it is on the disk then, and survives the machine; else what reads it must notice.
+
+    Yields:
+        The file.
+    """
     partial = target.with_name(target.name + UNFINISHED)
     with _locked(partial) as file:
         try:
             file.truncate()
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
             os.replace(partial, target)
         except BaseException:
             partial.unlink(missing_ok=True)

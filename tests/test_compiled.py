@@ -8,13 +8,14 @@ from types import SimpleNamespace
 
 import jax
 import pytest
+from jax._src import compilation_cache
 
 from mixtral_jax import cli, compiled, verbs
 from mixtral_jax.compiled import keep_compiled, trim
 from mixtral_jax.config import DistributedConfig
 from mixtral_jax.distributed.cluster import LAUNCHERS
 from mixtral_jax.kernels.cpu import memory
-from tests.small_run import run, write_config
+from tests.small_run import environment, run, write_config
 
 MISS = "PERSISTENT COMPILATION CACHE MISS"
 
@@ -24,11 +25,13 @@ def jax_of_a_user(monkeypatch):
     """JAX's settings as without a word of the user, put back after the test; nothing is compiled meanwhile."""
     names = ("jax_enable_compilation_cache", "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
+    files = compilation_cache.get_file_cache
     jax.config.update("jax_enable_compilation_cache", True)
     jax.config.update("jax_compilation_cache_dir", None)
     yield
     for name, value in before.items():
         jax.config.update(name, value)
+    compilation_cache.get_file_cache = files
 
 
 def test_programs_are_kept_below_the_cache_directory_by_processor(jax_of_a_user, tmp_path, monkeypatch):
@@ -59,6 +62,60 @@ def test_a_directory_that_cannot_be_made_or_written_is_left_alone(jax_of_a_user,
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
     keep_compiled(str(tmp_path))
     assert jax.config.jax_compilation_cache_dir is None
+
+
+PROGRAM = """
+import sys
+import jax, jax.numpy as jnp
+from mixtral_jax.compiled import keep_compiled
+keep_compiled(sys.argv[1])
+print(jax.jit(lambda x: jnp.sort(jnp.tanh(x @ x.T).sum(0)))(jnp.eye(8))[3])
+"""
+
+
+def compute(directory):
+    names = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, directory],
+        env=environment(**dict.fromkeys(names)),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
+
+
+@pytest.mark.drills
+@pytest.mark.parametrize("damage", ["a bit", "cut", "zeroed", "empty", "an earlier version's"])
+def test_a_damaged_program_is_named_and_compiled_again(tmp_path, damage):
+    expected, _ = compute(tmp_path)
+    file = max(tmp_path.rglob("*-cache"), key=lambda path: path.stat().st_size)
+    whole = file.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    file.write_bytes(
+        {"a bit": bytes(flipped), "cut": whole[:-9], "zeroed": bytes(len(whole)), "empty": b""}.get(damage, whole[32:])
+    )
+    again, said = compute(tmp_path)
+    assert again == expected
+    assert f"{file} is damaged: the program is compiled again" in said
+    assert compute(tmp_path) == (expected, "")
+
+
+def test_every_flipped_bit_of_a_program_is_found(tmp_path):
+    programs = compiled.Programs(str(tmp_path))
+    programs.put("a", b"program")
+    assert [path.name for path in tmp_path.iterdir()] == ["a-cache"]
+    whole = (tmp_path / "a-cache").read_bytes()
+    for bit in range(8 * len(whole)):
+        changed = bytearray(whole)
+        changed[bit // 8] ^= 1 << bit % 8
+        (tmp_path / "a-cache").write_bytes(changed)
+        assert programs.get("a") is None
+        assert not list(tmp_path.iterdir())
+    (tmp_path / "a-cache").write_bytes(whole)
+    assert programs.get("a") == b"program"
+    assert programs.get("b") is None
 
 
 @pytest.mark.parametrize(
