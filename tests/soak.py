@@ -26,6 +26,7 @@ from tests.small_run import ROOT, environment, write_config
 
 FEWEST = 60  # samples of a process from which growth is told
 PARTS = 6  # of the curve that is shown
+WARM = 1000  # first steps of a process in which pools of libraries fill up, on a busy machine
 TOLERANCE = 1.03  # of memory, and of threads: one of 40, for pools of libraries fill up late; files may not grow at all
 
 
@@ -127,8 +128,10 @@ def main() -> int:
                 f"{time.monotonic() - began:5.0f} s {name}, killed at {end}" if end else f"{name} to the end",
                 flush=True,
             )
+            warm = [one for one in samples if one.step > samples[0].step + WARM]
+            if len(warm) >= FEWEST:
+                trouble += [f"{name} to step {samples[-1].step}: {text}" for text in grown(warm)]
             if len(samples) >= FEWEST:
-                trouble += [f"{name} to step {samples[-1].step}: {text}" for text in grown(samples)]
                 for part in curve(samples, PARTS):
                     print("        to step {:5d}: {:.0f} MB, {} files, {} threads".format(*part), flush=True)
     runs = [folder / "undisturbed", folder / "killed"]
