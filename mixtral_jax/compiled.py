@@ -20,7 +20,7 @@ from mixtral_jax.config import UserError
 from mixtral_jax.data.cache_files import cache_directory
 from mixtral_jax.distributed.processes import is_alone, is_main
 from mixtral_jax.kernels.cpu.memory import return_memory
-from mixtral_jax.whole_files import write_whole
+from mixtral_jax.whole_files import sealed, unsealed, write_whole
 
 LIMIT = 4 << 30  # bytes; a program of a large model takes some 10 MiB
 END = "-cache"  # of a program's file, as JAX calls it
@@ -79,16 +79,14 @@ class Programs:
             content = file.read_bytes()
         except FileNotFoundError:
             return None
-        digest, program = content[:32], content[32:]
-        if hashlib.sha256(program).digest() == digest:
-            return program
-        log.warning("%s is damaged: the program is compiled again", file)
-        file.unlink(missing_ok=True)
-        return None
+        if (program := unsealed(content)) is None:
+            log.warning("%s is damaged: the program is compiled again", file)
+            file.unlink(missing_ok=True)
+        return program
 
     def put(self, key: str, value: bytes) -> None:
         """Keeps a program."""
-        write_whole(self._path / f"{key}{END}", hashlib.sha256(value).digest() + value, durable=False)
+        write_whole(self._path / f"{key}{END}", sealed(value), durable=False)
 
 
 def _open_programs(path: str) -> tuple[Programs, str]:

@@ -7,6 +7,7 @@ is nobody else's, and the next process that wants one like it removes those that
 import contextlib
 import fcntl
 import glob
+import hashlib
 import logging
 import os
 import shutil
@@ -52,6 +53,17 @@ def replacing(target: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
+
+
+def sealed(data: bytes) -> bytes:
+    """Puts a checksum behind what a file is to hold."""
+    return data + hashlib.sha256(data).digest()
+
+
+def unsealed(content: bytes) -> bytes | None:
+    """What was sealed; None where a file is not as it was written."""
+    data, digest = content[:-32], content[-32:]
+    return data if hashlib.sha256(data).digest() == digest else None
 
 
 def _locked(path: Path) -> BinaryIO:

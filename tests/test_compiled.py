@@ -94,7 +94,7 @@ def test_a_damaged_program_is_named_and_compiled_again(tmp_path, damage):
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 1
     file.write_bytes(
-        {"a bit": bytes(flipped), "cut": whole[:-9], "zeroed": bytes(len(whole)), "empty": b""}.get(damage, whole[32:])
+        {"a bit": bytes(flipped), "cut": whole[:-9], "zeroed": bytes(len(whole)), "empty": b""}.get(damage, whole[:-32])
     )
     again, said = compute(tmp_path)
     assert again == expected

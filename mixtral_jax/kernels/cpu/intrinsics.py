@@ -7,9 +7,11 @@ import contextlib
 import functools
 import hashlib
 import inspect
+import io
+import logging
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, no_type_check
 
@@ -19,11 +21,13 @@ from llvmlite.ir import IRBuilder as Builder
 from llvmlite.ir import Value
 from numba import carray, cfunc, from_dtype, njit, types
 from numba import config as numba_config
-from numba.core import cgutils
+from numba.core import caching, cgutils
 from numba.core.types import Type
 from numba.core.typing.context import BaseContext
 from numba.core.typing.templates import Signature
 from numba.extending import intrinsic
+
+from mixtral_jax.whole_files import sealed, unsealed, write_whole
 
 OPTIONS: Any = {"cache": True, "error_model": "numpy", "fastmath": {"contract"}}
 NUMBER, REAL = types.int64, from_dtype(np.dtype(np.float32))
@@ -35,6 +39,7 @@ THREADS, SLOTS, FLAGS, WORKSPACES, CONFIGURATIONS = range(5)
 AMX, MKL, SGEMM_BATCH, MULTIPLY, ATTEND, DIFFERENTIATE, UPDATE, SUM_SQUARES, SOFTMAX, SWIGLU = range(8, 18)
 MKL_BLOCKS, STORED = range(18, 20)
 settings: Any = numba_config  # Numba makes its attributes when it is imported
+numba_caching: Any = caching
 
 # Addresses and numbers of this process, which may not stand in compiled functions: these are kept on disk.
 state = np.zeros(64, np.int64)
@@ -46,6 +51,7 @@ fill = types.ExternalFunction("memset", NUMBER(NUMBER, types.int32, NUMBER))
 current_processor = types.ExternalFunction("sched_getcpu", types.int32())
 
 
+log = logging.getLogger(__name__)
 _held: list[Any] = []  # for as long as the process lives
 
 
@@ -70,12 +76,38 @@ def _cache() -> str:
 
 def _kept(compile_function: Callable[[], Any]) -> Any:
     """Compiles while Numba looks for what it has compiled in `_cache`."""
-    before, folder = settings.CACHE_DIR, _cache()
-    settings.CACHE_DIR = folder
+    before, folder, files = settings.CACHE_DIR, _cache(), numba_caching.IndexDataCacheFile
+    settings.CACHE_DIR, numba_caching.IndexDataCacheFile = folder, _Files
     try:
         return compile_function()
     finally:
-        settings.CACHE_DIR = before
+        settings.CACHE_DIR, numba_caching.IndexDataCacheFile = before, files
+
+
+class _Files(caching.IndexDataCacheFile):  # type: ignore[misc]
+    """Numba's files with checksums: it runs what is damaged, or ends every start with a trace.
+
+    A checksum behind what it has pickled is nothing to it.
+    """
+
+    @contextlib.contextmanager
+    def _open_for_write(self, filepath: str) -> Iterator[io.BytesIO]:
+        content = io.BytesIO()
+        yield content
+        write_whole(Path(filepath), sealed(content.getvalue()), durable=False)
+
+    def load(self, key: Any) -> Any:
+        _remove_damaged(self._index_path)
+        if name := self._load_index().get(key):
+            _remove_damaged(self._data_path(name))
+        return super().load(key)
+
+
+def _remove_damaged(file: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        if unsealed(Path(file).read_bytes()) is None:
+            log.warning("%s is damaged: the kernel is compiled again", file)
+            os.unlink(file)
 
 
 def compiled(function: Callable[..., Any]) -> Any:
