@@ -219,8 +219,7 @@ def decoding(options: Options) -> None:
     """
     keep_compiled("")
     for title, make in (("small", small_config), ("layers of 8x7B", wide_config)):
-        # XLA for CPU lacks some of the decoder's products in bfloat16.
-        config = make(options.tiny, "precision.params=bfloat16", *["precision.compute=float32"] * options.tiny)
+        config = make(options.tiny, "precision.params=bfloat16")
         architecture = Architecture(config.model, one_device(config))
         generate = decoder.make_generator(architecture)(architecture.init(0))
         texts, prompt, new = (2, 8, 16) if options.tiny else (32, 64, 128)

@@ -107,7 +107,7 @@ def extend(
         new = Cache(rotate(k, *rotary), v)
         cache = Cache(*(_write(old, entries, number, start) for old, entries in zip(cache, new, strict=True)))
         keys, values = (constrain(all_[number], runtime.mesh, LAYER_SLOTS) for all_ in cache)
-        out = _attend(rotate(q, *rotary), keys, values, visible)
+        out = attend(rotate(q, *rotary), keys, values, visible, runtime.platform)
         x = x + project(out, ("wo",), layer.attention, number)[0]
         y, router, _ = layer.moe(layer.moe_norm(x), valid, stack_of(number))
         return (x + y, cache), router.expert_indices
@@ -191,13 +191,21 @@ def draw_token(
     return (cache, last, seen), Step(token, log_prob, logits, experts[:, :, 0])
 
 
-def _attend(q: Array, keys: Array, values: Array, visible: Array) -> Array:
-    """Attends from [batch, seq, heads, head_dim] to the visible slots."""
+def attend(
+    q: Float[Array, "batch seq heads head_dim"],
+    keys: Float[Array, "batch kv_heads slots head_dim"],
+    values: Float[Array, "batch kv_heads slots head_dim"],
+    visible: Bool[Array, "batch seq slots"],
+    platform: str,
+) -> Float[Array, "batch seq heads head_dim"]:
+    """Attends from some tokens to the visible slots."""
     batch, seq, heads, head_dim = q.shape
     kv_heads = keys.shape[1]
     q = q.reshape(batch, seq, kv_heads, heads // kv_heads, head_dim)
     scores = jnp.einsum("bskgh,bkth->bkgst", q, keys, preferred_element_type=FULL) * head_dim**-0.5
     weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, MASKED), axis=-1)
+    if platform == "cpu":  # XLA lacks some products of two-byte types there, and ends in the middle of a run
+        values = values.astype(FULL)
     out = jnp.einsum("bkgst,bkth->bskgh", weights.astype(values.dtype), values, preferred_element_type=FULL)
     return out.reshape(batch, seq, heads, head_dim).astype(q.dtype)
 

@@ -1,6 +1,7 @@
 """Decoding with a cache against running the whole text again for every token."""
 
 import functools
+import itertools
 import math
 import re
 
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 
 from mixtral_jax.config import UserError
-from mixtral_jax.inference.decoding import CHUNK, STEPS, Cache, _generate, extend, make_generator
+from mixtral_jax.inference.decoding import CHUNK, STEPS, Cache, _generate, attend, extend, make_generator
 from mixtral_jax.inference.sampling import Sampling
 from mixtral_jax.kernels.backends import on_x86
+from tests import oracles
 from tests.tiny import mesh_of, tiny_architecture, tiny_config
 
 PROMPTS = [[1, 5, 9], [1], [1, *range(3, 60), *range(3, 40)], [1, 7, 7, 7, 8, 8]]
@@ -170,3 +172,20 @@ def test_what_decoding_cannot_do_is_said():
         make_generator(tiny_architecture(capacity))
     with pytest.raises(UserError, match=r"set mesh\.context=1"):
         make_generator(tiny_architecture(tiny_config(), mesh_of(context=2)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_attention_over_slots_equals_float64_for_any_batch_and_heads(dtype):
+    """In two-byte types XLA for CPU ended at batches of two: their products had no implementation."""
+    for batch, seq, kv_heads, slots in itertools.product((1, 2, 3), (1, 5), (1, 2, 4), (8, 24)):
+        rng = np.random.default_rng(batch)
+        shapes = (batch, seq, 4, 8), (batch, kv_heads, slots, 8), (batch, kv_heads, slots, 8)
+        q, keys, values = (jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes)
+        visible = np.arange(slots) <= np.arange(seq)[:, None] + np.arange(batch)[:, None, None]
+        found = jax.jit(attend, static_argnums=4)(q, keys, values, jnp.asarray(visible), "cpu")
+        exact = [np.asarray(x, np.float64) for x in (q, keys, values)]
+        k, v = (np.repeat(x, 4 // kv_heads, axis=1) for x in exact[1:])
+        scores = np.einsum("bshd,bhtd->bhst", exact[0], k) / np.sqrt(8)
+        weights = np.where(visible[:, None], np.exp(scores), 0)
+        expected = np.einsum("bhst,bhtd->bshd", weights / weights.sum(axis=-1, keepdims=True), v)
+        assert oracles.error(found, expected) < (1e-6 if dtype == "float32" else 0.005)
