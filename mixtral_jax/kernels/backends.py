@@ -164,7 +164,7 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
                 writes_stack=True),
         Backend("triton", GPU, "gpu.triton_grouped", "our grouped kernels, from compute capability 8.0", if_asked=CPU),
         Backend("megablox", TPU, "tpu.megablox", "JAX's grouped kernel for TPU", if_asked=CPU),
-        Backend("ragged_dot", GPU, "expert_ffn", "XLA's grouped product, dense but on TPU",
+        Backend("ragged_dot", GPU, "expert_ffn", "XLA's grouped product, dense but on TPU", (NOT_8_BIT,),
                 if_asked=("cpu", "tpu")),
         Backend("grouped_blocks", CPU, "grouped_blocks", "portable, any number of blocks", if_asked=("gpu", "tpu")),
     ),

@@ -2,8 +2,8 @@
 
 A factor is divided by scales and rounded to whole numbers or short floats: a scale for each row of activations, for
 each column of an expert's weights. A gradient passes the rounding as if it were not there (straight through), is
-divided by scales along what its own product sums, and is rounded in its turn. Sums are float32, or exact. Only Hopper's
-kernels and XLA multiply in 8 bits; Triton's and megablox multiply in bfloat16, which holds all such numbers.
+divided by scales along what its own product sums, and is rounded in its turn. Sums are float32, or exact. Hopper's
+kernels and portable blocks multiply in 8 bits; Triton's and megablox multiply in bfloat16, which holds them all.
 """
 
 import dataclasses
@@ -21,9 +21,6 @@ from mixtral_jax.kernels.backends import load
 from mixtral_jax.precision import EIGHT_BIT_CARRIER, FULL
 
 IN_CARRIER = ("triton", "megablox")  # multiply in `EIGHT_BIT_CARRIER`
-WEIGHT_GRADIENTS = jax.lax.RaggedDotDimensionNumbers(
-    dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
-)
 
 
 @dataclass(frozen=True)
@@ -31,7 +28,7 @@ class EightBitProduct:
     """Products of 8-bit factors by one backend of `expert_ffn`, multiplied with their scales."""
 
     dtype: DTypeLike  # of the factors
-    backend: str  # grouped_blocks, ragged_dot, triton, hopper, megablox or equal
+    backend: str  # grouped_blocks, triton, hopper, megablox or equal
     block_size: int  # rows of a block of `grouped_blocks`
     interpret: Any  # run a kernel of the platform step by step, on a CPU: a flag, for `hopper` how
 
@@ -92,8 +89,6 @@ class EightBitProduct:
         if self.backend == "equal":
             by_expert = self._dot(x.reshape(weights.shape[0], -1, x.shape[1]), weights, ((2,), (1,)), True)
             return by_expert.reshape(x.shape[0], -1)
-        if self.backend == "ragged_dot":
-            return jax.lax.ragged_dot(x, weights, sizes, preferred_element_type=self._sums()).astype(FULL)
         if self.backend in IN_CARRIER:
             x, weights = x.astype(EIGHT_BIT_CARRIER), weights.astype(EIGHT_BIT_CARRIER)
             sums: Array = load("experts", self.backend).multiply(x, weights, sizes, FULL, self.interpret)
@@ -119,9 +114,6 @@ class EightBitProduct:
         if self.backend == "equal":
             x, y = (a.reshape(experts, -1, a.shape[1]) for a in (x, y))
             return self._dot(x, y, ((1,), (1,)), True)
-        if self.backend == "ragged_dot":
-            sums = jax.lax.ragged_dot_general(x, y, sizes, WEIGHT_GRADIENTS, preferred_element_type=self._sums())
-            return sums.astype(FULL)
         if self.backend in IN_CARRIER:
             x, y = x.astype(EIGHT_BIT_CARRIER), y.astype(EIGHT_BIT_CARRIER)
             sums = load("experts", self.backend).outer_products(x, y, sizes, FULL, self.interpret)

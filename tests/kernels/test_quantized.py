@@ -15,7 +15,7 @@ from tests.kernels.test_expert_ffn import D_FF, D_MODEL, EXPERTS, GROUPS, ROWS
 from tests.tiny import mesh_of, tiny_config, tiny_trainable, train
 
 KINDS = {name: make_precision(tiny_config(f"precision.experts={name}").precision).experts for name in ("int8", "fp8")}
-BACKENDS = [("grouped_blocks", (8, 4)), ("grouped_blocks", (64,)), ("ragged_dot", ()), ("megablox", ()),
+BACKENDS = [("grouped_blocks", (8, 4)), ("grouped_blocks", (64,)), ("megablox", ()),
             ("triton", ())]  # fmt: skip
 
 
@@ -155,16 +155,15 @@ def test_is_as_far_from_exact_products_as_rounding_makes_it(kind):
         assert 0.9 < np.sqrt(np.mean((error / predicted) ** 2)) < 1.1
 
 
-@pytest.mark.parametrize("backend", ["grouped_blocks", "ragged_dot"])
-def test_products_are_of_whole_numbers(backend):
+def test_products_are_of_whole_numbers():
     arrays = arrays_of(GROUPS["uneven"])
 
     def run(*a):
-        options = ExpertOptions(backend, (8,), eight_bit=KINDS["int8"])
+        options = ExpertOptions("grouped_blocks", (8,), eight_bit=KINDS["int8"])
         return expert_ffn(a[0], jnp.asarray(GROUPS["uneven"]), ExpertWeights(*a[1:]), options)
 
     program = jax.jit(lambda a: jax.vjp(run, *a[:-1])[1](a[-1])).lower(arrays).as_text()
-    products = [line for line in program.splitlines() if "dot_general" in line or "ragged_dot" in line]
+    products = [line for line in program.splitlines() if "dot_general" in line]
     assert len(products) == 8  # two forward: the third one's result is not needed
     assert all("xi8>" in line and "xi32>" in line for line in products), products
 
