@@ -85,6 +85,8 @@ class ChatTemplate:
                     parts.append((user, False))
         except KeyError as error:
             raise RecordError(f"a message lacks {error}") from None
+        except RecursionError:  # the arguments of a call, which the library reads
+            raise RecordError("a message holds JSON that is nested too deeply") from None
         except (MistralCommonException, ValidationError, ValueError) as error:
             raise RecordError(" ".join(str(error).split())) from None
         tokens = np.concatenate([np.array(part, np.int32) for part, _ in parts])

@@ -26,7 +26,12 @@ class ApiError(HTTPException):
 def describe(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """Writes an error as the API does."""
     kind = "server_error" if status >= 500 else TYPES.get(status, "invalid_request_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    return {"error": {"message": _whole(message), "type": kind, "param": param and _whole(param), "code": code}}
+
+
+def _whole(text: str) -> str:
+    """Spells out halves of characters, which a request's JSON may hold and no answer can."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def respond(error: HTTPException) -> JSONResponse:

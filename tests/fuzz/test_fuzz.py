@@ -43,6 +43,13 @@ def listing(name: str) -> bytes:
     return json.dumps({name: {"bytes": 6, "sha256": "0"}}).encode()
 
 
+def calling(arguments: bytes) -> bytes:
+    called = {"id": "123456789", "type": "function", "function": {"name": "f", "arguments": arguments.decode()}}
+    asked = {"role": "user", "content": "a"}
+    result = {"role": "tool", "content": "2", "name": "f", "tool_call_id": "123456789"}
+    return lines({"messages": [asked, {"role": "assistant", "content": None, "tool_calls": [called]}, result, asked]})
+
+
 FOUND = {
     "a manifest too deep": ("manifest", DEEP),
     "a manifest of a file elsewhere": ("manifest", listing("/dev/null")),
@@ -69,6 +76,13 @@ FOUND = {
     "an evaluation set too deep": ("decontamination", DEEP),
     "an evaluation set that is damaged": ("decontamination.gz", seed("decontamination.gz")[:10] + b"\xff" * 9),
     "a task too deep": ("task", DEEP),
+    "a model that is half a character": (
+        "chat-requests",
+        b'{"model": "\\ud800", "messages": [{"role": "user", "content": "a"}]}',
+    ),
+    "a parameter that is half a character": ("completion-requests", b'{"prompt": "a", "\\ud800": 1}'),
+    "a call with arguments too deep": ("chat-requests", calling(DEEP)),
+    "a record of a call with arguments too deep": ("chats", calling(DEEP)),
 }
 
 
