@@ -27,12 +27,12 @@ LATER = {
         "weights/gguf*", "weights/released_tok*", "weights/released_keys*", "weights/rope*", "model/rope*",
         "weights/destination*",
     ),
-    "Hopper's kernels": ("kernels/gpu/hopper*",),
+    "Hopper's kernels, rows moved by tokens": ("kernels/gpu/hopper*", "kernels/gpu/triton_rows*"),
     "text held out by content": ("data/record.py", "data/fingerprints*", "evaluation/texts*"),
     "experiments, checks of meshes, alarms, goodput, rates, verify": (
         "evaluation/experiment*", "evaluation/history*", "evaluation/outputs*", "training/experiment*",
         "training/mesh*", "training/collapse*", "training/step_clock*", "training/spikes*", "runs/goodput*",
-        "runs/verify*",
+        "runs/verify*", "distributed/lone*",
     ),
     "experts switched off, routers through training": ("evaluation/ablation*", "evaluation/saturation*"),
     "damaged, encoded and private pages": (
