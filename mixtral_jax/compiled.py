@@ -23,7 +23,8 @@ from mixtral_jax.kernels.cpu.memory import return_memory
 from mixtral_jax.whole_files import sealed, unsealed, write_whole
 
 LIMIT = 4 << 30  # bytes; a program of a large model takes some 10 MiB
-END = "-cache"  # of a program's file, as JAX calls it
+END = "-sealed"  # of a program's file
+WITHOUT_CHECKSUM = "-cache"  # of JAX's own files, which earlier versions left; nobody reads them
 CPU_FACTS = ("model name", "flags", "CPU implementer", "CPU part", "Features")  # of /proc/cpuinfo, x86 and ARM
 
 log = logging.getLogger(__name__)
@@ -106,7 +107,7 @@ def trim(directory: Path, limit: int) -> None:
 
 def _files(directory: Path) -> list[tuple[Path, os.stat_result]]:
     found = []
-    for path in directory.glob(f"*{END}*"):
+    for path in [*directory.glob(f"*{END}*"), *directory.glob(f"*{WITHOUT_CHECKSUM}*")]:
         with contextlib.suppress(FileNotFoundError):  # another process trims, too
             found.append((path, path.stat()))
     return found
