@@ -32,13 +32,8 @@ MODULES = {  # in the order in which they run: what matters most comes first, sh
     "stack_fp8": "whole_models", "eight_bit": "layer_parts", "price": "whole_models",
 }  # fmt: skip
 IF_ASKED = ("stack_fp8", "eight_bit", "price")
-LIMITS = {
-    "stack": 60,
-    "stack_fp8": 60,
-    "eight_bit": 60,
-    "small": 75,
-    "decoding": 60,
-}  # seconds, of parts that need more than most
+# Seconds, of parts that need more than most.
+LIMITS = {"stack": 60, "stack_fp8": 60, "eight_bit": 60, "small": 75, "decoding": 60}
 LIMIT = 45
 FORMULA = (
     "TFLOP/s = useful FLOPs / seconds; TB/s = bytes that must be read and written / seconds; seconds are the median of "

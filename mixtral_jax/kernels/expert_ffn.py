@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from mixtral_jax.kernels.backends import find, load
-from mixtral_jax.kernels.permutation import collect_rows, dispatch_rows, pad_groups
+from mixtral_jax.kernels.permutation import in_padded_groups
 from mixtral_jax.kernels.quantized import EightBitProduct, quantized_ffn
 from mixtral_jax.kernels.stored import StoredExperts
 
@@ -135,9 +135,7 @@ def _eight_bit_ffn(rows: Array, sizes: Array, weights: ExpertWeights, options: E
     multiple = 1 if options.backend == "equal" else find("experts", options.backend).row_multiple
     if options.row_multiple % multiple == 0:
         return run(rows, sizes)
-    padding = pad_groups(sizes, rows.shape[0], multiple)
-    out, carried = run(dispatch_rows(rows, padding.source, padding.place), padding.sizes)
-    return collect_rows(out, padding.source, padding.place), carried
+    return in_padded_groups(run, rows, sizes, multiple)
 
 
 @jax.custom_vjp

@@ -4,14 +4,17 @@ An engine may do the same another way.
 Both directions need the map from rows to assignments and its inverse. Assignment `t * k + j` is choice j of token t.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mixtral_jax.kernels.backends import load
+
+T = TypeVar("T")
 
 
 class RowMover(NamedTuple):
@@ -113,6 +116,25 @@ def _combine_bwd(mover: RowMover, residuals: tuple[Array, ...], d_y: Array) -> t
 
 
 combine_rows.defvjp(_combine_fwd, _combine_bwd)
+
+
+def in_padded_groups(
+    run: Callable[[Array, Array], tuple[Array, T]],
+    rows: Float[Array, "rows d_model"],
+    sizes: Int[Array, " groups"],
+    height: int,
+) -> tuple[Float[Array, "rows d_model"], T]:
+    """Calls a function of rows and sizes with groups padded to multiples of `height`, and takes the padding out.
+
+    Args:
+        run: gives a result of each row, and something else, which is handed on.
+        rows: sorted by group.
+        sizes: rows of each group.
+        height: that of a tile.
+    """
+    padding = pad_groups(sizes, rows.shape[0], height)
+    out, other = run(dispatch_rows(rows, padding.source, padding.place), padding.sizes)
+    return collect_rows(out, padding.source, padding.place), other
 
 
 def _choice(rows: Array, row_of: Array, j: int) -> Array:

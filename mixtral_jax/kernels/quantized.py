@@ -6,8 +6,7 @@ divided by scales along what its own product sums, and is rounded in its turn. S
 kernels and portable blocks multiply in 8 bits; Triton's and megablox multiply in bfloat16, which holds them all.
 """
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -41,7 +40,7 @@ class EightBitProduct:
         found = qwix.quantize(
             self._as_it_lies(x).astype(FULL), self.dtype, channelwise_axes=axes, calibration_method=method
         )
-        return dataclasses.replace(found, qvalue=self._as_it_lies(found.qvalue))
+        return replace(found, qvalue=self._as_it_lies(found.qvalue))
 
     def _as_it_lies(self, x: Array) -> Array:
         """Keeps XLA from transposing all that leads to one of Hopper's factors, which are transposed themselves."""

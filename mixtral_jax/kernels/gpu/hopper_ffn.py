@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Num
 from mixtral_jax.kernels.expert_ffn import Carried, ExpertWeights
 from mixtral_jax.kernels.gpu.hopper_grouped import Scaling, gated, gmm, tgmm
 from mixtral_jax.kernels.gpu.hopper_ring import Tiling
-from mixtral_jax.kernels.permutation import collect_rows, dispatch_rows, pad_groups
+from mixtral_jax.kernels.permutation import in_padded_groups
 from mixtral_jax.precision import FULL
 
 HEIGHT = Tiling().height
@@ -42,10 +42,7 @@ def carrying_ffn(
     """
     if row_multiple % HEIGHT == 0:
         return padded_ffn(rows, group_sizes, weights, interpret)
-    padding = pad_groups(group_sizes, rows.shape[0], HEIGHT)
-    x = dispatch_rows(rows, padding.source, padding.place)
-    out, carried = padded_ffn(x, padding.sizes, weights, interpret)
-    return collect_rows(out, padding.source, padding.place), carried
+    return in_padded_groups(lambda x, sizes: padded_ffn(x, sizes, weights, interpret), rows, group_sizes, HEIGHT)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
