@@ -1,5 +1,5 @@
 """Compiles Mixtral 8x7B for growing v5p slices, one sequence a chip, and writes docs/plans/weak_scaling.json and its
-picture: `python docs/weak_scaling.py [TOPOLOGY ...]`; without names only the picture is drawn anew.
+picture: `python -m docs.weak_scaling [TOPOLOGY ...]`; without names only the picture is drawn anew.
 """
 
 import json
@@ -94,7 +94,7 @@ def main(names: list[str]) -> None:
         DATA.write_text(json.dumps(rows, indent=1) + "\n")
         print(name, rows[name], flush=True)
     draw(rows)
-    from mixtral_jax.planning.record import PAGE, write_between
+    from docs.record_plans import PAGE, write_between
 
     write_between(PAGE, "weak", table(rows))
 

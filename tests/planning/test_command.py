@@ -5,12 +5,12 @@ import re
 
 import pytest
 
+from docs.record_plans import CONFIGS, PLANS, TOPOLOGIES, record
+from docs.record_plans import main as record_main
 from mixtral_jax.config import UserError
 from mixtral_jax.planning import topology
 from mixtral_jax.planning.command import main
 from mixtral_jax.planning.compile import DoesNotFitError, _explained
-from mixtral_jax.planning.record import CONFIGS, PLANS, TOPOLOGIES, record
-from mixtral_jax.planning.record import main as record_main
 
 CONFIG = str(CONFIGS / "8x7b_v5p_128.yaml")
 

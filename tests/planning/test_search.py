@@ -6,13 +6,13 @@ import re
 
 import pytest
 
+from docs.record_plans import CONFIGS, PLANS, TOPOLOGIES
 from mixtral_jax.config import UserError
 from mixtral_jax.config_loading import load_config, replace
 from mixtral_jax.metrics import flops_per_token, parameter_counts
 from mixtral_jax.planning.advice import remedies
 from mixtral_jax.planning.command import with_sizes
 from mixtral_jax.planning.estimate import Estimate, estimate
-from mixtral_jax.planning.record import CONFIGS, PLANS, TOPOLOGIES
 from mixtral_jax.planning.search import candidates, distinct, rank
 from mixtral_jax.sharding import MESH_AXES
 from tests.planning.fakes import fake_topology

@@ -1,6 +1,6 @@
 """Writes docs/plans/NAME.txt for the shipped pod configs, and their table in docs/planning.md.
 
-`python -m mixtral_jax.planning.record [NAME ...]`; without names all of them.
+`python -m docs.record_plans [NAME ...]`; without names all of them.
 """
 
 import io
@@ -12,7 +12,7 @@ from mixtral_jax import cli
 from mixtral_jax.config import UserError
 from mixtral_jax.config_loading import load_config
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 CONFIGS, PLANS = ROOT / "configs" / "pods", ROOT / "docs" / "plans"
 PAGE = ROOT / "docs" / "planning.md"
 WIDTH = 110  # columns
