@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from mixtral_jax.config import Config, KernelsConfig, UserError
 from mixtral_jax.kernels.backends import Target, choose, find
+from mixtral_jax.kernels.chosen_experts import few
 from mixtral_jax.precision import Precision, make_precision
 from mixtral_jax.sharding import RULES, axis_size, make_mesh
 from mixtral_jax.zigzag import sequence_multiple
@@ -69,9 +70,19 @@ class Runtime:
         return self.platform == "gpu" and self.mesh.size == 1 and self.remat == "none"
 
     @property
-    def carries_experts(self) -> bool:
-        """Whether the experts of all layers are carried through the layers; see `ExpertWeights`."""
+    def writes_stack(self) -> bool:
+        """Whether layers write their experts' gradients into those of all layers; see `SharedExperts`."""
         return self.unrolled and self.reads_stack and find("experts", self.experts).writes_stack
+
+    @property
+    def reads_held(self) -> bool:
+        """Whether decoding multiplies with all weights as they are held."""
+        return find("decoding", self.decoding).reads_held
+
+    def chooses_experts(self, assignments: int, num_experts: int) -> bool:
+        """Whether so many assignments are decoded from the weights of chosen experts, as they are held."""
+        for_few = find("decoding", self.decoding).few_rows and not self.reads_stack
+        return self.reads_held or (for_few and few(assignments, num_experts))
 
     def describe(self) -> str:
         """Says in one line what was chosen."""

@@ -5,11 +5,18 @@ from collections.abc import Mapping
 
 import pytest
 
+from mixtral_jax.kernels.backends import BACKENDS
 from tests.imports import ROOT, floor, graph, imports, modules
 
 # An engine of one platform, and the one module of it that others may import; the table of backends loads those that it
 # names when they are used.
 DOORS = {"kernels.cpu": "kernels.cpu.memory", "kernels.gpu": "", "kernels.tpu": ""}
+
+# Rooms that know operations and no platform, and names by which engines once reached into them.
+NO_PLATFORM = ("model.", "training.", "evaluation.", "inference.", "data.")
+OF_ENGINES = {"Stacks", "InPlace", "carried", "collect", "memory", "in_place", "weighted", "exact_matmul"}
+# A driver's version; a fault of XLA's; devices that are simulated.
+PLATFORMS_ASKED = {"training.admission": {"gpu"}, "inference.decoding": {"cpu"}, "training.mesh_check": {"cpu"}}
 
 FLOAT_TYPES = {"float16", "bfloat16", "float32", "float64"}
 # The table and the names it is made from; the types that files of weights hold, and their choice on the command line.
@@ -102,6 +109,27 @@ def test_a_planted_way_around_a_door_is_seen(importer):
     assert found == [f"{importer} imports kernels.cpu.amx, not kernels.cpu.door"]
     assert not beside_doors({importer: {"kernels.cpu.door"}}, doors)
     assert not beside_doors({"kernels.cpu.door": {"kernels.cpu.amx"}}, doors)
+
+
+def of_platforms(path) -> set[str]:
+    """Names of engines, of their backends and of platforms that a file's code holds."""
+    known = {"cpu", "gpu", "tpu"} | {b.name for lines in BACKENDS.values() for b in lines if b.module[3:4] == "."}
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        found |= {getattr(node, field, None) for field in ("id", "attr", "arg", "name")} & OF_ENGINES
+        found |= {node.value} & known if isinstance(node, ast.Constant) and isinstance(node.value, str) else set()
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name in modules() if name.startswith(NO_PLATFORM)])
+def test_no_room_above_the_kernels_knows_a_platform(name):
+    assert of_platforms(modules()[name]) == PLATFORMS_ASKED.get(name, set())
+
+
+def test_a_planted_name_of_an_engine_is_seen(tmp_path):
+    file = tmp_path / "planted.py"
+    file.write_text("def layer(x, carried):\n    return x if backend == 'hopper' else carried\n")
+    assert of_platforms(file) == {"carried", "hopper"}
 
 
 @pytest.mark.parametrize("path", [*modules().values(), *sorted((ROOT / "tests").rglob("*.py"))], ids=lambda p: p.name)

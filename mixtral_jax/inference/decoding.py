@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mixtral_jax.config import UserError
 from mixtral_jax.inference.sampling import Sampling, SamplingArrays, choose_tokens, stack
+from mixtral_jax.kernels.expert_ffn import SharedExperts
 from mixtral_jax.kernels.stored import matrices, multiply_stored
 from mixtral_jax.model.attention import Attention
 from mixtral_jax.model.layers import embed, rotary_tables, rotate
@@ -109,7 +110,7 @@ def extend(
         keys, values = (constrain(all_[number], runtime.mesh, LAYER_SLOTS) for all_ in cache)
         out = attend(rotate(q, *rotary), keys, values, visible, runtime.platform)
         x = x + project(out, ("wo",), layer.attention, number)[0]
-        y, router, _ = layer.moe(layer.moe_norm(x), valid, stack_of(number))
+        y, router, _ = layer.moe(layer.moe_norm(x), valid, SharedExperts(stack_of(number)))
         return (x + y, cache), router.expert_indices
 
     x, numbers = embed(model.embedding[...], tokens, runtime), jnp.arange(config.num_layers, dtype=jnp.int32)
@@ -132,7 +133,7 @@ def _projections(model: Mixtral) -> Callable[[Array, Sequence[str], Attention, A
         outer = [jax.tree.leaves(w)[0].shape[x.ndim - 1 :] for w in held]
         return [out.reshape(*x.shape[:2], *shape) for out, shape in zip(products, outer, strict=True)]
 
-    return stored if runtime.decoding == "stored" else sliced
+    return stored if runtime.reads_held else sliced
 
 
 def _write(cache: Array, new: Array, layer: Array, start: Array) -> Array:
@@ -158,7 +159,7 @@ def last_of_chunk(
 
 
 def _logits(model: Mixtral, last: Float[Array, "batch d_model"]) -> Float[Array, "batch vocab"]:
-    if model.runtime.decoding != "stored":
+    if not model.runtime.reads_held:
         return model.logits(last[:, None])[:, 0]
     head = matrices(model.lm_head[...][None], experts=1, inner=last.shape[1])
     return multiply_stored(last.astype(FULL), 0, head)[0]

@@ -65,6 +65,8 @@ class Backend:
     row_multiple: int = 1  # would have every expert begin at a multiple of so many rows
     reads_stack: bool = False  # reads the experts' weights where they lie in the stack of all layers
     writes_stack: bool = False  # and can write their gradients there
+    reads_held: bool = False  # decodes from all weights as they are held
+    few_rows: bool = False  # decodes a few rows from the weights of chosen experts, more like evaluation
 
 
 def on_x86() -> bool:
@@ -179,9 +181,10 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
     ),
     "decoding": (
         Backend("stored", CPU, "cpu.stored_matmul", "the weights of chosen experts, read once as they are stored",
-                (Need(lambda t: t.devices == 1, "is for one device", short="one device"), NOT_8_BIT, NUMBA)),
+                (Need(lambda t: t.devices == 1, "is for one device", short="one device"), NOT_8_BIT, NUMBA),
+                reads_held=True),
         Backend("chosen", ALL, "chosen_experts", "for a few tokens the weights of chosen experts, for more as `xla`",
-                (NOT_8_BIT, WHOLE_EXPERTS)),
+                (NOT_8_BIT, WHOLE_EXPERTS), few_rows=True),
         Backend("xla", ALL, "expert_ffn", "what evaluation takes"),
     ),
     "adamw": (

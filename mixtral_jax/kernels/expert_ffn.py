@@ -25,27 +25,37 @@ class ExpertStack(NamedTuple):
     layer: Int[Array, ""]
 
 
-Carried = tuple[
+GradientStack = tuple[
     Float[Array, "layers experts d_model d_ff"],
     Float[Array, "layers experts d_model d_ff"],
     Float[Array, "layers experts d_ff d_model"],
 ]
 
 
-class ExpertWeights(NamedTuple):
-    """The experts of one layer; gradients flow to these arrays, or to what is carried.
+class SharedExperts(NamedTuple):
+    """What a layer's experts are beside its own arrays, where a backend would have those of all layers.
 
-    A backend that reads the same numbers in the stack, if there is one, leaves the arrays alone: then XLA never cuts
-    them out of the stack. Gate, up and down of all layers may also be carried through the layers, from each to the
-    next: then their gradients come back through the layers, and each writes its own part where it lies. Otherwise
-    every layer's would be copied into a stack afterwards.
+    A backend that reads the same numbers in the stack leaves the layer's arrays alone: then XLA never cuts them out of
+    the stack. A gradient stack is gate, up and down of all layers, which every layer hands to the next: their gradients
+    come back the other way, and each layer writes its own part where it lies. Otherwise every layer's would be copied
+    into a stack afterwards.
     """
+
+    stack: ExpertStack | StoredExperts | None = None
+    gradient_stack: GradientStack | None = None
+
+
+ALONE = SharedExperts()
+
+
+class ExpertWeights(NamedTuple):
+    """The experts of one layer; gradients flow to these arrays, or to the gradient stack; see `SharedExperts`."""
 
     w_gate: Float[Array, "experts d_model d_ff"]
     w_up: Float[Array, "experts d_model d_ff"]
     w_down: Float[Array, "experts d_ff d_model"]
     stack: ExpertStack | StoredExperts | None = None
-    carried: Carried | None = None
+    gradient_stack: GradientStack | None = None
 
     def in_stack(self) -> ExpertStack:
         """Returns where to read them: in the stack, or in one of this layer alone."""
@@ -82,47 +92,40 @@ def expert_ffn(
     Returns:
         One output a row; padding rows are finite and otherwise unspecified.
     """
-    sizes = group_sizes.astype(jnp.int32)
-    w_gate, w_up, w_down, stack, _ = weights
-    backend, block_sizes, interpret, eight_bit, decoding, row_multiple = options
-    if isinstance(stack, StoredExperts):
-        return load("decoding", decoding).stored_ffn(rows, sizes, stack)  # type: ignore[no-any-return]
-    if eight_bit is not None:
-        return _eight_bit_ffn(rows, sizes, weights._replace(carried=None), options)[0]
-    if backend == "equal":
-        x = rows.reshape(w_gate.shape[0], -1, rows.shape[1])
-        gate, up = jnp.einsum("ecd,edf->ecf", x, w_gate), jnp.einsum("ecd,edf->ecf", x, w_up)
-        return jnp.einsum("ecf,efd->ecd", jax.nn.silu(gate) * up, w_down).reshape(rows.shape)
-    if backend == "ragged_dot":
-        gate, up = jax.lax.ragged_dot(rows, w_gate, sizes), jax.lax.ragged_dot(rows, w_up, sizes)
-        return jax.lax.ragged_dot(jax.nn.silu(gate) * up, w_down, sizes)
-    engine = load("experts", backend)
-    if backend == "grouped_blocks":
-        out: Array = engine.grouped_blocks_ffn(rows, sizes, w_gate, w_up, w_down, block_sizes)
-    elif backend == "hopper":
-        out, _ = engine.carrying_ffn(rows, sizes, weights, row_multiple=row_multiple)
-    elif backend == "triton":
-        out = engine.grouped_ffn(rows, sizes, w_gate, w_up, w_down, interpret)
-    elif backend == "megablox":
-        out = engine.megablox_ffn(rows, sizes, w_gate, w_up, w_down, interpret)
-    else:
-        out = engine.engine_ffn(rows, sizes, weights, backend)
-    return out
+    return stacked_ffn(rows, group_sizes, weights, options)[0]
 
 
-def carrying_ffn(
+def stacked_ffn(
     rows: Float[Array, "rows d_model"],
     group_sizes: Int[Array, " experts"],
     weights: ExpertWeights,
     options: ExpertOptions,
-) -> tuple[Float[Array, "rows d_model"], Carried]:
-    """Computes `expert_ffn` and hands on what is carried; for backends that write gradients where they lie."""
+) -> tuple[Float[Array, "rows d_model"], GradientStack | None]:
+    """Computes `expert_ffn`, and hands on the gradient stack where the backend writes to one."""
     sizes = group_sizes.astype(jnp.int32)
-    if options.eight_bit is not None:
+    w_gate, w_up, w_down, stack, _ = weights
+    backend, block_sizes, interpret, eight_bit, decoding, row_multiple = options
+    if isinstance(stack, StoredExperts):
+        return load("decoding", decoding).stored_ffn(rows, sizes, stack), None
+    if eight_bit is not None:
         return _eight_bit_ffn(rows, sizes, weights, options)
-    engine = load("experts", options.backend)
-    out, carried = engine.carrying_ffn(rows, sizes, weights, row_multiple=options.row_multiple)
-    return out, carried
+    if backend == "hopper":
+        return load("experts", backend).hopper_ffn(rows, sizes, weights, row_multiple=row_multiple)  # type: ignore[no-any-return]
+    if backend == "equal":
+        x = rows.reshape(w_gate.shape[0], -1, rows.shape[1])
+        gate, up = jnp.einsum("ecd,edf->ecf", x, w_gate), jnp.einsum("ecd,edf->ecf", x, w_up)
+        return jnp.einsum("ecf,efd->ecd", jax.nn.silu(gate) * up, w_down).reshape(rows.shape), None
+    if backend == "ragged_dot":
+        gate, up = jax.lax.ragged_dot(rows, w_gate, sizes), jax.lax.ragged_dot(rows, w_up, sizes)
+        return jax.lax.ragged_dot(jax.nn.silu(gate) * up, w_down, sizes), None
+    engine = load("experts", backend)
+    if backend == "grouped_blocks":
+        return engine.grouped_blocks_ffn(rows, sizes, w_gate, w_up, w_down, block_sizes), None
+    if backend == "triton":
+        return engine.grouped_ffn(rows, sizes, w_gate, w_up, w_down, interpret), None
+    if backend == "megablox":
+        return engine.megablox_ffn(rows, sizes, w_gate, w_up, w_down, interpret), None
+    return engine.engine_ffn(rows, sizes, weights, backend), None
 
 
 def _eight_bit_ffn(rows: Array, sizes: Array, weights: ExpertWeights, options: ExpertOptions) -> tuple[Array, Any]:
@@ -131,7 +134,9 @@ def _eight_bit_ffn(rows: Array, sizes: Array, weights: ExpertWeights, options: E
     assert options.eight_bit is not None
     product = EightBitProduct(options.eight_bit, options.backend, block_size, options.interpret)
     layer = weights.stack.layer if isinstance(weights.stack, ExpertStack) else None
-    run = partial(quantized_ffn, weights=weights[:3], product=product, carried=weights.carried, layer=layer)
+    run = partial(
+        quantized_ffn, weights=weights[:3], product=product, gradient_stack=weights.gradient_stack, layer=layer
+    )
     multiple = 1 if options.backend == "equal" else find("experts", options.backend).row_multiple
     if options.row_multiple % multiple == 0:
         return run(rows, sizes)
@@ -139,17 +144,17 @@ def _eight_bit_ffn(rows: Array, sizes: Array, weights: ExpertWeights, options: E
 
 
 @jax.custom_vjp
-def end_of_layers(x: T, carried: Carried) -> T:
-    """Says that no layer follows: the memory for the gradients of what was carried begins here, with any content."""
+def begin_gradient_stack(x: T, gradient_stack: GradientStack) -> T:
+    """Says that no layer follows: the memory for the gradients begins here, with any content."""
     return x
 
 
-def _end_fwd(x: T, carried: Carried) -> tuple[T, Carried]:
-    return x, carried
+def _begin_fwd(x: T, gradient_stack: GradientStack) -> tuple[T, GradientStack]:
+    return x, gradient_stack
 
 
-def _end_bwd(carried: Carried, d_x: T) -> tuple[T, Carried]:
-    return d_x, jax.tree.map(lambda w: jax.lax.empty(w.shape, w.dtype), carried)
+def _begin_bwd(gradient_stack: GradientStack, d_x: T) -> tuple[T, GradientStack]:
+    return d_x, jax.tree.map(lambda w: jax.lax.empty(w.shape, w.dtype), gradient_stack)
 
 
-end_of_layers.defvjp(_end_fwd, _end_bwd)
+begin_gradient_stack.defvjp(_begin_fwd, _begin_bwd)

@@ -152,7 +152,7 @@ def quantized_ffn(
     group_sizes: Int[Array, " experts"],
     weights: tuple[Array, Array, Array],
     product: EightBitProduct,
-    carried: tuple[Array, Array, Array] | None = None,
+    gradient_stack: tuple[Array, Array, Array] | None = None,
     layer: Int[Array, ""] | None = None,
 ) -> tuple[Float[Array, "rows d_model"], Any]:
     """Computes w_down(silu(w_gate x) * w_up x) with each row's expert in products of 8-bit factors; see `expert_ffn`.
@@ -162,51 +162,51 @@ def quantized_ffn(
         group_sizes: rows of each expert.
         weights: w_gate and w_up [experts, d_model, d_ff], w_down [experts, d_ff, d_model].
         product: who multiplies, and in which type.
-        carried: the same of all layers, where gradients are to be written; see `ExpertWeights`.
+        gradient_stack: the same of all layers, where gradients are to be written; see `SharedExperts`.
         layer: this one's number.
 
     Returns:
-        One output a row, zero for padding rows; and what is carried.
+        One output a row, zero for padding rows; and the gradient stack.
     """
     if product.backend == "equal":
         group_sizes = jnp.full(weights[0].shape[0], rows.shape[0] // weights[0].shape[0], jnp.int32)
-    places = carried or (None, None, None)
+    stacks = gradient_stack or (None, None, None)
     multiply = partial(_multiply, product)
-    gate, to_gate = multiply(rows, weights[0], group_sizes, places[0], layer)
-    up, to_up = multiply(rows, weights[1], group_sizes, places[1], layer)
-    out, to_down = multiply(jax.nn.silu(gate) * up, weights[2], group_sizes, places[2], layer)
-    return out, carried and (to_gate, to_up, to_down)
+    gate, next_gate = multiply(rows, weights[0], group_sizes, stacks[0], layer)
+    up, next_up = multiply(rows, weights[1], group_sizes, stacks[1], layer)
+    out, next_down = multiply(jax.nn.silu(gate) * up, weights[2], group_sizes, stacks[2], layer)
+    return out, gradient_stack and (next_gate, next_up, next_down)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _multiply(
-    product: EightBitProduct, rows: Array, weights: Array, sizes: Array, carried: Array | None, layer: Array | None
+    product: EightBitProduct, rows: Array, weights: Array, sizes: Array, stack: Array | None, layer: Array | None
 ) -> tuple[Array, Array | None]:
-    return _forward(product, rows, weights, sizes, carried, layer)[0]
+    return _forward(product, rows, weights, sizes, stack, layer)[0]
 
 
 def _forward(
-    product: EightBitProduct, rows: Array, weights: Array, sizes: Array, carried: Array | None, layer: Array | None
+    product: EightBitProduct, rows: Array, weights: Array, sizes: Array, stack: Array | None, layer: Array | None
 ) -> tuple[tuple[Array, Array | None], tuple[Any, ...]]:
     x, w = product.quantize(_used(rows, sizes), (0,)), product.quantize(weights, (0, 2))
     out = product.rows(x.qvalue, w.qvalue, sizes, x.scale, w.scale, rows.dtype)
-    return (out, carried), (x, w, sizes, layer)
+    return (out, stack), (x, w, sizes, layer)
 
 
 def _backward(
     product: EightBitProduct, residuals: tuple[Any, ...], cotangents: tuple[Array, Array | None]
 ) -> tuple[Array | None, ...]:
     x, w, sizes, layer = residuals
-    d_out, d_carried = cotangents
+    d_out, d_stack = cotangents
     d_used, dtype = _used(d_out.astype(FULL), sizes), d_out.dtype
     by_row = product.quantize(d_used * _of_rows(w.scale, sizes, d_out.shape[0]), (0,))
     d_rows = product.rows(by_row.qvalue, w.qvalue.swapaxes(1, 2), sizes, by_row.scale, None, dtype)
     by_column = product.quantize(d_used * x.scale, (1,))
-    into = None if d_carried is None else (d_carried.reshape(-1, *d_carried.shape[2:]), layer * sizes.size)
+    into = None if d_stack is None else (d_stack.reshape(-1, *d_stack.shape[2:]), layer * sizes.size)
     d_weights = product.weights(x.qvalue, by_column.qvalue, sizes, by_column.scale, into, dtype)
-    if d_carried is None:
+    if d_stack is None:
         return d_rows, d_weights, None, None, None
-    return d_rows, None, None, d_weights.reshape(d_carried.shape), None
+    return d_rows, None, None, d_weights.reshape(d_stack.shape), None
 
 
 _multiply.defvjp(_forward, _backward)

@@ -12,8 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
 from mixtral_jax.config import ModelConfig, ObjectiveConfig
-from mixtral_jax.kernels.chosen_experts import few
-from mixtral_jax.kernels.expert_ffn import Carried, ExpertStack, end_of_layers
+from mixtral_jax.kernels.expert_ffn import ExpertStack, GradientStack, SharedExperts, begin_gradient_stack
 from mixtral_jax.kernels.stored import EightBitWeights, StoredExperts, matrices
 from mixtral_jax.model import adapters
 from mixtral_jax.model.attention import Attention
@@ -44,14 +43,13 @@ class DecoderLayer(nnx.Module):
         segment_ids: Int[Array, "batch seq"],
         attention_ids: Int[Array, "batch seq"],
         rotary: Rotary,
-        stack: ExpertStack | None = None,
-        carried: Carried | None = None,
-    ) -> tuple[Float[Array, "batch seq d_model"], RouterOutput, Carried | None]:
+        shared: SharedExperts,
+    ) -> tuple[Float[Array, "batch seq d_model"], RouterOutput, GradientStack | None]:
         """Runs the layer; `attention_ids` say who may see whom, `segment_ids` 0 marks padding; the rest: see `MoE`."""
         attended = self.attention(self.attention_norm(x), attention_ids, rotary)
         x = save_for_backward(x + constrain(attended, self.mesh, RESIDUAL))
-        y, router, carried = self.moe(self.moe_norm(x), segment_ids > 0, stack, carried)
-        return constrain(x + y, self.mesh, RESIDUAL), router, carried
+        y, router, gradient_stack = self.moe(self.moe_norm(x), segment_ids > 0, shared)
+        return constrain(x + y, self.mesh, RESIDUAL), router, gradient_stack
 
 
 class Mixtral(nnx.Module):
@@ -95,34 +93,36 @@ class Mixtral(nnx.Module):
         rotary = rotary_tables(positions, config)
         attention_ids = (segment_ids > 0).astype(segment_ids.dtype) if config.attend_across_documents else segment_ids
         graph, params = nnx.split(self.layers)
-        stack_of, carried = self.expert_stacks(), self._carried()
-        if carried is not None:
+        stack_of, gradient_stack = self.expert_stacks(), self._gradient_stack()
+        if gradient_stack is not None:
             moe: Any = params["moe"]
-            for name in EXPERTS:  # their gradients come back by what is carried
+            for name in EXPERTS:  # their gradients come back by that stack
                 moe[name] = moe[name].replace(jax.lax.stop_gradient(moe[name][...]))
 
         def body(carry: Any, inputs: Any) -> tuple[Any, RouterOutput]:
-            x, carried = carry
+            x, gradient_stack = carry
             number, params, factors = inputs
             layer = nnx.merge(graph, params)
             for path, pair in factors.items():
                 weight = operator.attrgetter(path.replace("/", "."))(layer)
                 weight.set_value(adapters.add(weight[...], pair, path, self.adapters_scale))
-            y, router, carried = layer(x, segment_ids, attention_ids, rotary, stack_of(number), carried)
-            return (y, carried), router
+            shared = SharedExperts(stack_of(number), gradient_stack)
+            y, router, gradient_stack = layer(x, segment_ids, attention_ids, rotary, shared)
+            return (y, gradient_stack), router
 
         remat = "named" if self.adapters and runtime.remat != "full" else runtime.remat  # others keep the sums
         if remat != "none":
             body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
         numbers = jnp.arange(config.num_layers, dtype=jnp.int32)
         unroll = runtime.unrolled and not self.adapters
-        (x, carried), router = jax.lax.scan(body, (x, carried), (numbers, params, dict(self.adapters)), unroll=unroll)
-        x = x if carried is None else end_of_layers(x, carried)
+        inputs = numbers, params, dict(self.adapters)
+        (x, gradient_stack), router = jax.lax.scan(body, (x, gradient_stack), inputs, unroll=unroll)
+        x = x if gradient_stack is None else begin_gradient_stack(x, gradient_stack)
         return self.final_norm(x), router
 
-    def _carried(self) -> Carried | None:
+    def _gradient_stack(self) -> GradientStack | None:
         """The experts of all layers, where the layers are to write their gradients there."""
-        if not self.runtime.carries_experts or self.adapters:
+        if not self.runtime.writes_stack or self.adapters:
             return None
         w_gate, w_up, w_down = (w.astype(self.runtime.precision.compute) for w in self._experts())
         return w_gate, w_up, w_down
@@ -138,8 +138,7 @@ class Mixtral(nnx.Module):
         """
         runtime, config, experts = self.runtime, self.config, self._experts()
         assignments = decoding * config.num_experts_per_tok // runtime.mesh.shape["data"]
-        chosen = runtime.decoding == "chosen" and not runtime.reads_stack and few(assignments, config.num_experts)
-        if decoding and (chosen or runtime.decoding == "stored"):
+        if decoding and runtime.chooses_experts(assignments, config.num_experts):
             held: Any = [matrices(w, experts=config.num_experts) for w in experts]
             return partial(StoredExperts, *held)
         if not runtime.reads_stack or self.adapters or isinstance(experts[0], EightBitWeights):

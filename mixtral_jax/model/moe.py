@@ -12,12 +12,12 @@ from jaxtyping import Array, Bool, Float, Int
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.kernels.backends import find
 from mixtral_jax.kernels.expert_ffn import (
-    Carried,
+    ALONE,
     ExpertOptions,
-    ExpertStack,
     ExpertWeights,
-    carrying_ffn,
-    expert_ffn,
+    GradientStack,
+    SharedExperts,
+    stacked_ffn,
 )
 from mixtral_jax.kernels.grouped_blocks import choose_block_sizes
 from mixtral_jax.kernels.matmul import exact_contract
@@ -81,16 +81,17 @@ class MoE(nnx.Module):
         self,
         x: Float[Array, "batch seq d_model"],
         valid: Bool[Array, "batch seq"],
-        stack: ExpertStack | StoredExperts | None = None,
-        carried: Carried | None = None,
-    ) -> tuple[Float[Array, "batch seq d_model"], RouterOutput, Carried | None]:
+        shared: SharedExperts = ALONE,
+    ) -> tuple[Float[Array, "batch seq d_model"], RouterOutput, GradientStack | None]:
         """Routes and computes; positions that are not `valid` (padding) reach no expert and return zero.
 
         Args:
             x: normalised activations.
             valid: not padding.
-            stack: the same experts among those of all layers, for a backend that reads them there.
-            carried: those of all layers again, for a backend that writes gradients there; they are handed on.
+            shared: the same experts among those of all layers, for a backend that wants them.
+
+        Returns:
+            Sums of the experts' outputs, the router's decisions, and the gradient stack for the next layer.
         """
         compute, mesh = self.runtime.precision.compute, self.runtime.mesh
         logits = exact_contract(x.astype(FULL), self.router[...].astype(FULL), backend=self.runtime.matmul)
@@ -99,8 +100,8 @@ class MoE(nnx.Module):
         w_in, w_out = spec(("experts", "expert_d_model", "d_ff")), spec(("experts", "d_ff", "expert_d_model"))
         split = axis_size(mesh, "expert_d_model") > 1
         local: Any = self._local
-        whole = jax.tree.map(lambda _: ONE_DEVICE, carried)
-        y, indices, dropped, carried = by_device(
+        splits = _in_stack(shared)
+        y, indices, dropped, gradient_stack = by_device(
             jax.checkpoint(local, policy=_all_but_whole_weights, prevent_cse=False) if split else local,
             mesh,
             (
@@ -109,12 +110,11 @@ class MoE(nnx.Module):
                 spec(("batch", "sequence")),
                 PartitionSpec(),
                 (w_in, w_in, w_out),
-                _in_stack(stack),
-                whole,
+                splits,
             ),
-            (tokens, tokens, PartitionSpec(), whole),
-        )(x, logits, valid, self.selection_bias[...], (w_gate, w_up, w_down), stack, carried)
-        return y, RouterOutput(logits, indices, dropped), carried
+            (tokens, tokens, PartitionSpec(), splits.gradient_stack),
+        )(x, logits, valid, self.selection_bias[...], (w_gate, w_up, w_down), shared)
+        return y, RouterOutput(logits, indices, dropped), gradient_stack
 
     def _local(
         self,
@@ -123,11 +123,10 @@ class MoE(nnx.Module):
         valid: Array,
         bias: Array,
         weights: tuple[Array, ...],
-        stack: ExpertStack | StoredExperts | None,
-        carried: Carried | None,
-    ) -> tuple[Array, Array, Array, Carried | None]:
+        shared: SharedExperts,
+    ) -> tuple[Array, Array, Array, GradientStack | None]:
         """Computes one device's part: its tokens with the experts of its group, whoever holds them."""
-        mesh, group = self.runtime.mesh, self._group(valid.shape, decodes=isinstance(stack, StoredExperts))
+        mesh, group = self.runtime.mesh, self._group(valid.shape, decodes=isinstance(shared.stack, StoredExperts))
         w_gate, w_up, w_down = (
             gather(w, mesh, "expert_d_model", axis) for w, axis in zip(weights, (1, 1, 2), strict=True)
         )
@@ -137,12 +136,12 @@ class MoE(nnx.Module):
         if group.capacity is not None:
             dropped = count_dropped(tokens, rows, group)
         rows = exchange(rows, group)
-        experts = ExpertWeights(w_gate, w_up, w_down, stack, carried)
-        rows, carried = self._run_experts(rows, experts, group, valid.size)
+        experts = ExpertWeights(w_gate, w_up, w_down, *shared)
+        rows, gradient_stack = self._run_experts(rows, experts, group, valid.size)
         rows = exchange_back(rows, group)
         y = scatter_sums(combine(rows, group), group).reshape(x.shape)
         dropped = add_up(dropped, mesh, "data", "fsdp", "expert", "context")
-        return add_up(y, mesh, "tensor"), indices, dropped, carried
+        return add_up(y, mesh, "tensor"), indices, dropped, gradient_stack
 
     def _group(self, shape: tuple[int, ...], *, decodes: bool) -> ExpertGroup:
         """Says how much room this device's tokens have; buffers of one size need whole sequences."""
@@ -175,7 +174,7 @@ class MoE(nnx.Module):
 
     def _run_experts(
         self, routed: RoutedRows, weights: ExpertWeights, group: ExpertGroup, tokens: int
-    ) -> tuple[RoutedRows, Carried | None]:
+    ) -> tuple[RoutedRows, GradientStack | None]:
         """Computes the experts that this device holds; `tokens` are its own, from which their load is expected."""
         runtime, load = self.runtime, tokens * self.config.num_experts_per_tok
         options = ExpertOptions(
@@ -186,22 +185,21 @@ class MoE(nnx.Module):
             decoding=runtime.decoding,
             row_multiple=group.row_multiple,
         )
-        if weights.carried is not None:
-            rows, carried = carrying_ffn(routed.rows, routed.group_sizes, weights, options)
-            return routed._replace(rows=rows), carried
-        return routed._replace(rows=expert_ffn(routed.rows, routed.group_sizes, weights, options)), None
+        rows, gradient_stack = stacked_ffn(routed.rows, routed.group_sizes, weights, options)
+        return routed._replace(rows=rows), gradient_stack
 
 
-def _in_stack(stack: ExpertStack | StoredExperts | None) -> Any:
+def _in_stack(shared: SharedExperts) -> SharedExperts:
     """Says how the experts of all layers are split: those that one device reads not at all."""
+    stack = shared.stack
     if not isinstance(stack, StoredExperts):
-        return jax.tree.map(lambda part: ONE_DEVICE if part.ndim else PartitionSpec(), stack)
+        return jax.tree.map(lambda part: ONE_DEVICE if part.ndim else PartitionSpec(), shared)
     wide = spec((None, "experts", None, "d_ff"))
     deep, scale = spec((None, "experts", "d_ff")), spec((None, "experts"))
     down = jax.tree.map(lambda part: scale if part.shape[2] == 1 else deep, stack.w_down)
     gate, up = (jax.tree.map(lambda _: wide, w) for w in (stack.w_gate, stack.w_up))
     whole: Any = PartitionSpec()
-    return StoredExperts(gate, up, down, whole)
+    return SharedExperts(StoredExperts(gate, up, down, whole))
 
 
 def _all_but_whole_weights(primitive: Any, *_: Any, **parameters: Any) -> bool:

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mixtral_jax.kernels.expert_ffn import ExpertOptions, ExpertStack, ExpertWeights, expert_ffn
-from mixtral_jax.kernels.expert_ffn import carrying_ffn as carrying
-from mixtral_jax.kernels.gpu.hopper_ffn import carrying_ffn
+from mixtral_jax.kernels.expert_ffn import ExpertOptions, ExpertStack, ExpertWeights, expert_ffn, stacked_ffn
+from mixtral_jax.kernels.gpu.hopper_ffn import hopper_ffn
 from mixtral_jax.kernels.gpu.hopper_grouped import Scaling, gated, gmm, matrices_of_blocks, tgmm
 from mixtral_jax.kernels.gpu.hopper_ring import Tiling, place
 from mixtral_jax.kernels.permutation import pad_groups
@@ -94,7 +93,7 @@ def test_experts_and_their_gradients(monkeypatch):
     stack = ExpertStack(*(jnp.stack([w + 1, w, w - 1]) for w in weights), jnp.int32(1))
 
     def ours(x, *w):
-        return carrying_ffn(x, jnp.asarray(sizes), ExpertWeights(*w, stack), interpret())[0]
+        return hopper_ffn(x, jnp.asarray(sizes), ExpertWeights(*w, stack), interpret())[0]
 
     out, pull = jax.vjp(ours, rows, *(jnp.nan * w for w in weights))
     d_rows, *d_weights = pull(d_out)
@@ -115,37 +114,37 @@ def test_experts_and_their_gradients(monkeypatch):
 
 
 @interpreted
-def test_gradients_of_what_is_carried_lie_in_the_layer_s_place(monkeypatch):
+def test_gradients_in_a_stack_lie_in_the_layer_s_place(monkeypatch):
     """Those of the layer are what they are elsewhere; those of other layers, which come back first, are left alone."""
     monkeypatch.setattr("mixtral_jax.kernels.gpu.hopper_ring.num_processors", lambda: 2)
     sizes, width = jnp.array([128, 0]), 256
     rows, d_out = (normal(seed, 128, width) for seed in (0, 1))
     weights = [normal(seed, 2, width, width, scale=width**-0.5) for seed in (2, 3, 4)]
-    carried = tuple(jnp.stack([w, w, w]) for w in weights)
-    stack = ExpertStack(*carried, jnp.int32(1))
+    gradient_stack = tuple(jnp.stack([w, w, w]) for w in weights)
+    stack = ExpertStack(*gradient_stack, jnp.int32(1))
 
-    def ours(x, carried):
-        experts = ExpertWeights(*weights, stack, carried)
-        return carrying_ffn(x, sizes, experts, interpret(), row_multiple=128)
+    def ours(x, gradient_stack):
+        experts = ExpertWeights(*weights, stack, gradient_stack)
+        return hopper_ffn(x, sizes, experts, interpret(), row_multiple=128)
 
-    (out, handed_on), pull = jax.vjp(ours, rows, carried)
-    before = tuple(normal(5 + n, *w.shape) for n, w in enumerate(carried))
-    d_rows, d_carried = pull((d_out, before))
-    plain = lambda x, *w: carrying_ffn(x, sizes, ExpertWeights(*w), interpret())[0]  # noqa: E731
+    (out, handed_on), pull = jax.vjp(ours, rows, gradient_stack)
+    before = tuple(normal(5 + n, *w.shape) for n, w in enumerate(gradient_stack))
+    d_rows, d_stack = pull((d_out, before))
+    plain = lambda x, *w: hopper_ffn(x, sizes, ExpertWeights(*w), interpret())[0]  # noqa: E731
     wanted, pull_plain = jax.vjp(plain, rows, *weights)
     wanted_rows, *wanted_weights = pull_plain(d_out)
     np.testing.assert_array_equal(out, wanted)
     np.testing.assert_array_equal(d_rows, wanted_rows)
-    for found, own, old in zip(d_carried, wanted_weights, before, strict=True):
+    for found, own, old in zip(d_stack, wanted_weights, before, strict=True):
         np.testing.assert_array_equal(found, old.at[1].set(own))
-    for given, handed in zip(carried, handed_on, strict=True):
+    for given, handed in zip(gradient_stack, handed_on, strict=True):
         np.testing.assert_array_equal(given, handed)
 
 
 @interpreted
 @pytest.mark.parametrize("kind", KINDS)
 def test_factors_of_8_bits_are_multiplied_as_by_portable_blocks(monkeypatch, kind):
-    """Which `test_quantized` holds against the scheme in numpy; then the same with gradients of what is carried."""
+    """Which `test_quantized` holds against the scheme in numpy; then the same with gradients in a stack."""
     monkeypatch.setattr("mixtral_jax.kernels.gpu.hopper_ring.num_processors", lambda: 2)
     sizes, width = jnp.array([0, 101]), 256
     rng = np.random.default_rng(0)
@@ -164,18 +163,18 @@ def test_factors_of_8_bits_are_multiplied_as_by_portable_blocks(monkeypatch, kin
         assert oracles.error(array, right) < 1e-6  # sums in another order; of whole numbers none is rounded
         assert kind == "fp8" or np.array_equal(array, right)
 
-    carried = tuple(jnp.stack([w, w, w]) for w in weights)
+    gradient_stack = tuple(jnp.stack([w, w, w]) for w in weights)
 
-    def handing_on(x, carried):
-        experts = ExpertWeights(*weights, ExpertStack(*carried, jnp.int32(1)), carried)
-        return carrying(x, sizes, experts, options)
+    def handing_on(x, gradient_stack):
+        experts = ExpertWeights(*weights, ExpertStack(*gradient_stack, jnp.int32(1)), gradient_stack)
+        return stacked_ffn(x, sizes, experts, options)
 
-    (out, _), pull = jax.vjp(handing_on, rows, carried)
-    before = tuple(jnp.full_like(w, n) for n, w in enumerate(carried))
-    d_rows, d_carried = pull((d_out, before))
+    (out, _), pull = jax.vjp(handing_on, rows, gradient_stack)
+    before = tuple(jnp.full_like(w, n) for n, w in enumerate(gradient_stack))
+    d_rows, d_stack = pull((d_out, before))
     np.testing.assert_array_equal(out, found[0])
     np.testing.assert_array_equal(d_rows, found[1])
-    for array, own, old in zip(d_carried, found[2:], before, strict=True):
+    for array, own, old in zip(d_stack, found[2:], before, strict=True):
         np.testing.assert_array_equal(array, old.at[1].set(own))
 
 

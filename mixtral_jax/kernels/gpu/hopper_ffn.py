@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
 
-from mixtral_jax.kernels.expert_ffn import Carried, ExpertWeights
+from mixtral_jax.kernels.expert_ffn import ExpertWeights, GradientStack
 from mixtral_jax.kernels.gpu.hopper_grouped import Scaling, gated, gmm, tgmm
 from mixtral_jax.kernels.gpu.hopper_ring import Tiling
 from mixtral_jax.kernels.permutation import in_padded_groups
@@ -23,15 +23,15 @@ BY_COLUMN, FEW_NEIGHBOURS = Tiling(split=1), Tiling(split=1, neighbours=8)
 EIGHT_BITS = Tiling(split=1, depth=128)  # as many bytes deep
 
 
-def carrying_ffn(
+def hopper_ffn(
     rows: Float[Array, "rows d_model"],
     group_sizes: Int[Array, " experts"],
     weights: ExpertWeights,
     interpret: Any = None,
     *,
     row_multiple: int = 1,
-) -> tuple[Float[Array, "rows d_model"], Carried | None]:
-    """Computes `expert_ffn`, adding up in float32, padding rows to zero, and hands on what is carried.
+) -> tuple[Float[Array, "rows d_model"], GradientStack | None]:
+    """Computes `expert_ffn`, adding up in float32, padding rows to zero, and hands on the gradient stack.
 
     Args:
         rows: sorted by expert.
@@ -48,8 +48,8 @@ def carrying_ffn(
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def padded_ffn(
     rows: Float[Array, "rows d_model"], sizes: Int[Array, " experts"], weights: ExpertWeights, interpret: Any
-) -> tuple[Float[Array, "rows d_model"], Carried | None]:
-    """Computes `carrying_ffn` from rows whose groups are padded."""
+) -> tuple[Float[Array, "rows d_model"], GradientStack | None]:
+    """Computes `hopper_ffn` from rows whose groups are padded."""
     return _fwd(rows, sizes, weights, interpret)[0]
 
 
@@ -60,14 +60,14 @@ def _fwd(rows: Array, sizes: Array, weights: ExpertWeights, interpret: Any) -> t
     w_gate, w_up, w_down = matrices
     gate, up, inner = gated(rows, w_gate, w_up, sizes, **place)
     out = gmm([(inner, w_down)], sizes, tiling=FEW_NEIGHBOURS, **place)
-    return (out, weights.carried), (rows, sizes, matrices, layer, gate, up)
+    return (out, weights.gradient_stack), (rows, sizes, matrices, layer, gate, up)
 
 
 def _bwd(
-    interpret: Any, residuals: tuple[Any, ...], cotangents: tuple[Array, Carried | None]
+    interpret: Any, residuals: tuple[Any, ...], cotangents: tuple[Array, GradientStack | None]
 ) -> tuple[Array, None, ExpertWeights]:
     rows, sizes, (w_gate, w_up, w_down), layer, gate, up = residuals
-    d_out, d_carried = cotangents
+    d_out, d_stack = cotangents
     first = jnp.asarray(layer) * sizes.size
     place = {"first_matrix": first, "interpret": interpret, "transposed": True}
     d_inner = gmm([(d_out, w_down)], sizes, fill=False, tiling=BY_COLUMN, **place)
@@ -75,15 +75,15 @@ def _bwd(
     d_rows = gmm([(d_gate, w_gate), (d_up, w_up)], sizes, tiling=BY_COLUMN, **place)
     sums = partial(tgmm, sizes=sizes, scaling=Scaling(w_gate.dtype), tiling=FEW_NEIGHBOURS, interpret=interpret)
     pairs = (rows, d_gate), (rows, d_up), (inner, d_out)
-    if d_carried is None:
+    if d_stack is None:
         d_gate, d_up, d_down = (sums(*pair) for pair in pairs)
         return d_rows, None, ExpertWeights(d_gate, d_up, d_down)
     stacks = [
         sums(*pair, into=(stack.reshape(-1, *stack.shape[2:]), first)).reshape(stack.shape)
-        for pair, stack in zip(pairs, d_carried, strict=True)
+        for pair, stack in zip(pairs, d_stack, strict=True)
     ]
     nothing: Any = None
-    return d_rows, None, ExpertWeights(nothing, nothing, nothing, carried=(stacks[0], stacks[1], stacks[2]))
+    return d_rows, None, ExpertWeights(nothing, nothing, nothing, gradient_stack=(stacks[0], stacks[1], stacks[2]))
 
 
 padded_ffn.defvjp(_fwd, _bwd)

@@ -1,4 +1,4 @@
-"""Experts that are carried through the layers: the same gradients, each layer's written in its place by a backend."""
+"""Gradients of experts that a backend writes into a stack of all layers: the same as those of layers alone."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -17,8 +17,8 @@ from tests.tiny import mesh_of, tiny_batch, tiny_config
 
 @jax.custom_vjp
 def in_place(rows, sizes, weights):
-    """A backend in plain JAX: reads the stack, and writes a layer's gradients over what the carried arrays hold."""
-    return by_expert(rows, sizes, *layer_of(weights.stack)), weights.carried
+    """A backend in plain JAX: reads the stack, and writes a layer's gradients over what the gradient stack holds."""
+    return by_expert(rows, sizes, *layer_of(weights.stack)), weights.gradient_stack
 
 
 def layer_of(stack):
@@ -34,18 +34,18 @@ def in_place_fwd(rows, sizes, weights):
 
 
 def in_place_bwd(residuals, cotangents):
-    (rows, sizes, stack), (d_out, d_carried) = residuals, cotangents
+    (rows, sizes, stack), (d_out, d_stack) = residuals, cotangents
     _, pull = jax.vjp(lambda rows, *w: by_expert(rows, sizes, *w), rows, *layer_of(stack))
     d_rows, *d_weights = pull(d_out)
-    new = tuple(old.at[stack.layer].set(d) for old, d in zip(d_carried, d_weights, strict=True))
-    return d_rows, None, ExpertWeights(None, None, None, carried=new)
+    new = tuple(old.at[stack.layer].set(d) for old, d in zip(d_stack, d_weights, strict=True))
+    return d_rows, None, ExpertWeights(None, None, None, gradient_stack=new)
 
 
 in_place.defvjp(in_place_fwd, in_place_bwd)
 
 
 def backend():
-    return SimpleNamespace(carrying_ffn=lambda rows, sizes, weights, row_multiple: in_place(rows, sizes, weights))
+    return SimpleNamespace(hopper_ffn=lambda rows, sizes, weights, row_multiple: in_place(rows, sizes, weights))
 
 
 def trained(config, runtime):
@@ -63,7 +63,7 @@ def test_the_gradients_are_those_of_layers_alone(monkeypatch):
     monkeypatch.setattr(experts, "load", lambda *names: backend() if names[1] == "hopper" else load(*names))
     # Memory that is written nowhere must be seen: on a GPU it holds anything.
     monkeypatch.setattr(jax.lax, "empty", lambda shape, dtype: jnp.full(shape, jnp.nan, dtype))
-    monkeypatch.setattr(Runtime, "carries_experts", True)
+    monkeypatch.setattr(Runtime, "writes_stack", True)
     monkeypatch.setattr(Runtime, "unrolled", True)
     found = trained(config, dataclasses.replace(plain, experts="hopper"))
 
