@@ -19,7 +19,6 @@ from datatrove.pipeline.dedup import (
 )
 from datatrove.pipeline.dedup.exact_dedup import ExactDedupConfig
 
-from mixtral_jax.preparation import rules
 from mixtral_jax.preparation.caches import CacheBuilder
 from mixtral_jax.preparation.clusters import ClusterExamples
 from mixtral_jax.preparation.config import PrepareConfig
@@ -30,6 +29,7 @@ from mixtral_jax.preparation.extraction import Extraction
 from mixtral_jax.preparation.language import LanguageFilter
 from mixtral_jax.preparation.masking import Masking
 from mixtral_jax.preparation.reading import ShardReader, StageReader
+from mixtral_jax.preparation.rules import RULES, WebRule
 from mixtral_jax.preparation.url_filter import AddressFilter
 from mixtral_jax.preparation.words import RegexWords
 from mixtral_jax.preparation.writing import TokenWriter, final_writer, stage_writer
@@ -97,14 +97,9 @@ def _pages(config: PrepareConfig) -> list[PipelineStep]:
         steps += [AddressFilter(config.url_filter, out("url_filter")), Meter("url_filter")]
     steps += [Extraction(config.extraction, layout.pages), Meter("extraction", config.tokenizer)]
     steps += [LanguageFilter(config.language, out("language")), Meter("language", config.tokenizer)]
-    for name, make in (
-        ("gopher_repetition", rules.gopher_repetition),
-        ("gopher_quality", rules.gopher_quality),
-        ("c4", rules.c4),
-        ("fineweb", rules.fineweb),
-    ):
+    for name in RULES:
         if getattr(config, name).enabled:
-            steps += [rules.WebRule(name, make, config, out(name)), Meter(name, config.tokenizer)]
+            steps += [WebRule(name, config, out(name)), Meter(name, config.tokenizer)]
     if config.decontamination.files:
         against = NGramsDecontFilter(
             str(layout.contamination),

@@ -88,7 +88,7 @@ def config(**sections: Any) -> PrepareConfig:
 def verdict(section: str, text: str, **settings: Any) -> tuple[bool | tuple[bool, str], str]:
     """What a rule says to a text, and the text after it."""
     document = Document(text=text, id="x", metadata={"curated": False, "language": "en"})
-    rule = getattr(rules, section)(config(**{section: replace(OPEN[section], **settings)}), "en")
+    rule = rules.make_rule(section, config(**{section: replace(OPEN[section], **settings)}), "en")
     return rule.filter(document), document.text
 
 
