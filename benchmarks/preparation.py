@@ -27,7 +27,6 @@ from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 
 from mixtral_jax.console import make_console
-from mixtral_jax.preparation import rules
 from mixtral_jax.preparation.config import PrepareConfig, PrepareSource
 from mixtral_jax.preparation.counting import shared_tokenizer
 from mixtral_jax.preparation.examples import Examples
@@ -35,6 +34,7 @@ from mixtral_jax.preparation.extraction import EXTRACTORS
 from mixtral_jax.preparation.file_readers import read_documents
 from mixtral_jax.preparation.language import LanguageFilter
 from mixtral_jax.preparation.plan import list_files
+from mixtral_jax.preparation.rules import RULES, make_rule
 from mixtral_jax.preparation.words import RegexWords
 
 SECONDS = 3.0  # of each measurement
@@ -152,11 +152,11 @@ def main() -> None:
         add("language (text)", identify)
         for words in ("spacy", "regex"):
             settings = PrepareConfig(output=folder, words=words)  # type: ignore[arg-type]
-            for make in (rules.gopher_repetition, rules.gopher_quality, rules.c4, rules.fineweb):
-                rule = make(settings, "en")
+            for name in RULES:
+                rule = make_rule(name, settings, "en")
                 # Distinct texts each time: datatrove remembers the words of the last few.
                 add(
-                    f"{make.__name__}, {words} (text)",
+                    f"{name}, {words} (text)",
                     lambda rule=rule: sum(len(d.text.encode()) for d in documents(texts) if rule.filter(d) or True),
                 )
         signatures = MinhashDedupSignature(f"{folder}/signatures", language=RegexWords())  # type: ignore[arg-type]

@@ -333,9 +333,7 @@ TABLE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("\"max_short_lines\": \"short", "\"min_punctuated_lines\": \"short"),
         ("\"max_lines_per_word\": \"new_line", "\"max_short_lines\": \"new_line"),
         ("(FineWebQualityFilter, {", "(C4QualityFilter, {"),
-        ("(GopherQualityFilter, {", "(GopherRepetitionFilter, {"),
         ("if document.metadata[\"curated\"]:", "if not document.metadata[\"curated\"]:"),
-        ("if limits.min_stop_words else []", "if False else []"),
     ],
     ("preparation/stages.py", "preparation/test_rules.py"): [
         ("for name in RULES:", "for name in list(RULES)[1:]:"),

@@ -9,7 +9,7 @@ from datatrove.pipeline.extractors.base import ExtractorSandbox
 
 from mixtral_jax.config import UserError
 from mixtral_jax.preparation.config import ExtractionConfig
-from mixtral_jax.preparation.problems import ProblemLog
+from mixtral_jax.preparation.examples import NAMED, FirstCases, note_problem
 
 
 def extract_resiliparse(html: str) -> str:
@@ -53,7 +53,7 @@ class Extraction(PipelineStep):
         """Yields the documents that have text."""
         extract = EXTRACTORS[self._config.extractor]
         with (
-            ProblemLog(self._folder / "problems" / f"{rank:05d}.extraction.jsonl") as problems,
+            FirstCases(self._folder / "problems" / f"{rank:05d}.extraction.jsonl", NAMED) as problems,
             ExtractorSandbox(timeout=self._config.timeout) as sandbox,
         ):
             for document in data:
@@ -67,7 +67,7 @@ class Extraction(PipelineStep):
                         except Exception as error:  # a time-out, a dead process, or whatever the extractor raises
                             kind = "time-out" if isinstance(error, TimeoutError) else "failed extraction"
                             where = document.metadata["url"] or document.id
-                            problems.note(kind, f"{source}: {where}", f"{type(error).__name__}: {error}")
+                            note_problem(problems, kind, f"{source}: {where}", f"{type(error).__name__}: {error}")
                             continue
                     if not document.text:
                         self.stat_update(f"skipped|{source}|nothing extracted")

@@ -9,9 +9,9 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.readers import JsonlReader
 
 from mixtral_jax.preparation.config import PrepareConfig
+from mixtral_jax.preparation.examples import NAMED, FirstCases, note_problem
 from mixtral_jax.preparation.file_readers import read_documents
 from mixtral_jax.preparation.plan import InputFile, load_shards
-from mixtral_jax.preparation.problems import ProblemLog
 
 HEARTBEAT = 1.0  # seconds between two words of how far a task is
 
@@ -32,7 +32,7 @@ class ShardReader(PipelineStep):
         """Yields the documents of shard `rank`."""
         shard = load_shards(self._config)[rank]
         progress = _Heartbeat(self._folder / "progress" / f"{rank:05d}")
-        with ProblemLog(self._folder / "problems" / f"{rank:05d}.jsonl") as problems:
+        with FirstCases(self._folder / "problems" / f"{rank:05d}.jsonl", NAMED) as problems:
             for file in shard.files:
                 yield from self._read(file, shard.source, problems, progress)
                 progress.finished(file.size or 0)
@@ -43,7 +43,7 @@ class ShardReader(PipelineStep):
             self.stat_update(f"problem|{shard.source}|{kind}", value=count)
 
     def _read(
-        self, file: InputFile, source_name: str, problems: ProblemLog, progress: "_Heartbeat"
+        self, file: InputFile, source_name: str, problems: FirstCases, progress: "_Heartbeat"
     ) -> Iterator[Document]:
         source = next(source for source in self._config.sources if source.name == source_name)
         limit = self._config.extraction.max_megabytes << 20
@@ -52,7 +52,7 @@ class ShardReader(PipelineStep):
             if kind.startswith("skipped"):
                 self.stat_update(f"skipped|{source.name}|{kind.removeprefix('skipped: ')}")
             else:
-                problems.note(kind, f"{source.name}: {file.name} {record}".strip(), detail)
+                note_problem(problems, kind, f"{source.name}: {file.name} {record}".strip(), detail)
 
         documents = read_documents(file, source, limit, report, progress.within)
         while True:

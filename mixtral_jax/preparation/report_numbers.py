@@ -1,6 +1,5 @@
 """The numbers of the report, gathered from what the tasks noted, and its terminal table."""
 
-import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -9,13 +8,14 @@ from typing import Any
 import yaml
 from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
+from datatrove.utils.stats import MetricStatsDict, PipelineStats
 from rich.table import Table
 from rich.text import Text
 
 from mixtral_jax.data.cache_files import write_file
 from mixtral_jax.preparation.balance import balanced_weights
-from mixtral_jax.preparation.clusters import cluster_sizes
 from mixtral_jax.preparation.config import PrepareConfig
+from mixtral_jax.preparation.examples import cluster_sizes
 from mixtral_jax.preparation.plan import load_left_out
 from mixtral_jax.preparation.report_page import make_page
 from mixtral_jax.preparation.stages import Layout
@@ -72,29 +72,30 @@ def gather(config: PrepareConfig) -> Numbers:
     layout = Layout(config)
     pages = _stage_statistics(layout.logs("pages"))
     documents = _stage_statistics(layout.logs("documents"))
-    meters = {name: counts for name, counts, _ in pages + documents if name.startswith("meter: ")}
-    seconds = _seconds(pages + documents)
-    handled = _handled(pages)
-    reasons = _reasons(pages)
     steps: list[Numbers] = []
-    before: Numbers = {}
-    for label, counts in meters.items():
-        name = label.removeprefix("meter: ")
-        if name in ("clusters", "written"):
+    done: Counter[str] = Counter()  # what the step before a meter counted
+    spent = 0.0  # seconds of the steps since the last meter
+    for name, counts, seconds in pages + documents:
+        if not name.startswith("meter: "):
+            done, spent = counts, spent + seconds
             continue
         groups = _groups(counts)
-        after = _total(groups)
-        step: Numbers = {"step": name, "out": after, "groups": groups, "seconds": seconds.get(name, 0.0)}
-        step["in"] = before or after
-        step["dropped"] = step["in"]["documents"] - after["documents"]
-        if name in reasons:
-            step["reasons"] = reasons[name]
-        if name in handled and seconds[name]:
-            step["bytes_per_second"] = handled[name] / seconds[name]
+        step: Numbers = {
+            "step": name.removeprefix("meter: "),
+            "out": _total(groups),
+            "groups": groups,
+            "seconds": spent,
+        }
+        step["in"] = steps[-1]["out"] if steps else step["out"]
+        step["dropped"] = step["in"]["documents"] - step["out"]["documents"]
+        if reasons := {label: n for label, n in done.most_common() if label.startswith("dropped_")}:
+            step["reasons"] = {label.removeprefix("dropped_"): int(n) for label, n in reasons.items()}
+        if done["handled"] and spent:  # a rule lets curated documents pass unseen
+            step["bytes_per_second"] = int(done["handled"]) / spent
         steps.append(step)
-        before = after
-    written = meters["meter: written"]
-    by_language = _groups(written)["languages"]
+        done, spent = Counter(), 0.0
+    written = steps.pop()  # no step of its own: it counts what is written, and the lengths
+    by_language = written["groups"]["languages"]
     weights = balanced_weights({language: row["tokens"] for language, row in by_language.items()}, config.temperature)
     for language, row in by_language.items():
         index = json.loads((layout.output / "tokens" / language / "index.json").read_text())
@@ -104,7 +105,7 @@ def gather(config: PrepareConfig) -> Numbers:
         read[source]["left_out"] = left_out
     return {
         "output": str(layout.output),
-        "total": _total(_groups(written)),
+        "total": written["out"],
         "languages": by_language,
         "steps": steps,
         "input": read,
@@ -113,7 +114,7 @@ def gather(config: PrepareConfig) -> Numbers:
             "named": _lines(sorted((layout.pages / "problems").glob("*.jsonl")))[:PROBLEMS],
         },
         "tokenization": _tokenization(documents),
-        "lengths": _lengths(written),
+        "lengths": _lengths(counts),
         "examples": {step["step"]: found for step in steps if (found := _examples(layout.examples / step["step"]))},
         "clusters": {
             "sizes": cluster_sizes(layout.minhash / "clusters") if config.minhash.enabled else {},
@@ -160,49 +161,14 @@ def _millions(count: int) -> str:
 
 def _stage_statistics(folder: Path) -> list[tuple[str, Counter[str], float]]:
     """Name, sums and seconds of every step of a stage, over all tasks."""
-    steps: list[tuple[str, Counter[str], float]] = []
-    for file in sorted((folder / "stats").glob("*.json")):
-        for place, step in enumerate(json.loads(file.read_text())):
-            if place == len(steps):
-                steps.append((step["name"], Counter(), 0.0))
-            name, counts, seconds = steps[place]
-            for label, value in step["stats"].items():
-                counts[label] += value["total"] if isinstance(value, dict) else value
-            spent = step["time_stats"].get("total", 0.0) if isinstance(step["time_stats"], dict) else 0.0
-            steps[place] = (name, counts, seconds + spent)
+    files = sorted((folder / "stats").glob("*.json"))
+    tasks = [PipelineStats.from_json(json.loads(file.read_text())) for file in files]
+    steps = []
+    for step in sum(tasks, PipelineStats()).stats:
+        sums = MetricStatsDict() + step.stats  # of a lone task they are as the file has them
+        counts = Counter({label: value.total for label, value in sums.items()})
+        steps.append((step.name, counts, float(step.time_stats.total)))
     return steps
-
-
-def _seconds(steps: list[tuple[str, Counter[str], float]]) -> dict[str, float]:
-    """Time of the step before each meter, by the meter's name."""
-    found: dict[str, float] = {}
-    spent = 0.0
-    for name, _, seconds in steps:
-        if name.startswith("meter: "):
-            found[name.removeprefix("meter: ")] = spent
-            spent = 0.0
-        else:
-            spent += seconds
-    return found
-
-
-def _handled(steps: list[tuple[str, Counter[str], float]]) -> dict[str, int]:
-    """Bytes that a step worked on, by the name of the meter behind it: a rule lets curated documents pass unseen."""
-    before = {after.removeprefix("meter: "): counts for (_, counts, _), (after, _, _) in itertools.pairwise(steps)}
-    return {name: int(counts["handled"]) for name, counts in before.items() if counts["handled"]}
-
-
-def _reasons(steps: list[tuple[str, Counter[str], float]]) -> dict[str, dict[str, int]]:
-    found: dict[str, dict[str, int]] = {}
-    for (_, counts, _), (after, _, _) in itertools.pairwise(steps):
-        reasons = {
-            label.removeprefix("dropped_"): int(count)
-            for label, count in counts.most_common()
-            if label.startswith("dropped_")
-        }
-        if reasons and after.startswith("meter: "):
-            found[after.removeprefix("meter: ")] = reasons
-    return found
 
 
 def _groups(counts: Counter[str]) -> Numbers:

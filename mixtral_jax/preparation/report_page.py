@@ -1,10 +1,9 @@
 """The report as one page of HTML that opens without a network: tables, plots as SVG, examples."""
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
-
-from mixtral_jax.preparation.svg import columns, stacked_bars
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1d2430; background: #fff; max-width: 900px; margin: 2rem auto;
@@ -21,6 +20,8 @@ blockquote { margin: .3rem 0 .8rem; padding: .3rem .8rem; border-left: 3px solid
   overflow-wrap: anywhere; font-size: 13px; max-height: 11rem; overflow: auto; }
 .note { color: #5a6575; font-size: 13px; overflow-wrap: anywhere; }
 """
+COLORS = ("#3b6fb6", "#d9803b", "#4f9d69", "#b5485d", "#7d63ab", "#8a6d4b", "#4aa5b5", "#9a9a3b")
+WIDTH, ROW, LABEL, VALUE = 860, 26, 210, 150  # of a plot, of one of its bars, and beside them, in its own units
 Numbers = dict[str, Any]
 
 
@@ -71,6 +72,39 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     return f"<table><tr>{cells('th', head)}</tr>{body}</table>"
 
 
+def _bars(rows: Sequence[tuple[str, Mapping[str, int]]], unit: str) -> str:
+    """Draws one horizontal bar a row, parted by series.
+
+    Args:
+        rows: label, and the value of each series.
+        unit: what the numbers count, written behind each row's sum.
+
+    Returns:
+        An SVG element with its legend.
+    """
+    names = sorted({name for _, series in rows for name in series})
+    color = {name: COLORS[number % len(COLORS)] for number, name in enumerate(names)}
+    most = max((sum(series.values()) for _, series in rows), default=0) or 1
+    parts: list[str] = []
+    for number, (label, series) in enumerate(rows):
+        x, y = float(LABEL), number * ROW
+        parts.append(f'<text x="{LABEL - 8}" y="{y + 17}" text-anchor="end">{escape(label)}</text>')
+        for name in names:
+            width = (WIDTH - LABEL - VALUE) * series.get(name, 0) / most
+            title = f"<title>{escape(name)}: {series.get(name, 0):,.0f} {unit}</title>"
+            parts.append(
+                f'<rect x="{x:.1f}" y="{y + 4}" width="{width:.1f}" height="{ROW - 8}" fill="{color[name]}">'
+                f"{title}</rect>"
+            )
+            x += width
+        parts.append(f'<text x="{x + 6:.1f}" y="{y + 17}">{sum(series.values()):,.0f} {unit}</text>')
+    drawn = f'<svg viewBox="0 0 {WIDTH} {len(rows) * ROW}" role="img">{"".join(parts)}</svg>'
+    if len(names) < 2:
+        return drawn
+    items = (f'<span><i style="background:{color[name]}"></i>{escape(name)}</span>' for name in names)
+    return f'{drawn}<p class="legend">{"".join(items)}</p>'
+
+
 def _steps(report: Numbers) -> str:
     rows = []
     for step in report["steps"]:
@@ -80,7 +114,7 @@ def _steps(report: Numbers) -> str:
         documents = [f"{step['in']['documents']:,}", f"{step['out']['documents']:,}", f"{share:.1%}"]
         rows.append([step["step"], *documents, *numbers, f"{speed / 1e6:.2f}" if speed else ""])
     head = ["step", "documents in", "out", "dropped", "characters in", "out", "tokens in", "out", "MB/s and core"]
-    bars = stacked_bars(
+    bars = _bars(
         [
             (step["step"], {name: row["documents"] for name, row in step["groups"]["sources"].items()})
             for step in report["steps"]
@@ -108,7 +142,7 @@ def _languages(report: Numbers) -> str:
         [name, f"{row['documents']:,}", f"{row['characters']:,}", f"{row['tokens']:,}", f"{row['weight']:.1%}"]
         for name, row in report["languages"].items()
     ]
-    bars = stacked_bars([(name, {"tokens": row["tokens"]}) for name, row in report["languages"].items()], "tokens")
+    bars = _bars([(name, {"tokens": row["tokens"]}) for name, row in report["languages"].items()], "tokens")
     head = ["language", "documents", "characters", "tokens", f"weight at temperature {report['temperature']:g}"]
     return bars + _table(head, rows)
 
@@ -134,14 +168,14 @@ def _counts(counts: dict[str, int]) -> str:
 
 def _lengths(report: Numbers) -> str:
     powers = sorted({int(power) for row in report["lengths"].values() for power in row})
-    if not powers:
-        return ""
-    span = range(powers[0], powers[-1] + 1)
-    series = {
-        language: [row.get(power, row.get(str(power), 0)) for power in span]
-        for language, row in report["lengths"].items()
-    }
-    return columns([_short(2**power) for power in span], series, "characters of a document, at least")
+    rows = [
+        (
+            f"{_short(2**power)} characters or more",
+            {language: row.get(power, row.get(str(power), 0)) for language, row in report["lengths"].items()},
+        )
+        for power in (range(powers[0], powers[-1] + 1) if powers else ())
+    ]
+    return _bars(rows, "documents") if rows else ""
 
 
 def _short(number: int) -> str:
@@ -164,7 +198,7 @@ def _dropped(report: Numbers) -> str:
             continue
         if reasons:
             parts.append(f"<h3>{escape(step['step'])}</h3>")
-            parts.append(stacked_bars([(name, {"dropped": count}) for name, count in reasons.items()], "documents"))
+            parts.append(_bars([(name, {"dropped": count}) for name, count in reasons.items()], "documents"))
         elif examples:
             parts.append(f"<h3>{escape(step['step'])}</h3>")
         for reason in dict.fromkeys(example["reason"] for example in examples):
@@ -177,8 +211,13 @@ def _duplicates(report: Numbers) -> str:
     clusters = report["clusters"]
     if not clusters["sizes"]:
         return "<p>No clusters of similar documents were found.</p>"
-    sizes = {int(size): count for size, count in clusters["sizes"].items()}
-    parts = [columns([str(size) for size in sizes], {"clusters": list(sizes.values())}, "documents in a cluster")]
+    counts: Counter[int] = Counter()  # by the power of two
+    for size, count in clusters["sizes"].items():
+        counts[int(size).bit_length() - 1] += count
+    rows = [
+        (f"{2**power} to {2 ** (power + 1) - 1} documents", {"clusters": counts[power]}) for power in sorted(counts)
+    ]
+    parts = [_bars(rows, "clusters")]
     for pair in clusters["shown"]:
         size = pair["kept"]["minhash_cluster_size"]
         inner = "<b>kept</b>" + _quote(pair["kept"]) + "<b>dropped</b>" + "".join(map(_quote, pair["dropped"]))
@@ -196,6 +235,6 @@ def _problems(report: Numbers) -> str:
     problems = report["problems"]
     if not problems["counts"]:
         return "<p>Everything could be read.</p>"
-    bars = stacked_bars([(kind, {"cases": count}) for kind, count in problems["counts"].items()], "cases")
+    bars = _bars([(kind, {"cases": count}) for kind, count in problems["counts"].items()], "cases")
     rows = [[line["where"], line["kind"], line["detail"]] for line in problems["named"]]
     return bars + f"<details><summary>the first {len(rows)}</summary>{_table(['where', 'what', ''], rows)}</details>"

@@ -20,11 +20,10 @@ from datatrove.pipeline.dedup import (
 from datatrove.pipeline.dedup.exact_dedup import ExactDedupConfig
 
 from mixtral_jax.preparation.caches import CacheBuilder
-from mixtral_jax.preparation.clusters import ClusterExamples
 from mixtral_jax.preparation.config import PrepareConfig
 from mixtral_jax.preparation.counting import Meter
 from mixtral_jax.preparation.decontamination import ngram_config
-from mixtral_jax.preparation.examples import Examples
+from mixtral_jax.preparation.examples import ClusterExamples, Examples
 from mixtral_jax.preparation.extraction import Extraction
 from mixtral_jax.preparation.language import LanguageFilter
 from mixtral_jax.preparation.masking import Masking
