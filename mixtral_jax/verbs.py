@@ -238,14 +238,14 @@ def generate(arguments: list[str]) -> None:
         except UnicodeDecodeError as error:
             raise UserError(f"cannot read standard input: {error}; give text in UTF-8") from None
     from mixtral_jax.inference.sampling import Sampling
-    from mixtral_jax.serving.generate import Wish
+    from mixtral_jax.serving.generate import GenerateOptions
     from mixtral_jax.serving.generate import generate as run
 
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.min_p,
                         options.repetition_penalty, options.seed)  # fmt: skip
-    wish = Wish(sampling, options.max_new_tokens, tuple(filter(None, options.stop)), options.chat, options.system,
-                options.weights)  # fmt: skip
-    run(options.checkpoint, prompts, wish, overrides, options.json)
+    stops = tuple(filter(None, options.stop))
+    how = GenerateOptions(sampling, options.max_new_tokens, stops, options.chat, options.system, options.weights)
+    run(options.checkpoint, prompts, how, overrides, options.json)
 
 
 def serve(arguments: list[str]) -> None:

@@ -18,7 +18,7 @@ FLOORS = {
     "model.mixtral": 3, "training.losses": 3, "training.preferences": 3, "training.optimizer": 3, "data.pipeline": 3,
     "runs": 3,
     "training": 4, "inference": 4, "weights": 4, "serving": 5,
-    "training.trainer": 5, "training.beginnings": 5, "training.reference": 5, "training.summary": 5,
+    "training.trainer": 5, "training.starting_point": 5, "training.reference": 5, "training.summary": 5,
     "training.experiment": 5, "training.held_out": 5,
     "evaluation": 5, "planning": 5, "preparation": 5,
     "verbs": 6, "__main__": 6, "train.py": 6, "eval.py": 6,

@@ -18,7 +18,7 @@ class Mutant(NamedTuple):
 STEP = "training/test_step.py::test_"
 LOOP = "training/test_loop.py::test_"
 EXCHANGES = "model/test_exchanges.py::test_"
-BEGINNINGS = "training/test_beginnings.py::test_"
+STARTS = "training/test_starting_point.py::test_"
 CACHE = "data/test_token_cache.py::test_a_cache_"
 DRILLS = "runs/test_drills.py::test_"
 MOE = "model/test_moe.py::test_"
@@ -76,20 +76,20 @@ TABLE: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("training/step.py", f"{STEP}dropped_assignments_are_counted"): [
         ("jnp.sum(sums.dropped) / assigned", "jnp.sum(sums.dropped)"),
     ],
-    ("training/beginnings.py", f"{BEGINNINGS}a_run_of_an_earlier_version_is_not_gone_on_with"): [
+    ("training/starting_point.py", f"{STARTS}a_run_of_an_earlier_version_is_not_gone_on_with"): [
         ("if self.own is not None and record is None:", "if False:"),
     ],
-    ("training/beginnings.py", f"{BEGINNINGS}a_run_goes_on_with_its_own_data_alone"): [
+    ("training/starting_point.py", f"{STARTS}a_run_goes_on_with_its_own_data_alone"): [
         ("[\"data_fingerprint\"] != fingerprint", "[\"data_fingerprint\"] == \"\""),
     ],
-    ("training/beginnings.py", f"{BEGINNINGS}parameters_of_which_nothing_is_known_are_said_to_be_so"): [
+    ("training/starting_point.py", f"{STARTS}parameters_of_which_nothing_is_known_are_said_to_be_so"): [
         ("dataclasses.replace(NOTHING, complete=False)", "NOTHING"),
     ],
-    ("training/beginnings.py", f"{BEGINNINGS}parameters_come_with_their_tokenizer_and_what_no_shape_shows_is_said"): [
+    ("training/starting_point.py", f"{STARTS}parameters_come_with_their_tokenizer_and_what_no_shape_shows_is_said"): [
         ("!= tokenizer.model_bytes", "== b\"\""),
         ("if key.startswith(\"model.\"):", "if key.startswith(\"data.\"):"),
     ],
-    ("training/beginnings.py", f"{BEGINNINGS}processes_must_agree_on_configuration_and_data"): [
+    ("training/starting_point.py", f"{STARTS}processes_must_agree_on_configuration_and_data"): [
         ("processes.check_same(fingerprint, \"this", "str.format(\"\", fingerprint, \"this"),
     ],
     ("training/trainer.py", f"{LOOP}metrics_are_sent_for_ahead_where_they_will_be_read"): [
@@ -299,7 +299,7 @@ TABLE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("noise * jnp.std(wide) * jax.random", "noise * jax.random"),
         ("NOISY.index(path)], layer), expert)", "NOISY.index(path)], layer), 0)"),
     ],
-    ("weights/upcycling.py", BEGINNINGS + "a_run_with_one_expert_becomes_a_mixture_that_computes_the_same"):
+    ("weights/upcycling.py", STARTS + "a_run_with_one_expert_becomes_a_mixture_that_computes_the_same"):
         [("broadcast_to(array, wanted.shape)", "zeros(wanted.shape)"), ("[axis] = 1, None", "[axis] = 1, 'expert'")],
     ("planning/estimate.py", "planning/test_search.py::test_memory_of_the_state_by_hand"): [
         ("own * (master + moment + WIDE)", "own * (master + WIDE)"),

@@ -48,11 +48,11 @@ def list_files(name: str | Path, readable: Callable[[str], object], *, empty: bo
     else:
         literal, pattern = _literal(Path(path.anchor), path.relative_to(path.anchor).parts)
         root, found = literal, _matches(literal, pattern, left_out)
-    # Of several ways to a file, the one without a link counts.
+    # Of several paths to a file, the one without a link counts.
     top = os.path.realpath(root)
-    ways = sorted((os.path.realpath(file) != os.path.join(top, file.relative_to(root)), file) for file in set(found))
+    paths = sorted((os.path.realpath(file) != os.path.join(top, file.relative_to(root)), file) for file in set(found))
     files: dict[tuple[int, int], Path] = {}
-    for _, file in ways:
+    for _, file in paths:
         if not file.exists():
             left_out["broken links"] += 1
         elif not file.is_file():

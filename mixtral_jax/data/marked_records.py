@@ -57,7 +57,7 @@ def marked_records(
         try:
             yield from _marked(template, record, format)
         except RecordError as error:
-            raise UserError(f"{where}: {str(error).rstrip('.')}; mend the record or leave it out") from None
+            raise UserError(f"{where}: {str(error).rstrip('.')}; fix the record or leave it out") from None
 
 
 def _marked(template: ChatTemplate, record: Record, format: str) -> Iterator[MarkedTokens]:

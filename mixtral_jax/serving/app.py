@@ -15,12 +15,12 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Res
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mixtral_jax.serving.asked import Asked, Stream, respond_whole
 from mixtral_jax.serving.engine import Engine
 from mixtral_jax.serving.errors import ApiError, refusal, respond
 from mixtral_jax.serving.measures import Measures
 from mixtral_jax.serving.prompts import Reader
 from mixtral_jax.serving.requests import ChatRequest, CompletionRequest
+from mixtral_jax.serving.response import PendingResponse, Stream, respond_whole
 
 PAGE = Path(__file__).with_name("page.html")
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; connect-src 'self'"
@@ -61,23 +61,22 @@ def make_app(service: Service) -> FastAPI:
     async def chat_page() -> Response:
         return HTMLResponse(page, headers={"Content-Security-Policy": POLICY})
 
-    async def answer(request: Request, wish: ChatRequest | CompletionRequest) -> Response:
-        if wish.model not in (None, service.name):
-            raise ApiError(
-                404, f"there is no model {wish.model}: {service.name} is served", param="model", code="model_not_found"
-            )
-        prompts, choices = await asyncio.to_thread(reader.read, wish)  # a long text takes a while
-        asked = Asked(wish, service.name, choices)
-        asked.submit(engine, prompts, choices[0].alternatives or 0)
-        return Stream(asked, engine) if wish.stream else await respond_whole(request, asked, engine)
+    async def answer(client: Request, request: ChatRequest | CompletionRequest) -> Response:
+        if request.model not in (None, service.name):
+            text = f"there is no model {request.model}: {service.name} is served"
+            raise ApiError(404, text, param="model", code="model_not_found")
+        prompts, choices = await asyncio.to_thread(reader.read, request)  # a long text takes a while
+        response = PendingResponse(request, service.name, choices)
+        response.submit(engine, prompts, choices[0].alternatives or 0)
+        return Stream(response, engine) if request.stream else await respond_whole(client, response, engine)
 
     @app.post("/v1/chat/completions")
-    async def chat(request: Request, wish: ChatRequest) -> Response:
-        return await answer(request, wish)
+    async def chat(client: Request, request: ChatRequest) -> Response:
+        return await answer(client, request)
 
     @app.post("/v1/completions")
-    async def completion(request: Request, wish: CompletionRequest) -> Response:
-        return await answer(request, wish)
+    async def completion(client: Request, request: CompletionRequest) -> Response:
+        return await answer(client, request)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

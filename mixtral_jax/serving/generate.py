@@ -19,7 +19,7 @@ from mixtral_jax.serving.opening import open_model
 
 
 @dataclass(frozen=True)
-class Wish:
+class GenerateOptions:
     """What is asked of every prompt."""
 
     sampling: Sampling = field(default_factory=Sampling)
@@ -31,14 +31,18 @@ class Wish:
 
 
 def generate(
-    checkpoint: str, prompts: Sequence[str], wish: Wish, overrides: list[str], json_file: Path | None = None
+    checkpoint: str,
+    prompts: Sequence[str],
+    options: GenerateOptions,
+    overrides: list[str],
+    json_file: Path | None = None,
 ) -> None:
     """Writes the continuation of every prompt to standard output as it comes, and all of them as JSON if asked.
 
     Args:
         checkpoint: a run, a checkpoint, or a directory of released weights, which is imported for the occasion.
         prompts: texts; several are continued together.
-        wish: how.
+        options: for every prompt.
         overrides: `section.key=value` on top of the checkpoint's configuration.
         json_file: gets {"texts": [objects of prompt, text, finish_reason, tokens, and log_probs in nats]}.
 
@@ -47,14 +51,14 @@ def generate(
     """
     if not prompts or not all(prompts):
         raise UserError("there is nothing to continue: give a PROMPT, --prompts FILE or text on standard input")
-    if wish.new_tokens < 1:
-        raise UserError(f"--max-new-tokens is {wish.new_tokens}: it must be 1 or more")
-    if wish.system and not wish.chat:
+    if options.new_tokens < 1:
+        raise UserError(f"--max-new-tokens is {options.new_tokens}: it must be 1 or more")
+    if options.system and not options.chat:
         raise UserError("--system belongs to a chat: add --chat")
-    with open_model(checkpoint, overrides, wish.weights) as loaded:
-        encode = _encoder(loaded.tokenizer, wish)
+    with open_model(checkpoint, overrides, options.weights) as loaded:
+        encode = _encoder(loaded.tokenizer, options)
         wanted = [
-            Prompt(encode(text), wish.sampling, wish.new_tokens, wish.stops, continues=not wish.chat)
+            Prompt(encode(text), options.sampling, options.new_tokens, options.stops, continues=not options.chat)
             for text in prompts
         ]
         rows = min(loaded.config.eval.batch_size, 1 << (len(wanted) - 1).bit_length())
@@ -71,11 +75,11 @@ def generate(
         write_json(json_file, {"texts": found})
 
 
-def _encoder(tokenizer: Tokenizer, wish: Wish) -> Any:
-    if not wish.chat:
+def _encoder(tokenizer: Tokenizer, options: GenerateOptions) -> Any:
+    if not options.chat:
         return lambda text: begin_text(text, tokenizer)
     template = ChatTemplate(tokenizer)
-    system = [{"role": "system", "content": wish.system}] if wish.system else []
+    system = [{"role": "system", "content": options.system}] if options.system else []
 
     def encode(text: str) -> list[int]:
         try:

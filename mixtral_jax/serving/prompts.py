@@ -33,43 +33,45 @@ class Reader:
         self._template = ChatTemplate(self.tokenizer)
         self._call_token = self.tokenizer.control_id(TOOL_CALLS)
 
-    def read(self, wish: ChatRequest | CompletionRequest) -> tuple[list[Prompt], Sequence[Choice]]:
+    def read(self, request: ChatRequest | CompletionRequest) -> tuple[list[Prompt], Sequence[Choice]]:
         """Reads a request.
 
         Raises:
             ApiError: no chat for the template, an empty prompt, a token that is none, or no room for what was asked.
         """
-        return self._chat(wish) if isinstance(wish, ChatRequest) else self._completion(wish)
+        return self._chat(request) if isinstance(request, ChatRequest) else self._completion(request)
 
-    def _chat(self, wish: ChatRequest) -> tuple[list[Prompt], Sequence[Choice]]:
-        tools = wish.tools if wish.tool_choice != "none" else []
-        forced = wish.tool_choice in ("any", "required")
-        if wish.tools and self._call_token is None:
+    def _chat(self, request: ChatRequest) -> tuple[list[Prompt], Sequence[Choice]]:
+        tools = request.tools if request.tool_choice != "none" else []
+        forced = request.tool_choice in ("any", "required")
+        if request.tools and self._call_token is None:
             raise ApiError(400, "the model's tokenizer has no tokens for tools", param="tools")
         if forced and not tools:
             raise ApiError(400, "a call is required, and there are no tools", param="tool_choice")
-        chat = Chat([message.as_openai() for message in wish.messages], [tool.model_dump() for tool in tools])
+        chat = Chat([message.as_openai() for message in request.messages], [tool.model_dump() for tool in tools])
         try:
             tokens = [int(token) for token in self._template.encode_prompt(chat)]
         except RecordError as error:
             raise ApiError(400, f"messages: {error}", param="messages") from None
         if forced and self._call_token is not None:
             tokens.append(self._call_token)
-        prompts = self._prompts(wish, [tokens], self.context, continues=False)
-        wanted = wish.top_logprobs if wish.logprobs else None
+        prompts = self._prompts(request, [tokens], self.context, continues=False)
+        wanted = request.top_logprobs if request.logprobs else None
         call_token = self._call_token if tools else None
         return prompts, [
-            ChatChoice(number, self.tokenizer, wanted, wish.experts, call_token=call_token, forced=forced,
-                       several=wish.parallel_tool_calls)
+            ChatChoice(number, self.tokenizer, wanted, request.experts, call_token=call_token, forced=forced,
+                       several=request.parallel_tool_calls)
             for number in range(len(prompts))
         ]  # fmt: skip
 
-    def _completion(self, wish: CompletionRequest) -> tuple[list[Prompt], Sequence[Choice]]:
-        prompts = self._prompts(wish, self._texts(wish), COMPLETION_TOKENS, continues=True)
-        return prompts, [Choice(number, self.tokenizer, wish.logprobs, wish.experts) for number in range(len(prompts))]
+    def _completion(self, request: CompletionRequest) -> tuple[list[Prompt], Sequence[Choice]]:
+        prompts = self._prompts(request, self._texts(request), COMPLETION_TOKENS, continues=True)
+        return prompts, [
+            Choice(number, self.tokenizer, request.logprobs, request.experts) for number in range(len(prompts))
+        ]
 
-    def _texts(self, wish: CompletionRequest) -> list[list[int]]:
-        given = wish.prompt
+    def _texts(self, request: CompletionRequest) -> list[list[int]]:
+        given = request.prompt
         parts: list[Any] = (
             given if isinstance(given, list) and not all(isinstance(part, int) for part in given) else [given]
         )
@@ -83,31 +85,31 @@ class Reader:
             raise ApiError(400, f"prompt: tokens are from 0 to {self.vocab_size - 1}", param="prompt")
         return texts
 
-    def _prompts(self, wish: Request, texts: Sequence[list[int]], default: int, *, continues: bool) -> list[Prompt]:
-        if len(texts) * wish.n > self.choices:
+    def _prompts(self, request: Request, texts: Sequence[list[int]], default: int, *, continues: bool) -> list[Prompt]:
+        if len(texts) * request.n > self.choices:
             raise ApiError(400, f"n: a request may ask for {self.choices} texts at most", param="n")
         longest = max(map(len, texts))
         room = self.context - longest
-        new_tokens = wish.max_tokens or min(default, room)
+        new_tokens = request.max_tokens or min(default, room)
         if room < max(new_tokens, 1):
             raise ApiError(
                 400,
                 f"a prompt of {longest} tokens and {max(new_tokens, 1)} new ones do not fit the context of "
                 f"{self.context}: shorten it or lower max_tokens",
-                param="max_tokens" if room > 0 else "messages" if isinstance(wish, ChatRequest) else "prompt",
+                param="max_tokens" if room > 0 else "messages" if isinstance(request, ChatRequest) else "prompt",
                 code="context_length_exceeded",
             )
-        seed = secrets.randbits(32) if wish.seed is None else wish.seed
+        seed = secrets.randbits(32) if request.seed is None else request.seed
         try:
             samplings = [
-                Sampling(wish.temperature, wish.top_k, wish.top_p, wish.min_p, wish.repetition_penalty,
+                Sampling(request.temperature, request.top_k, request.top_p, request.min_p, request.repetition_penalty,
                          (seed + number) % (1 << 32))
-                for number in range(len(texts) * wish.n)
+                for number in range(len(texts) * request.n)
             ]  # fmt: skip
         except UserError as error:
             raise ApiError(400, str(error), param=str(error).split()[0]) from None
-        repeated = [text for text in texts for _ in range(wish.n)]
+        repeated = [text for text in texts for _ in range(request.n)]
         return [
-            Prompt(text, sampling, new_tokens, wish.stops, continues)
+            Prompt(text, sampling, new_tokens, request.stops, continues)
             for text, sampling in zip(repeated, samplings, strict=True)
         ]

@@ -15,7 +15,7 @@ IDLE = 0.02  # of an equal share, below which an expert is idle
 FEW = 0.1  # of what the other experts get at balance, below which a layer routes to as few as it can
 
 
-class Trouble(NamedTuple):
+class RouterFault(NamedTuple):
     """What is wrong with a router at one look."""
 
     layer: int
@@ -29,8 +29,8 @@ class RouterWatch:
     def __init__(self, model: ModelConfig):
         """Starts with nothing seen."""
         self._experts, self._chosen = model.num_experts, model.num_experts_per_tok
-        self._seen: dict[Trouble, tuple[int, int]] = {}  # first step and number of looks
-        self._named: set[Trouble] = set()
+        self._seen: dict[RouterFault, tuple[int, int]] = {}  # first step and number of looks
+        self._named: set[RouterFault] = set()
 
     def look(
         self, step: int, load: Shaped[np.ndarray, "layers experts"], gradients: Shaped[np.ndarray, " layers"] | None
@@ -61,17 +61,17 @@ class RouterWatch:
             for key, group in groupby(lasting, lambda trouble: (trouble.layer, trouble.kind))
         ]
 
-    def _find(self, load: np.ndarray, gradients: np.ndarray | None) -> Iterator[Trouble]:
+    def _find(self, load: np.ndarray, gradients: np.ndarray | None) -> Iterator[RouterFault]:
         for layer, shares in enumerate(load):
             if np.sort(shares)[-self._chosen :].sum() > 1 - FEW * (1 - self._chosen / self._experts):
-                yield Trouble(layer, "few")
+                yield RouterFault(layer, "few")
             elif shares.any():  # else nothing was routed
-                yield from (Trouble(layer, "idle", int(e)) for e in np.flatnonzero(shares * self._experts < IDLE))
+                yield from (RouterFault(layer, "idle", int(e)) for e in np.flatnonzero(shares * self._experts < IDLE))
         for layer, norm in enumerate([] if gradients is None else gradients):
             if norm == 0:
-                yield Trouble(layer, "frozen")
+                yield RouterFault(layer, "frozen")
             elif not np.isfinite(norm):
-                yield Trouble(layer, "not finite")
+                yield RouterFault(layer, "not finite")
 
     def _sentence(self, layer: int, kind: str, experts: list[int]) -> str:
         if kind == "frozen":

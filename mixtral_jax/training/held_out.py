@@ -13,7 +13,7 @@ from mixtral_jax.model.mixtral import Arrays
 from mixtral_jax.training.step import Trainable
 
 
-class Found(NamedTuple):
+class HeldOutLoss(NamedTuple):
     """What was measured, for the log and for people."""
 
     scalars: dict[str, float]
@@ -32,7 +32,7 @@ class HeldOut:
         self._trainable = trainable
         self._score = make_scorer(trainable.architecture)
 
-    def measure(self, documents: list[Documents], arrays: Arrays) -> Found | None:
+    def measure(self, documents: list[Documents], arrays: Arrays) -> HeldOutLoss | None:
         """Measures, packed as in training; None where nothing is held out.
 
         Args:
@@ -52,19 +52,19 @@ class HeldOut:
         named = {**evaluation.sources, "total": evaluation.total}
         nats = {f"heldout/{name}": result.nats_per_token for name, result in named.items()}
         bits = {f"bits_per_byte/{name}": result.bits_per_byte for name, result in named.items()}
-        return Found(
+        return HeldOutLoss(
             nats | bits,
             f"held-out perplexity {evaluation.total.perplexity:,.2f}, "
             f"{evaluation.total.bits_per_byte:.4f} bits per byte",
         )
 
-    def _judge(self, config: Config, documents: list[Documents], arrays: Arrays) -> Found | None:
+    def _judge(self, config: Config, documents: list[Documents], arrays: Arrays) -> HeldOutLoss | None:
         """Measures answers that were judged."""
         batches = held_out_batches(config, documents)
         if not batches:
             return None
         found = self._trainable.judge(arrays, batches)
-        return Found(
+        return HeldOutLoss(
             {f"heldout/{name}": value for name, value in found.items()},
             f"held-out loss {found['loss']:.4f}, reward accuracy {found['rewards/accuracies']:.1%}, "
             f"margin {found['rewards/margins']:.4f}",

@@ -62,7 +62,7 @@ def with_reference(config: Config, text: RunText, runtime: Runtime, say: Callabl
         architecture = Architecture(saved.model, runtime)
         return make_scorer(architecture)(restore_model(checkpoints, step, architecture))
 
-    ways = 2 if config.objective.needs_mismatched else 1
+    variants = 2 if config.objective.needs_mismatched else 1
     score: Score | None = None
     views: list[tuple[Documents, Documents]] = []
     for source, *pair in zip(config.data.sources, text.training, text.held_out, strict=True):
@@ -71,14 +71,14 @@ def with_reference(config: Config, text: RunText, runtime: Runtime, say: Callabl
         if not processes.from_main(lambda target=target, key=key: _is_whole(target, key, directory)):  # type: ignore[misc]
             say(f"source '{source.name}': computing what the reference, step {step} of {place}, says of it")
             score = score or load()
-            found = np.zeros((ways, len(pair[0].buffer)), np.float32)
+            found = np.zeros((variants, len(pair[0].buffer)), np.float32)
             for view in pair:
-                rows = RecordRows(view, config.data.seq_len, source.too_long, mismatched=ways > 1)
+                rows = RecordRows(view, config.data.seq_len, source.too_long, mismatched=variants > 1)
                 _score(score, rows, config.train.batch_size, found)
             if processes.is_main():
                 _write(target, key, found)
             processes.barrier()
-        log_probs = np.memmap(target / FILE, "<f4", "r", shape=(ways, len(pair[0].buffer)))
+        log_probs = np.memmap(target / FILE, "<f4", "r", shape=(variants, len(pair[0].buffer)))
         both = [dataclasses.replace(v, reference=log_probs, fingerprint=f"{v.fingerprint} {key}") for v in pair]
         views.append((both[0], both[1]))
     return text._replace(training=[view for view, _ in views], held_out=[view for _, view in views])
@@ -101,7 +101,7 @@ def _is_whole(target: Path, key: str, stamps: Path) -> bool:
         return False  # not there, or damaged: it is made again
 
 
-def _score(score: Score, rows: RecordRows, batch_size: int, found: Float32[np.ndarray, "ways tokens"]) -> None:
+def _score(score: Score, rows: RecordRows, batch_size: int, found: Float32[np.ndarray, "variants tokens"]) -> None:
     for first in range(0, rows.count, batch_size):
         numbers = np.arange(first, min(first + batch_size, rows.count))
         padded = np.pad(numbers, (0, batch_size - len(numbers)), mode="edge")  # one shape, one program
@@ -116,7 +116,7 @@ def _score(score: Score, rows: RecordRows, batch_size: int, found: Float32[np.nd
                     start += len(places) - 1
 
 
-def _write(target: Path, key: str, found: Float32[np.ndarray, "ways tokens"]) -> None:
+def _write(target: Path, key: str, found: Float32[np.ndarray, "variants tokens"]) -> None:
     data = found.astype("<f4").tobytes()
     with locked(target), building(target) as partial:
         (partial / FILE).write_bytes(data)

@@ -29,12 +29,12 @@ from mixtral_jax.runs.restoring import ADAPTERS, describe_base
 from mixtral_jax.runs.run_dir import RunDirectory
 from mixtral_jax.runtime import make_runtime
 from mixtral_jax.training.admission import admit_kernels
-from mixtral_jax.training.beginnings import Beginning, find_beginning
 from mixtral_jax.training.collapse import RouterWatch, name_not_finite
 from mixtral_jax.training.held_out import HeldOut
 from mixtral_jax.training.rates import Rates
 from mixtral_jax.training.signals import StopRequest
 from mixtral_jax.training.spikes import KEPT, Rollbacks, Spike
+from mixtral_jax.training.starting_point import StartingPoint, find_starting_point
 from mixtral_jax.training.state import TrainState
 from mixtral_jax.training.step import Metrics, Trainable
 from mixtral_jax.training.step_clock import StartClock, StepClock
@@ -94,11 +94,11 @@ class Trainer:
                 self.say(admit_kernels(self.config, self.runtime))
                 self.start.end("admission")
             with Checkpoints(run_dir.path / "checkpoints", self.config.checkpoint, self.say) as self.checkpoints:
-                beginning = find_beginning(self.config, self.checkpoints, self.say)
-                self._open_text(beginning)
+                start = find_starting_point(self.config, self.checkpoints, self.say)
+                self._open_text(start)
                 self.start.end("data")
-                state, step = beginning.first_state(self.trainable, self.text.tokenizer)
-                self.base = beginning.base
+                state, step = start.first_state(self.trainable, self.text.tokenizer)
+                self.base = start.base
                 run_dir.write_config()
                 self.start.end("parameters")
                 if step < self.config.train.steps:
@@ -113,13 +113,13 @@ class Trainer:
                 heldout=self.text.held_out,
             )
 
-    def _open_text(self, beginning: Beginning) -> None:
+    def _open_text(self, start: StartingPoint) -> None:
         """Opens the text, and the order of its batches past what was left out."""
-        self.text = beginning.open_text(self.runtime)
+        self.text = start.open_text(self.runtime)
         self.data = TrainingData(self.config, self.text.training)
         for note in self.data.notes():
             self.say(note)
-        self.rollbacks = Rollbacks(beginning.meta)
+        self.rollbacks = Rollbacks(start.meta)
         self.data.skipped = self.rollbacks.skipped
 
     def _train(self, path: Path, state: TrainState, step: int) -> tuple[TrainState, int]:
@@ -204,18 +204,18 @@ class Trainer:
         """Undoes what came after the newest good checkpoint, as a restart would, and leaves its batches out."""
         with self.goodput.part("start"):
             self.checkpoints.wait()
-            beginning = find_beginning(self.config, self.checkpoints, self.say)
-            own = beginning.own or 0
+            start = find_starting_point(self.config, self.checkpoints, self.say)
+            own = start.own or 0
             begin, end = self.data.number_of(own), self.data.number_of(spike.step)
             self.data.skip(begin, end)
-            self.rollbacks = self.rollbacks.go_back(beginning.meta)
+            self.rollbacks = self.rollbacks.go_back(start.meta)
             self.watch = RouterWatch(self.config.model)
             self.say(
                 f"step {spike.step}: the loss of {spike.loss:.4g} is a spike, above {spike.bound:.4g}; back to step "
                 f"{own}, without batches {begin + 1} to {end}"
             )
             self.goodput.go_back(own)
-            return beginning.first_state(self.trainable, self.text.tokenizer)
+            return start.first_state(self.trainable, self.text.tokenizer)
 
     def _is_logged(self, step: int) -> bool:
         return step % self.config.train.log_every == 0 or step in (1, self.config.train.steps)

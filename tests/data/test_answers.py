@@ -222,7 +222,7 @@ GOOD = {"messages": [USER, ASSISTANT]}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}}
 ORDER, NEXT = "line 2: the roles are out of order: assistant after nothing", "line 2: an answer to judge must be"
 BAD = {
-    "no assistant turn": ("sft", {"messages": [USER]}, "line 2: it does not end with an answer of the assistant; mend"),
+    "no assistant turn": ("sft", {"messages": [USER]}, "line 2: it does not end with an answer of the assistant; fix"),
     "roles out of order": ("sft", {"messages": [ASSISTANT, USER, ASSISTANT]}, ORDER),
     "empty answer": ("sft", {"messages": [USER, {"role": "assistant", "content": ""}]}, "line 2: an answer is empty"),
     "spaces": ("sft", {"messages": [USER, {"role": "assistant", "content": " \n"}]}, "line 2: an answer is empty"),

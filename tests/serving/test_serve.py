@@ -162,12 +162,18 @@ def test_models_health_and_metrics(server, client):
 
 
 def test_who_goes_away_frees_the_row(server, monkeypatch):
-    wish = {"messages": MESSAGES, "max_tokens": CONTEXT - len(chat_prompt()), "temperature": 0.9}
-    monkeypatch.setattr(server.engine.batch, "step", slowly(server.engine.batch.step))
+    # With this seed no text ends by itself.
+    wish = {"messages": MESSAGES, "max_tokens": CONTEXT - len(chat_prompt()), "temperature": 0.9, "seed": 6}
+    steps, step = [], slowly(server.engine.batch.step)
+    monkeypatch.setattr(server.engine.batch, "step", lambda: (steps.append(1), step())[1])
+    whole = server.client.post("/v1/chat/completions", json=wish, timeout=60).json()["usage"]["completion_tokens"]
+    assert whole == wish["max_tokens"] <= len(steps)
+    steps.clear()
     with server.client.stream("POST", "/v1/chat/completions", json={**wish, "stream": True}) as response:
         next(response.iter_lines())
         assert server.engine.running == 1
-    assert wait_until(lambda: server.engine.running == 0) < 1
+    wait_until(lambda: server.engine.running == 0, seconds=60)
     with pytest.raises(httpx.ReadTimeout):
         server.client.post("/v1/chat/completions", json=wish, timeout=0.3)
-    assert wait_until(lambda: server.engine.running == 0) < 1
+    wait_until(lambda: server.engine.running == 0, seconds=60)
+    assert len(steps) < whole

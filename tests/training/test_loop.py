@@ -16,7 +16,7 @@ from mixtral_jax.config import UserError
 from mixtral_jax.config_loading import load_config, replace
 from mixtral_jax.data.pipeline import TrainingData
 from mixtral_jax.distributed import processes
-from mixtral_jax.training.beginnings import Beginning
+from mixtral_jax.training.starting_point import StartingPoint
 from mixtral_jax.training.step import Trainable
 from mixtral_jax.training.trainer import IN_FLIGHT, Trainer
 from tests.small_run import write_config
@@ -98,14 +98,14 @@ def test_metrics_are_sent_for_ahead_where_they_will_be_read(trainer, monkeypatch
 @pytest.mark.drills
 def test_the_run_ends_with_the_last_of_so_many_steps_that_were_not_finite(trainer, monkeypatch):
     trainer.config = replace(trainer.config, train={"max_nonfinite_steps": 3})
-    first = Beginning.first_state
+    first = StartingPoint.first_state
 
     def poisoned(self, *given):
         state, step = first(self, *given)
         params = {**state.params, "embedding": state.params["embedding"] * np.nan}
         return dataclasses.replace(state, params=params), step
 
-    monkeypatch.setattr(Beginning, "first_state", poisoned)
+    monkeypatch.setattr(StartingPoint, "first_state", poisoned)
     with pytest.raises(UserError, match=r"^the loss was not finite in 3 steps in a row, up to step 3: lower"):
         trainer.run()
     assert trainer.checkpoints.steps() == []

@@ -15,7 +15,7 @@ from mixtral_jax.data.pipeline import data_fingerprint, open_documents
 from mixtral_jax.distributed import processes
 from mixtral_jax.runs.checkpoint import Checkpoints, find_checkpoint
 from mixtral_jax.sharding import ANY_MESH
-from mixtral_jax.training.beginnings import Beginning
+from mixtral_jax.training.starting_point import StartingPoint
 from mixtral_jax.training.trainer import Trainer
 from tests.evaluation.checkpoint import make_run
 
@@ -38,11 +38,11 @@ def trainer(run: Path, *overrides: str, say: Callable[[str], None] = str) -> Tra
     return Trainer(parse_config(meta["config"], [ANY_MESH, *overrides]), say=say)
 
 
-def beginning(made: Trainer, run: Path, own: int | None = None) -> Beginning:
+def beginning(made: Trainer, run: Path, own: int | None = None) -> StartingPoint:
     """Where it begins: at its own checkpoint, or at the newest one of the run."""
     source = find_checkpoint(run) if own is None else None
     checkpoints = Checkpoints(run / "checkpoints", CheckpointConfig())
-    return Beginning(made.config, checkpoints, own, source, None, made.say)
+    return StartingPoint(made.config, checkpoints, own, source, None, made.say)
 
 
 def changed(text: str) -> dict[str, str]:

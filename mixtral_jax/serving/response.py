@@ -24,19 +24,19 @@ SEND_SECONDS = 60.0  # a client that takes nothing for so long is gone
 AppStatus.disable_automatic_graceful_drain()  # SIGTERM lets streams end; uvicorn knows how long
 
 
-class Asked:
+class PendingResponse:
     """The texts that a request asked for, while the engine writes them."""
 
-    def __init__(self, wish: requests.Request, model: str, choices: Sequence[Choice]):
+    def __init__(self, request: requests.Request, model: str, choices: Sequence[Choice]):
         """Names the answer.
 
         Args:
-            wish: the request.
+            request: the request.
             model: its name.
             choices: one for each text.
         """
-        self.wish, self.choices = wish, choices
-        self._chat = isinstance(wish, requests.ChatRequest)
+        self.request, self.choices = request, choices
+        self._chat = isinstance(request, requests.ChatRequest)
         self._kind = "chat.completion" if self._chat else "text_completion"
         name = f"{'chatcmpl' if self._chat else 'cmpl'}-{uuid.uuid4().hex}"
         self._head = {"id": name, "created": int(time.time()), "model": model}
@@ -84,7 +84,7 @@ class Asked:
         except ApiError as error:
             yield _written(error.body())
             return
-        if self.wish.stream_options.include_usage:
+        if self.request.stream_options.include_usage:
             yield self._chunk([], usage=self.usage())
         yield "[DONE]"
 
@@ -94,7 +94,7 @@ class Asked:
 
     def usage(self) -> Json:
         """Counts tokens; a prompt of which several continuations were asked counts once."""
-        prompt = sum(len(job.continuation.prompt.tokens) for job in self._jobs[:: self.wish.n])
+        prompt = sum(len(job.continuation.prompt.tokens) for job in self._jobs[:: self.request.n])
         drawn = sum(len(choice.tokens) for choice in self.choices)
         return {"prompt_tokens": prompt, "completion_tokens": drawn, "total_tokens": prompt + drawn}
 
@@ -107,15 +107,15 @@ class Asked:
 class Stream(EventSourceResponse):
     """Server-sent events; whatever ends them ends the writing, too."""
 
-    def __init__(self, asked: Asked, engine: Engine):
+    def __init__(self, pending: PendingResponse, engine: Engine):
         """Takes a request that is in line.
 
         Args:
-            asked: the request.
+            pending: the request.
             engine: that writes its texts.
         """
-        super().__init__(asked.events(), sep="\n", send_timeout=SEND_SECONDS)
-        self._asked, self._engine = asked, engine
+        super().__init__(pending.events(), sep="\n", send_timeout=SEND_SECONDS)
+        self._pending, self._engine = pending, engine
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends them."""
@@ -123,28 +123,28 @@ class Stream(EventSourceResponse):
             with contextlib.suppress(SendTimeoutError):
                 await super().__call__(scope, receive, send)
         finally:
-            self._asked.cancel(self._engine)
+            self._pending.cancel(self._engine)
 
 
-async def respond_whole(request: Request, asked: Asked, engine: Engine) -> Response:
+async def respond_whole(client: Request, pending: PendingResponse, engine: Engine) -> Response:
     """Answers at once with all texts, unless the client goes away before.
 
     Args:
-        request: what the client is known by; its body has been read.
-        asked: the request, in line.
+        client: what it is known by; its body has been read.
+        pending: the request, in line.
         engine: that writes its texts.
     """
     try:
-        return JSONResponse(await _unless_gone(request, asked.whole()))
+        return JSONResponse(await _unless_gone(client, pending.whole()))
     finally:
-        asked.cancel(engine)
+        pending.cancel(engine)
 
 
-async def _unless_gone(request: Request, work: Coroutine[None, None, Json]) -> Json | None:
+async def _unless_gone(client: Request, work: Coroutine[None, None, Json]) -> Json | None:
     """Waits for work, or until the client has gone."""
 
     async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
+        while (await client.receive())["type"] != "http.disconnect":
             pass
 
     tasks = [asyncio.ensure_future(work), asyncio.ensure_future(gone())]

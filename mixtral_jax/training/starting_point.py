@@ -29,7 +29,7 @@ Found = tuple[Checkpoints, int]
 
 
 @dataclass(frozen=True)
-class Beginning:
+class StartingPoint:
     """What a run takes its state and its text from, in this order: `own`, `source`, nothing."""
 
     config: Config
@@ -136,7 +136,7 @@ class Beginning:
         return trainable.start(arrays), 0
 
 
-def find_beginning(config: Config, checkpoints: Checkpoints, say: Callable[[str], None]) -> Beginning:
+def find_starting_point(config: Config, checkpoints: Checkpoints, say: Callable[[str], None]) -> StartingPoint:
     """Finds what a run begins with.
 
     Args:
@@ -152,4 +152,4 @@ def find_beginning(config: Config, checkpoints: Checkpoints, say: Callable[[str]
         source = find_checkpoint(Path(config.init_from))
     if config.objective.lora_rank:
         base = source if own is None else find_base(checkpoints, own, config.init_from)
-    return Beginning(config, checkpoints, own, source, base, say)
+    return StartingPoint(config, checkpoints, own, source, base, say)
