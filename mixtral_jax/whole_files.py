@@ -49,10 +49,25 @@ def replacing(target: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
             file.flush()
             if durable:
                 os.fsync(file.fileno())
-            os.replace(partial, target)
+            move(partial, target)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
+
+
+def move(path: Path, target: Path) -> None:
+    """Renames a file or directory; `target` is replaced if it is a file or an empty directory.
+
+    A client of NFS that hears no answer asks again. The server has renamed by then and says that there is no such file.
+    """
+    moved = path.lstat()
+    try:
+        os.replace(path, target)
+    except FileNotFoundError:
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(moved, target.lstat()):
+                return
+        raise
 
 
 def sealed(data: bytes) -> bytes:

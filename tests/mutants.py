@@ -158,7 +158,7 @@ TABLE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("target == Path.cwd() or", "False and"), ("undo.callback(remove)", "pass"),
     ],
     ("whole_files.py", "test_whole_files.py"): [
-        ("if _is_left(left) and", "if"), ("stat.S_ISDIR(found.st_mode) and ", ""), ("os.path.samestat", "max"),
+        ("_is_left(left) and", ""), ("stat.S_ISDIR(found.st_mode) and ", ""), ("os.path.samestat(path", "max(path"),
         ("            file.truncate()\n", ""), ("fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_UN"),
     ],
     ("evaluation/outputs.py", "evaluation/test_outputs.py"): [
@@ -226,7 +226,7 @@ TABLE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("for step in reversed(self.steps()):", "for step in self.steps():"),
         ("[\"bundle\"]) != step:", "[\"bundle\"]) == -1:"),
     ],
-    ("runs/checkpoint.py", "runs/test_checkpoint.py runs/test_drills.py"): [
+    ("runs/checkpoint.py", "runs/test_checkpoint.py runs/test_nfs.py"): [
         ("if removed and (damage := ", "if False and (damage := "),
         ("self.warn(f\"warning: the old checkpoint", "raise OSError(f\"warning: the old checkpoint"),
     ],

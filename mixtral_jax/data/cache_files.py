@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mixtral_jax.config import UserError
 from mixtral_jax.config_loading import home_expanded
-from mixtral_jax.whole_files import UNFINISHED, flush, write_whole
+from mixtral_jax.whole_files import UNFINISHED, flush, move, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def building(target: Path) -> Iterator[Path]:
             yield partial
             for file in partial.iterdir():
                 flush(file)
-            partial.rename(target)
+            move(partial, target)
             flush(target.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)

@@ -29,7 +29,7 @@ from mixtral_jax.runs.filling import fill
 from mixtral_jax.runs.manifest import NAME as MANIFEST
 from mixtral_jax.runs.manifest import Digests, find_damage, hashing, write_manifest
 from mixtral_jax.runs.sources import Source, StoredArrays
-from mixtral_jax.runs.streaming import named_leaves, read_arrays, save_args
+from mixtral_jax.runs.streaming import named_leaves, orbax_writer, read_arrays, save_args
 from mixtral_jax.whole_files import write_whole
 
 # Orbax tells of every step it takes, and of a failure in stack traces; we raise what a person needs to know.
@@ -90,7 +90,7 @@ class Checkpoints:
             if is_main():
                 self._make(bundle, state, {**files, META: json.dumps(described, indent=1).encode()}, INTACT)
             barrier()
-            self._saver = self._saver or ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+            self._saver = self._saver or orbax_writer(ocp.AsyncCheckpointer)
             items = {name: _save_item(named_leaves(part)) for name, part in state.items()}
             self._saver.save(bundle / "state", args=ocp.args.Composite(**items))
         except (OSError, ValueError) as error:
@@ -302,12 +302,14 @@ class Checkpoints:
             )
         for step in removed:
             bundle = self.directory / str(step)
+            meta = (bundle / META).read_bytes()
             try:
                 (bundle / MANIFEST).unlink(missing_ok=True)  # a half-removed bundle must not look like a damaged one
                 shutil.rmtree(bundle)
             except OSError as error:
                 # On NFS a file that somebody reads stays, under another name; the next save tries again.
                 self.warn(f"warning: the old checkpoint {bundle} could not be removed: {error.strerror}")
+                write_whole(bundle / META, meta)  # by which it knows that this is ours
 
     def _abandon(self, bundle: Path) -> None:
         """Removes a failed bundle and the saver with it: Orbax would raise its error again and save nothing."""

@@ -17,7 +17,7 @@ import tensorstore as ts
 
 from mixtral_jax.distributed.processes import barrier, is_main, number, take_turn, with_all
 from mixtral_jax.runs.sources import Source
-from mixtral_jax.runs.streaming import array_spec, blocks_of, chunk_shape, database_spec, place
+from mixtral_jax.runs.streaming import array_spec, blocks_of, chunk_shape, database_spec, orbax_writer, place
 
 THREADS = 3  # of a process; each holds a block
 
@@ -41,7 +41,7 @@ def fill(directory: Path, source: Source, begin: Callable[[], None], advance: Ca
         part: ocp.args.StandardSave({name: np.zeros(1, np.uint8) for name in leaves})
         for part, leaves in source.parts.items()
     }
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+    with orbax_writer(ocp.Checkpointer) as writer:
         writer.save(directory, args=ocp.args.Composite(**items))
     stores: dict[tuple[str, str], ts.TensorStore] = {}
     creating = threading.Lock()

@@ -49,7 +49,9 @@ class RunDirectory:
         path = self.path
         try:
             path.mkdir(parents=True, exist_ok=True)
-            foreign = [entry.name for entry in path.iterdir() if entry.name not in (LOCK, CONFIG + UNFINISHED)]
+            # On NFS a lock that its holder removes stays for a moment, under another name.
+            names = [entry.name for entry in path.iterdir() if not entry.name.startswith(".nfs")]
+            foreign = [name for name in names if name not in (LOCK, CONFIG + UNFINISHED)]
             if foreign and not _is_run(path):
                 raise UserError(
                     f"run_dir {path} holds {min(foreign)} and no run: name a new or empty directory as run_dir"

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +26,20 @@ CHUNK = 64 << 20  # bytes of one file
 FINEST = 64  # an array is cut further only where what comes out is at least this part of a block
 
 Start = tuple[int, ...]
+T = TypeVar("T", ocp.Checkpointer, ocp.AsyncCheckpointer)
 
 
 def named_leaves(tree: PyTree) -> dict[str, Any]:
     """Flattens a tree to {path: leaf}: what is stored does not depend on the classes that the tree is made of."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/") or "value": leaf for path, leaf in leaves}
+
+
+def orbax_writer(kind: type[T]) -> T:
+    """Makes what saves, and renames nothing: a manifest tells what is finished, and renames can be trusted less."""
+    in_place = ocp.path.atomicity.CommitFileTemporaryPath
+    options = ocp.CompositeOptions(temporary_path_class=in_place)
+    return kind(ocp.CompositeCheckpointHandler(composite_options=options), temporary_path_class=in_place)
 
 
 def save_args(leaf: Any) -> ocp.SaveArgs:

@@ -1,14 +1,13 @@
 """The places that import and export read and write: a new directory or file appears whole or not at all."""
 
 import importlib.util
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from mixtral_jax.config import UserError
 from mixtral_jax.distributed.processes import barrier, from_main, is_main, undone
-from mixtral_jax.whole_files import make_place
+from mixtral_jax.whole_files import make_place, move
 
 
 @contextmanager
@@ -36,7 +35,7 @@ def new_directory(directory: Path) -> Iterator[Path]:
         partial.mkdir()
         yield Path(from_main(lambda: str(partial)))
         barrier()
-        os.rename(partial, target)  # takes the place of an empty directory, never of a full one
+        move(partial, target)  # takes the place of an empty directory, never of a full one
     barrier()
 
 
@@ -47,7 +46,7 @@ def new_file(file: Path) -> Iterator[Path]:
     with _beside(file) as (partial, target):
         yield partial
         check_new_file(file)
-        os.rename(partial, target)
+        move(partial, target)
 
 
 @contextmanager
