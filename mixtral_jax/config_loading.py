@@ -129,6 +129,8 @@ def parse_structured(
     Returns:
         The configuration, every type checked, contradictions not.
     """
+    if saved:
+        _refuse_references(text, where)
     try:
         tree = _as_written(text)
     except (yaml.YAMLError, RecursionError) as error:
@@ -172,12 +174,20 @@ def _inherited(given: Any) -> dict[str, Any]:
     for bundle in (root, *newest):
         if (bundle / "meta.json").is_file() and (bundle / "manifest.json").is_file():
             try:
-                saved = yaml.safe_load(json.loads((bundle / "meta.json").read_text(encoding="utf-8"))["config"])
-                return {"model": up_to_date(saved)["model"], "data": {"tokenizer": CHECKPOINT_TOKENIZER}}
+                text = json.loads((bundle / "meta.json").read_text(encoding="utf-8"))["config"]
+                _refuse_references(text, f"the configuration in {bundle}")
+                model = up_to_date(yaml.safe_load(text))["model"]
+                return {"model": model, "data": {"tokenizer": CHECKPOINT_TOKENIZER}}
             except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
                 continue  # damaged or half-copied: an older one is what will be restored
     begun = bool(newest) or (root / "meta.json").is_file()
     raise NoCheckpointError(f"init_from={given.init_from}", begun=begun)
+
+
+def _refuse_references(text: str, where: str) -> None:
+    """Raises `UserError` where a saved configuration is not all values: it could ask for the environment's secrets."""
+    if "${" in text:
+        raise UserError(f"{where} refers to other values (${{...}}), as none does that was saved here: write them out")
 
 
 def _as_written(text: str) -> Any:
