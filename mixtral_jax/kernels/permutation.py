@@ -4,6 +4,8 @@ An engine may do the same another way.
 Both directions need the map from rows to assignments and its inverse. Assignment `t * k + j` is choice j of token t.
 """
 
+import functools
+import operator
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, TypeVar
@@ -60,25 +62,6 @@ def _dispatch_bwd(_: RowMover, row_of: Array, d_rows: Array) -> tuple[Array, Non
 dispatch_rows.defvjp(_dispatch_fwd, _dispatch_bwd)
 
 
-@jax.custom_vjp
-def collect_rows(
-    rows: Float[Array, "rows d_model"], source: Int[Array, " rows"], row_of: Int[Array, "tokens k"]
-) -> Float[Array, "tokens d_model"]:
-    """Sums the expert rows of every token, in the order of its choices; see `dispatch_rows` for the maps."""
-    return _sum_choices(rows, row_of)
-
-
-def _collect_fwd(rows: Array, source: Array, row_of: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _sum_choices(rows, row_of), (source, row_of)
-
-
-def _collect_bwd(maps: tuple[Array, Array], d_y: Array) -> tuple[Array, None, None]:
-    return dispatch_rows(d_y, *maps), None, None
-
-
-collect_rows.defvjp(_collect_fwd, _collect_bwd)
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def combine_rows(
     rows: Float[Array, "rows d_model"],
@@ -88,11 +71,7 @@ def combine_rows(
     mover: RowMover = GATHERS,
 ) -> Float[Array, "tokens d_model"]:
     """Sums the weighted expert rows of every token, in the order of its choices; see `dispatch_rows` for the maps."""
-    weights = weights.astype(rows.dtype)
-    total = _choice(rows, row_of, 0) * weights[:, :1]
-    for j in range(1, row_of.shape[1]):
-        total = total + _choice(rows, row_of, j) * weights[:, j : j + 1]
-    return total
+    return _sum_choices(rows, row_of, weights.astype(rows.dtype))
 
 
 def _combine_fwd(
@@ -133,26 +112,26 @@ def in_padded_groups(
         height: that of a tile.
     """
     padding = pad_groups(sizes, rows.shape[0], height)
-    out, other = run(dispatch_rows(rows, padding.source, padding.place), padding.sizes)
-    return collect_rows(out, padding.source, padding.place), other
+    out, other = run(dispatch_rows(rows, padding.source, padding.place[:, None]), padding.sizes)
+    return dispatch_rows(out, padding.place, padding.source[:, None]), other
 
 
 def _choice(rows: Array, row_of: Array, j: int) -> Array:
     return jnp.take(rows, row_of[:, j], axis=0, mode="fill", fill_value=0)
 
 
-def _sum_choices(rows: Array, row_of: Array) -> Array:
-    total = _choice(rows, row_of, 0)
-    for j in range(1, row_of.shape[1]):
-        total = total + _choice(rows, row_of, j)
-    return total
+def _sum_choices(rows: Array, row_of: Array, weights: Array | None = None) -> Array:
+    choices = (_choice(rows, row_of, j) for j in range(row_of.shape[1]))
+    if weights is not None:
+        choices = (choice * weights[:, j : j + 1] for j, choice in enumerate(choices))
+    return functools.reduce(operator.add, choices)
 
 
 class Padding(NamedTuple):
     """Where the rows of every group are once each group begins at a multiple of a tile's height."""
 
     source: Int[Array, " padded"]  # row that a padded one is; the number of rows: none
-    place: Int[Array, "rows 1"]  # padded row that a row is; the number of padded rows: none
+    place: Int[Array, " rows"]  # padded row that a row is; the number of padded rows: none
     sizes: Int[Array, " groups"]  # padded rows of each group
 
 
@@ -173,4 +152,4 @@ def pad_groups(sizes: Int[Array, " groups"], num_rows: int, height: int) -> Padd
     starts, padded_starts = ends - sizes, padded_ends - counts
     source = moved(jnp.arange(num_padded), padded_ends, padded_starts, starts, sizes, num_rows)
     place = moved(jnp.arange(num_rows), ends, starts, padded_starts, sizes, num_padded)
-    return Padding(source, place[:, None], counts)
+    return Padding(source, place, counts)

@@ -19,6 +19,11 @@ from jaxtyping import Array, Float, Int, Num
 from mixtral_jax.kernels.backends import load
 from mixtral_jax.precision import EIGHT_BIT_CARRIER, FULL
 
+ExpertMatrices = tuple[  # gate, up and down, of a layer or of all
+    Float[Array, "... experts d_model d_ff"],
+    Float[Array, "... experts d_model d_ff"],
+    Float[Array, "... experts d_ff d_model"],
+]
 IN_CARRIER = ("triton", "megablox")  # multiply in `EIGHT_BIT_CARRIER`
 
 
@@ -150,9 +155,9 @@ class EightBitProduct:
 def quantized_ffn(
     rows: Float[Array, "rows d_model"],
     group_sizes: Int[Array, " experts"],
-    weights: tuple[Array, Array, Array],
+    weights: ExpertMatrices,
     product: EightBitProduct,
-    gradient_stack: tuple[Array, Array, Array] | None = None,
+    gradient_stack: ExpertMatrices | None = None,
     layer: Int[Array, ""] | None = None,
 ) -> tuple[Float[Array, "rows d_model"], Any]:
     """Computes w_down(silu(w_gate x) * w_up x) with each row's expert in products of 8-bit factors; see `expert_ffn`.
@@ -160,7 +165,7 @@ def quantized_ffn(
     Args:
         rows: sorted by expert.
         group_sizes: rows of each expert.
-        weights: w_gate and w_up [experts, d_model, d_ff], w_down [experts, d_ff, d_model].
+        weights: of this layer.
         product: who multiplies, and in which type.
         gradient_stack: the same of all layers, where gradients are to be written; see `SharedExperts`.
         layer: this one's number.

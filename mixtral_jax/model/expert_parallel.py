@@ -187,7 +187,7 @@ def at_multiples(plan: RowPlan, row_multiple: int) -> RowPlan:
     padding = pad_groups(plan.group_sizes, plan.source.size, row_multiple)
     nobody = plan.row_of.size
     source = jnp.take(plan.source, padding.source, mode="fill", fill_value=nobody)
-    row_of = jnp.take(padding.place[:, 0], plan.row_of, mode="fill", fill_value=source.size)
+    row_of = jnp.take(padding.place, plan.row_of, mode="fill", fill_value=source.size)
     return RowPlan(source, row_of, padding.sizes)
 
 

@@ -39,7 +39,7 @@ class Side(NamedTuple):
         """How much likelier the model finds the answer than the reference does, nats."""
         return self.log_probs - self.reference
 
-    def mean(self, sums: Array) -> Array:
+    def mean(self, sums: Float[Array, "..."]) -> Float[Array, "..."]:
         """Turns sums over answers into means over their tokens."""
         return sums / jnp.maximum(self.tokens, 1)
 

@@ -196,11 +196,11 @@ def test_every_row_has_a_place_in_its_padded_group(seed):
     np.testing.assert_array_equal(padding.sizes, counts)
     starts, used = np.cumsum(counts) - counts, sizes.sum()
     ranks = np.concatenate([np.arange(size) for size in sizes])
-    np.testing.assert_array_equal(padding.place[:used, 0], starts[owners(sizes)] + ranks)
+    np.testing.assert_array_equal(padding.place[:used], starts[owners(sizes)] + ranks)
     assert len(padding.source) % height == 0
-    assert np.all(padding.place[used:, 0] >= len(padding.source))
+    assert np.all(padding.place[used:] >= len(padding.source))
     source = np.full(len(padding.source), num_rows)
-    source[padding.place[:used, 0]] = np.arange(used)
+    source[padding.place[:used]] = np.arange(used)
     np.testing.assert_array_equal(padding.source, source)
 
     blocks = np.asarray(matrices_of_blocks(jnp.asarray(counts), 7, len(source) // height, height))
