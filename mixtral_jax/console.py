@@ -2,12 +2,13 @@
 
 import sys
 import time
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Column
+from rich.table import Column, Table
 from rich.text import Text
 
 
@@ -17,6 +18,25 @@ def make_console(**options: Any) -> Console:
     Styles are said by `rich.text.Text` and by columns. Other modules make no consoles; a test holds them to it.
     """
     return Console(markup=False, emoji=False, highlight=False, **options)
+
+
+def make_table(
+    left: Iterable[RenderableType], right: Iterable[RenderableType] = (), caption: str = "", **options: Any
+) -> Table:
+    """Makes a table without rows.
+
+    Args:
+        left: headings of the first columns, of names.
+        right: headings of the others, of numbers, which are set to the right.
+        caption: below the table.
+        options: of the columns of numbers, see `Table.add_column`.
+    """
+    table = Table(caption=caption)
+    for heading in left:
+        table.add_column(heading)
+    for heading in right:
+        table.add_column(heading, justify="right", **options)
+    return table
 
 
 def two_lines(first: str, second: str) -> Text:

@@ -9,7 +9,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from mixtral_jax.console import two_lines
+from mixtral_jax.console import make_table, two_lines
 from mixtral_jax.data.splits import MeasuredText
 from mixtral_jax.evaluation.history import (
     HELD_OUT,
@@ -116,10 +116,8 @@ def _facts(loaded: LoadedModel, history: History) -> dict[str, float | int | Non
 
 
 def _facts_table(sides: Sequence[Side]) -> Table:
-    table = Table(caption=f"of training: means of the last {LAST} logged steps")
-    table.add_column("")
-    for letter, side in zip("AB", sides, strict=True):
-        table.add_column(f"{letter}: {side.path}", justify="right", overflow="fold")
+    named = [f"{letter}: {side.path}" for letter, side in zip("AB", sides, strict=True)]
+    table = make_table([""], named, f"of training: means of the last {LAST} logged steps", overflow="fold")
     table.add_row("tokenizer", *[side.tokenizer[:12] for side in sides])
     for name in sides[0].facts:
         cells = []
@@ -131,13 +129,13 @@ def _facts_table(sides: Sequence[Side]) -> Table:
 
 
 def _perplexity_table(sides: Sequence[Side], differences: dict[str, Difference]) -> Table:
-    table = Table(
-        caption="bits per byte compare across tokenizers, perplexities do not; below a difference its 95% interval"
-    )
     kinds = [{text.documents.name: describe(text) for text in side.texts} for side in sides]
-    table.add_column("text" if any(kind for side in kinds for kind in side.values()) else "held-out text")
-    for name in ("perplexity\nA", "\nB", "bits/byte\nA", "\nB", "\nB - A"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = make_table(
+        ["text" if any(kind for side in kinds for kind in side.values()) else "held-out text"],
+        ("perplexity\nA", "\nB", "bits/byte\nA", "\nB", "\nB - A"),
+        "bits per byte compare across tokenizers, perplexities do not; below a difference its 95% interval",
+        no_wrap=True,
+    )
     named = [{**side.evaluation.sources, "total": side.evaluation.total} for side in sides]
     for name in dict.fromkeys([*named[0], *named[1]]):
         results = [side.get(name) for side in named]

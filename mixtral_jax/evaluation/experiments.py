@@ -9,7 +9,7 @@ import numpy as np
 from rich.table import Table
 
 from mixtral_jax.config import Config
-from mixtral_jax.console import two_lines
+from mixtral_jax.console import make_table, two_lines
 from mixtral_jax.evaluation.experiment_file import Run
 from mixtral_jax.evaluation.history import HELD_OUT, LAST, History, at_end, draw_curve, median_rate, read_history
 from mixtral_jax.evaluation.intervals import mean_interval
@@ -164,14 +164,13 @@ def _finite(value: float | np.floating[Any]) -> float | None:
 
 
 def _table(numbers: Mapping[str, dict[str, Any]]) -> Table:
-    table = Table(
-        caption="held-out text: mean and standard deviation over seeds; below, the mean difference to the first "
-        "variant, seed by seed, with its 95% interval. FLOPs: useful ones; seconds: of the steps alone, at their "
-        "median speed"
+    table = make_table(
+        ["variant"],
+        ("parameters\nactive", "tokens\nFLOPs\nseconds", *(name for _, name, _ in MEASURES)),
+        "held-out text: mean and standard deviation over seeds; below, the mean difference to the first variant, seed "
+        "by seed, with its 95% interval. FLOPs: useful ones; seconds: of the steps alone, at their median speed",
+        no_wrap=True,
     )
-    table.add_column("variant")
-    for name in ("parameters\nactive", "tokens\nFLOPs\nseconds", *(name for _, name, _ in MEASURES)):
-        table.add_column(name, justify="right", no_wrap=True)
     for number, (variant, found) in enumerate(numbers.items()):
         count = len(found["held_out"])
         table.add_row(
@@ -184,9 +183,7 @@ def _table(numbers: Mapping[str, dict[str, Any]]) -> Table:
 
 
 def _sources_table(numbers: Mapping[str, dict[str, Any]]) -> Table:
-    table = Table(caption="held-out text of each source; below, as above")
-    for name in ("source", "variant", "bits/byte"):
-        table.add_column(name, justify="right" if name == "bits/byte" else "left")
+    table = make_table(("source", "variant"), ["bits/byte"], "held-out text of each source; below, as above")
     for source in dict.fromkeys(name for found in numbers.values() for name in found["by_source"]):
         for number, (variant, found) in enumerate(numbers.items()):
             if source in found["by_source"]:
@@ -196,13 +193,12 @@ def _sources_table(numbers: Mapping[str, dict[str, Any]]) -> Table:
 
 
 def _routers_table(numbers: Mapping[str, dict[str, Any]]) -> Table:
-    table = Table(
-        caption=f"routers, means over seeds and the last {LAST} logged steps: balancing loss, 1 at balance; the "
-        "busiest expert's share above the uniform one; experts without a token in a step; assignments without room"
+    table = make_table(
+        ["variant"],
+        [name for _, name, _ in ROUTERS],
+        f"routers, means over seeds and the last {LAST} logged steps: balancing loss, 1 at balance; the busiest "
+        "expert's share above the uniform one; experts without a token in a step; assignments without room",
     )
-    table.add_column("variant")
-    for _, name, _ in ROUTERS:
-        table.add_column(name, justify="right")
     for variant, found in numbers.items():
         values = [list(found[name].values()) for name, *_ in ROUTERS]
         means = [None if None in seeds else float(np.mean(seeds)) for seeds in values]

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mixtral_jax.config import EvalConfig
-from mixtral_jax.console import ProgressLine, two_lines
+from mixtral_jax.console import ProgressLine, make_table, two_lines
 from mixtral_jax.evaluation.intervals import Interval
 from mixtral_jax.evaluation.perplexity import Evaluation, Result, measure
 from mixtral_jax.evaluation.scoring import Score
@@ -42,11 +42,9 @@ def results_table(
     known = any(len(stratum) > 1 for result in evaluation.sources.values() for stratum in result.documents)
     note = "; below each number its 95% interval over documents" if known else ""
     caption = f"{evaluation.mode} mode, context {evaluation.context:,} tokens{cut}{note}{_cut_documents(evaluation)}"
-    table = Table(caption=caption)
     kinds = {name: kind for name, kind in (kinds or {}).items() if kind}
-    table.add_column("text" if kinds else "held-out text")
-    for name in ("tokens", "bytes", "nats/token", "perplexity", "bits/byte"):
-        table.add_column(name, justify="right", no_wrap=True)
+    numbers = ("tokens", "bytes", "nats/token", "perplexity", "bits/byte")
+    table = make_table(["text" if kinds else "held-out text"], numbers, caption, no_wrap=True)
     last = len(evaluation.sources) - 1
     for number, (name, result) in enumerate(evaluation.sources.items()):
         shown = two_lines(name, kinds[name]) if name in kinds else name

@@ -7,7 +7,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from mixtral_jax.console import two_lines
+from mixtral_jax.console import make_table, two_lines
 from mixtral_jax.evaluation.ablation import Ablation
 from mixtral_jax.evaluation.results import interval_text
 from mixtral_jax.evaluation.routing import PATH, RoutingCounts, own_shares, random_repeats
@@ -29,15 +29,14 @@ def routing_table(counts: Mapping[str, RoutingCounts]) -> Table:
     """Makes the paper's table 5 with the shares beside it, for the first, the middle and the last layer."""
     k, layers, num_experts = next(iter(counts.values())).assignments.shape
     random_first, random_any = random_repeats(num_experts, k)
-    table = Table(
-        caption=f"{k} of {num_experts} experts a token. share: of the assignments, least and most used expert. "
-        "repeats: neighbouring tokens with the same first choice, or with any choice in common. busiest: the most used "
-        "expert of a batch against the uniform load."
+    table = make_table(
+        ("layer", "source"),
+        ("share, %\n1st", "\nall", "repeats\n1st", "\nany", "busiest\nmean", "\nworst"),
+        f"{k} of {num_experts} experts a token. share: of the assignments, least and most used expert. repeats: "
+        "neighbouring tokens with the same first choice, or with any choice in common. busiest: the most used expert "
+        "of a batch against the uniform load.",
+        no_wrap=True,
     )
-    for name in ("layer", "source"):
-        table.add_column(name)
-    for name in ("share, %\n1st", "\nall", "repeats\n1st", "\nany", "busiest\nmean", "\nworst"):
-        table.add_column(name, justify="right", no_wrap=True)
     for layer in shown_layers(layers):
         for number, (name, count) in enumerate(counts.items()):
             first, every = 100 * count.shares(0)[layer], 100 * count.shares()[layer]
@@ -93,12 +92,9 @@ def routing_json(counts: Mapping[str, RoutingCounts]) -> dict[str, Any]:
 def together_table(total: RoutingCounts) -> Table:
     """Makes a table of the pairs of experts that tokens choose together most, and least, in three layers."""
     k, layers, num_experts = total.assignments.shape
-    table = Table(
-        caption="experts of a layer that the same tokens choose: share of the first one's tokens; by chance "
-        f"{(k - 1) / max(1, num_experts - 1):.1%}"
-    )
-    for name in ("layer", "most together", "least together"):
-        table.add_column(name)
+    chance = (k - 1) / max(1, num_experts - 1)
+    caption = f"experts of a layer that the same tokens choose: share of the first one's tokens; by chance {chance:.1%}"
+    table = make_table(("layer", "most together", "least together"), caption=caption)
     for layer in shown_layers(layers):
         found = total.coactivation()[layer]
         pairs = [(found[i, j], i, j) for i in range(num_experts) for j in range(num_experts) if i != j]
@@ -112,14 +108,12 @@ def sources_table(counts: Mapping[str, RoutingCounts]) -> Table:
     """Makes a table of how far experts belong to sources, in three layers."""
     parts = list(counts.values())
     k, layers, num_experts = parts[0].assignments.shape
-    table = Table(
-        caption=f"share of a source's tokens that go to the expert, by chance {k / num_experts:.1%}; below, what share "
-        "of the expert's tokens that is, each source counted alike"
+    table = make_table(
+        ("layer", "expert"),
+        counts,
+        f"share of a source's tokens that go to the expert, by chance {k / num_experts:.1%}; below, what share of the "
+        "expert's tokens that is, each source counted alike",
     )
-    for name in ("layer", "expert"):
-        table.add_column(name)
-    for name in counts:
-        table.add_column(name, justify="right")
     own, found = own_shares(parts), [count.specialisation() for count in parts]
     for layer in shown_layers(layers):
         for expert in _foremost(own[:, layer].max(axis=0)):
@@ -157,12 +151,11 @@ def vocabulary_json(total: RoutingCounts, piece: Piece, most: int = 20) -> list[
 
 def vocabulary_table(vocabulary: Sequence[dict[str, Any]]) -> Table:
     """Makes a table of the pieces of each expert with their share, in three layers."""
-    table = Table(
+    table = make_table(
+        ("layer", "expert", "pieces"),
         caption=f"pieces of text, of those that occur {SEEN} times and more, whose first choice is most often this "
-        "expert, and how often it is; below the layer, the mean over all pieces of their foremost expert's share"
+        "expert, and how often it is; below the layer, the mean over all pieces of their foremost expert's share",
     )
-    for name in ("layer", "expert", "pieces"):
-        table.add_column(name)
     for layer in shown_layers(len(vocabulary)):
         found = vocabulary[layer]
         for expert in _foremost(np.array([len(pieces) for pieces in found["experts"]])):
@@ -199,13 +192,12 @@ def paths_json(total: RoutingCounts, counts: Mapping[str, RoutingCounts], most: 
 
 def paths_table(paths: dict[str, Any]) -> Table:
     """Makes a table of the most frequent paths."""
-    table = Table(
-        caption=f"{paths['different']:,} different paths of first choices, as hard to guess as "
-        f"{paths['effective']:,.0f} equally frequent ones; independent: the share if layers chose independently"
+    table = make_table(
+        ["experts, first to last layer"],
+        ("share", "independent", *paths["most_frequent"][0]["sources"]),
+        f"{paths['different']:,} different paths of first choices, as hard to guess as {paths['effective']:,.0f} "
+        "equally frequent ones; independent: the share if layers chose independently",
     )
-    table.add_column("experts, first to last layer")
-    for name in ("share", "independent", *paths["most_frequent"][0]["sources"]):
-        table.add_column(name, justify="right")
     for path in paths["most_frequent"][:SHOWN_PATHS]:
         cells = [f"{share:.2%}" for share in (path["share"], path["independent"], *path["sources"].values())]
         table.add_row(" ".join(map(str, path["experts"])), *cells)
@@ -214,14 +206,12 @@ def paths_table(paths: dict[str, Any]) -> Table:
 
 def ablation_table(ablation: Ablation) -> Table:
     """Makes a table of the experts that matter most, in three layers."""
-    table = Table(
-        caption="bits per byte without the expert less those of the whole model, in thousandths; below, the 95% "
-        "interval over documents"
+    table = make_table(
+        ("layer", "expert"),
+        (*ablation.whole.sources, "total"),
+        "bits per byte without the expert less those of the whole model, in thousandths; below, the 95% interval over "
+        "documents",
     )
-    for name in ("layer", "expert"):
-        table.add_column(name)
-    for name in (*ablation.whole.sources, "total"):
-        table.add_column(name, justify="right")
     layers = 1 + max(layer for layer, _ in ablation.without)
     for layer in shown_layers(layers):
         found = [changes for (where, _), changes in ablation.without.items() if where == layer]
@@ -257,16 +247,16 @@ def ablation_json(ablation: Ablation) -> dict[str, Any]:
 def saturation_table(moments: Sequence[Moment], k: int) -> Table:
     """Makes a table of the checkpoints: a column for each of three layers, and the mean over all layers."""
     layers, num_experts = moments[0].shares.shape
-    table = Table(
-        caption=f"saturation: of the {k} experts of a token, the share that the last checkpoint chooses too, by "
-        f"chance {k / num_experts:.1%}; entropy of the routers' probabilities, nats, of at most "
-        f"{np.log(num_experts):.2f}; the busiest expert's load, 1 at balance"
-    )
     shown = shown_layers(layers)
-    table.add_column("step", justify="right")
-    layers_shown = [f"\nlayer {layer}" for layer in shown]
-    for name in (*layers_shown, "saturation\nall", "entropy\nall", "busiest\nmean", "\nworst"):
-        table.add_column(name, justify="right", no_wrap=True)
+    named = [f"\nlayer {layer}" for layer in shown]
+    table = make_table(
+        (),
+        ("step", *named, "saturation\nall", "entropy\nall", "busiest\nmean", "\nworst"),
+        f"saturation: of the {k} experts of a token, the share that the last checkpoint chooses too, by chance "
+        f"{k / num_experts:.1%}; entropy of the routers' probabilities, nats, of at most {np.log(num_experts):.2f}; "
+        "the busiest expert's load, 1 at balance",
+        no_wrap=True,
+    )
     for moment in moments:
         busiest = moment.shares.max(axis=-1) * num_experts
         cells = [f"{share:.1%}" for share in (*moment.saturation[shown], moment.saturation.mean())]

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from mixtral_jax.console import two_lines
+from mixtral_jax.console import make_table, two_lines
 from mixtral_jax.evaluation.context import ContextCurve
 from mixtral_jax.evaluation.passkey import PasskeyGrid
 from mixtral_jax.evaluation.results import interval_text
@@ -15,12 +15,9 @@ from mixtral_jax.evaluation.results import interval_text
 def context_table(curves: Mapping[str, ContextCurve]) -> Table:
     """Makes a table: a row for each context, nats per token of each source, with intervals over windows."""
     first = next(iter(curves.values()))
-    table = Table(
-        caption=f"nats per token of the last {first.targets:,} targets of each window of {first.contexts[-1]:,} tokens"
-    )
-    table.add_column("context", justify="right")
-    for name, curve in curves.items():
-        table.add_column(two_lines(name, f"{curve.windows:,} windows"), justify="right")
+    named = [two_lines(name, f"{curve.windows:,} windows") for name, curve in curves.items()]
+    caption = f"nats per token of the last {first.targets:,} targets of each window of {first.contexts[-1]:,} tokens"
+    table = make_table((), ["context", *named], caption)
     columns = [list(zip(curve.nats_per_token(), curve.intervals(), strict=True)) for curve in curves.values()]
     for row, context in enumerate(first.contexts):
         cells = [two_lines(f"{column[row][0]:.4f}", interval_text(column[row][1], ".2f")) for column in columns]
@@ -49,12 +46,8 @@ def context_json(curves: Mapping[str, ContextCurve]) -> dict[str, Any]:
 
 def passkey_table(grid: PasskeyGrid) -> Table:
     """Makes a table of the accuracy: a row for each length, a column for each depth."""
-    table = Table(
-        caption=f"share of {grid.plan.trials} keys that greedy decoding writes, by length and depth of the key"
-    )
-    table.add_column("tokens", justify="right")
-    for depth in grid.plan.depths:
-        table.add_column(f"{depth:.0%}", justify="right")
+    caption = f"share of {grid.plan.trials} keys that greedy decoding writes, by length and depth of the key"
+    table = make_table((), ["tokens", *(f"{depth:.0%}" for depth in grid.plan.depths)], caption)
     table.add_column("nats/token", justify="right", style="dim")
     for length, accuracy, nats in zip(grid.plan.lengths, grid.accuracy, grid.nats_per_token, strict=True):
         table.add_row(f"{length:,}", *[f"{value:.0%}" for value in accuracy], f"{nats.mean():.3f}")

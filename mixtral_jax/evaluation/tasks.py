@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mixtral_jax.config import UserError
-from mixtral_jax.console import two_lines
+from mixtral_jax.console import make_table, two_lines
 from mixtral_jax.evaluation.loading import LoadedModel
 from mixtral_jax.evaluation.texts import were_trained_on
 
@@ -176,10 +176,8 @@ def _grouped(known: Known, groups: Sequence[Sequence[str]]) -> Iterator[Sequence
 
 def tasks_table(results: Mapping[str, Any]) -> Table:
     """Makes a table: a row for each metric of each task."""
-    table = Table(caption="standard errors as lm-evaluation-harness estimates them")
-    table.add_column("task")
-    for name in ("samples", "metric", "value", "standard error"):
-        table.add_column(name, justify="right")
+    numbers = ("samples", "metric", "value", "standard error")
+    table = make_table(["task"], numbers, "standard errors as lm-evaluation-harness estimates them")
     for task, result in results.items():
         for number, (metric, numbers) in enumerate(result["metrics"].items()):
             samples: str | Text = "" if result["samples"] is None else f"{result['samples']:,}"
