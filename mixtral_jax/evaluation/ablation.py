@@ -7,9 +7,9 @@ import jax
 import numpy as np
 
 from mixtral_jax.config import EvalConfig, ModelConfig, UserError
+from mixtral_jax.data.splits import Documents
 from mixtral_jax.evaluation.perplexity import Difference, Evaluation, difference, measure
 from mixtral_jax.evaluation.scoring import Score
-from mixtral_jax.evaluation.windows import Documents
 from mixtral_jax.model.mixtral import Arrays
 
 Expert = tuple[int, int]  # its layer, and its number there

@@ -12,10 +12,11 @@ import numpy as np
 from jaxtyping import Float64
 
 from mixtral_jax.config import UserError
+from mixtral_jax.data.splits import Documents
 from mixtral_jax.evaluation.intervals import Interval, bootstrap_sums, interval
 from mixtral_jax.evaluation.perplexity import finite_nats
 from mixtral_jax.evaluation.scoring import HostBatch, Score
-from mixtral_jax.evaluation.windows import Documents, empty_batch
+from mixtral_jax.evaluation.windows import empty_batch
 
 MOST_LENGTHS = 8  # each half of the one before, from eval.context down
 SHORTEST = 16  # tokens

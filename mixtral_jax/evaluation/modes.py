@@ -10,6 +10,7 @@ from rich.console import Console, RenderableType
 
 from mixtral_jax.config import Config, UserError
 from mixtral_jax.console import ProgressLine
+from mixtral_jax.data.splits import Documents
 from mixtral_jax.distributed.processes import is_main
 from mixtral_jax.evaluation import pictures, routing_pictures
 from mixtral_jax.evaluation.ablation import measure_ablation
@@ -40,7 +41,7 @@ from mixtral_jax.evaluation.scoring import Route, make_router, make_scorer
 from mixtral_jax.evaluation.tables import context_json, context_table, passkey_json, passkey_table
 from mixtral_jax.evaluation.tasks import measure_tasks, tasks_table
 from mixtral_jax.evaluation.texts import add_facts, describe, evaluation_texts, notes
-from mixtral_jax.evaluation.windows import Documents, window_sizes
+from mixtral_jax.evaluation.windows import window_sizes
 from mixtral_jax.runs.restoring import restore_model
 from mixtral_jax.zigzag import sequence_multiple
 

@@ -9,9 +9,10 @@ import numpy as np
 from jaxtyping import Bool, Float, Float64
 
 from mixtral_jax.config import EvalConfig, UserError
+from mixtral_jax.data.splits import Documents
 from mixtral_jax.evaluation.intervals import Interval, bootstrap_sums, interval
 from mixtral_jax.evaluation.scoring import Score
-from mixtral_jax.evaluation.windows import Documents, evaluation_batches, num_batches, num_selected, window_sizes
+from mixtral_jax.evaluation.windows import evaluation_batches, num_batches, num_selected, window_sizes
 
 MOST_NATS = 700.0  # per token; exp of more is infinite
 

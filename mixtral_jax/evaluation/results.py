@@ -8,10 +8,11 @@ from rich.text import Text
 
 from mixtral_jax.config import EvalConfig
 from mixtral_jax.console import ProgressLine, make_table, two_lines
+from mixtral_jax.data.splits import Documents
 from mixtral_jax.evaluation.intervals import Interval
 from mixtral_jax.evaluation.perplexity import Evaluation, Result, measure
 from mixtral_jax.evaluation.scoring import Score
-from mixtral_jax.evaluation.windows import Documents, num_batches
+from mixtral_jax.evaluation.windows import num_batches
 
 
 def measure_with_progress(score: Score, texts: Sequence[Documents], eval: EvalConfig, seq_len: int) -> Evaluation:

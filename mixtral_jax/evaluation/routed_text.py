@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Integer
 
+from mixtral_jax.data.splits import Documents
 from mixtral_jax.evaluation.scoring import Route
-from mixtral_jax.evaluation.windows import Documents, empty_batch
+from mixtral_jax.evaluation.windows import empty_batch
 
 Decode = Callable[[np.ndarray], str]
 

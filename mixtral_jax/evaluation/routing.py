@@ -13,8 +13,9 @@ from jaxtyping import Float64, Integer
 
 from mixtral_jax.config import EvalConfig, ModelConfig, UserError
 from mixtral_jax.data.batch import HostBatch
+from mixtral_jax.data.splits import Documents
 from mixtral_jax.evaluation.scoring import Route, Routes
-from mixtral_jax.evaluation.windows import Documents, evaluation_batches, num_batches
+from mixtral_jax.evaluation.windows import evaluation_batches, num_batches
 
 PATH = np.uint16  # an expert's number in a path
 

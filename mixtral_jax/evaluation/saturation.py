@@ -8,9 +8,9 @@ from jaxtyping import Float64, Integer
 
 from mixtral_jax.config import EvalConfig, ModelConfig
 from mixtral_jax.data.batch import HostBatch
+from mixtral_jax.data.splits import Documents
 from mixtral_jax.evaluation.routing import RoutingCounts, all_sources, measure_routing
 from mixtral_jax.evaluation.scoring import Route, Routes
-from mixtral_jax.evaluation.windows import Documents
 
 
 @dataclass(frozen=True)

@@ -7,51 +7,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Int32, Integer
 
 from mixtral_jax.config import EvalConfig
 from mixtral_jax.data.batch import Batch, padding
+from mixtral_jax.data.splits import Documents
 from mixtral_jax.pytree import pytree
-
-
-@runtime_checkable
-class Documents(Protocol):
-    """Tokenised documents of one source."""
-
-    @property
-    def name(self) -> str:
-        """The source's name in tables."""
-        ...
-
-    @property
-    def num_documents(self) -> int:
-        """Documents of the source."""
-        ...
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all documents, start and end signs included."""
-        ...
-
-    def tokens(self, index: int) -> Integer[np.ndarray, " tokens"]:
-        """Returns the token ids of a document: the start sign, its text and, unless its tail was cut, the end sign."""
-        ...
-
-    def counts(self, index: int) -> Bool[np.ndarray, " tokens"]:
-        """Says which tokens of a document are predicted: all but the start sign, or of a chat the answers alone."""
-        ...
-
-    @property
-    def format(self) -> str:
-        """Says `text`, or what records of chats these are."""
-        ...
-
-    def num_bytes(self, index: int) -> int:
-        """Returns the length of a document's text, or of a chat's answers, in UTF-8 bytes."""
-        ...
 
 
 @pytree

@@ -1,38 +1,25 @@
 """Held-out documents in memory, and models simple enough to compute by hand."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
+from mixtral_jax.data.splits import Documents
 from mixtral_jax.evaluation.scoring import TokenScores
 
 BOS, EOS = 1, 2
 
 
-@dataclass(frozen=True)
-class Corpus:
-    texts: Sequence[Sequence[int]]  # tokens without start and end sign
-    sizes: Sequence[int] = ()  # bytes; twice the tokens if empty
-    name: str = "made-up"
-    format: str = "text"
+class Corpus(Documents):
+    """Documents of given tokens."""
 
-    @property
-    def num_documents(self) -> int:
-        return len(self.texts)
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(len(text) + 2 for text in self.texts)
-
-    def tokens(self, index: int) -> np.ndarray:
-        return np.array([BOS, *self.texts[index], EOS], np.uint16)
-
-    def counts(self, index: int) -> np.ndarray:
-        return np.arange(len(self.texts[index]) + 2) > 0
-
-    def num_bytes(self, index: int) -> int:
-        return self.sizes[index] if self.sizes else 2 * len(self.texts[index])
+    def __init__(self, texts: Sequence[Sequence[int]], sizes: Sequence[int] = (), name: str = "made-up"):
+        """Takes tokens without start and end sign, and bytes: twice the tokens if there are none."""
+        buffer = np.array([token for text in texts for token in (BOS, *text, EOS)], np.uint16)
+        offsets = np.append(0, np.cumsum([len(text) + 2 for text in texts])).astype(np.int64)
+        counts = np.array(sizes or [2 * len(text) for text in texts], np.int64)
+        super().__init__(name, buffer, offsets[:-1], offsets, counts, BOS, "made-up")
+        object.__setattr__(self, "texts", texts)
 
 
 def random_corpus(rng: np.random.Generator, documents: int, longest: int, vocab: int = 50) -> Corpus:
