@@ -44,6 +44,10 @@ def two_lines(first: str, second: str) -> Text:
     return Text.assemble(first, "\n", (second, "dim"))
 
 
+def silent(*_: object) -> None:
+    """Shows nothing: stands in for `ProgressLine.add` where nobody looks."""
+
+
 class ProgressLine:
     """Shows how far a piece of work is.
 
@@ -115,6 +119,10 @@ class ProgressLine:
             self.say("  ".join(part for part in parts if part))
         if self._rate_from == self._begin:  # from here on: what comes before holds compilation
             self._rate_from = (done, now)
+
+    def add(self, text: str, count: int = 1) -> None:
+        """Moves on by so many steps and shows `text`, as `update` does."""
+        self.update(self._done + count, text)
 
     def say(self, text: str) -> None:
         """Prints a permanent line, above the bar if there is one."""

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from mixtral_jax.config import EvalConfig, ModelConfig, UserError
+from mixtral_jax.console import silent
 from mixtral_jax.data.splits import Documents
 from mixtral_jax.evaluation.perplexity import Difference, Evaluation, difference, measure
 from mixtral_jax.evaluation.scoring import Score
@@ -46,7 +47,7 @@ def measure_ablation(
     eval: EvalConfig,
     seq_len: int,
     model: ModelConfig,
-    on_batch: Callable[[str], None] | None = None,
+    on_batch: Callable[[str], None] = silent,
 ) -> Ablation:
     """Measures all texts whole, and once more without each expert of each layer.
 
@@ -69,8 +70,7 @@ def measure_ablation(
         )
 
     def evaluate(arrays: Arrays, what: str) -> Evaluation:
-        said = None if on_batch is None else lambda *_: on_batch(what)
-        return measure(score_of(arrays), texts, eval, seq_len, said)
+        return measure(score_of(arrays), texts, eval, seq_len, lambda _: on_batch(what))
 
     whole = evaluate(arrays, "all experts")
     without = {}

@@ -26,7 +26,6 @@ from mixtral_jax.evaluation.modes import Report
 from mixtral_jax.evaluation.perplexity import Difference, Evaluation, difference
 from mixtral_jax.evaluation.pictures import new_figure, save
 from mixtral_jax.evaluation.results import measure_with_progress, numbers_of
-from mixtral_jax.evaluation.scoring import make_scorer
 from mixtral_jax.evaluation.texts import add_facts, describe, evaluation_texts, notes
 from mixtral_jax.metrics import parameter_counts
 
@@ -81,10 +80,9 @@ def compare_runs(first: str, second: str, overrides: Sequence[str]) -> Report:
 def _look_at(path: str, overrides: list[str]) -> Side:
     loaded = load_model(path, overrides)
     config = loaded.config
-    score = make_scorer(loaded.architecture)(loaded.arrays)
     texts = evaluation_texts(loaded)
     documents = [text.documents for text in texts]
-    evaluation = measure_with_progress(score, documents, config.eval, config.data.seq_len)
+    evaluation = measure_with_progress(loaded.score, documents, config.eval, config.data.seq_len)
     history = _history(Path(path), loaded.step)
     known = loaded.training_tokens
     step_tokens = known / loaded.step if known else config.train.batch_size * config.data.seq_len

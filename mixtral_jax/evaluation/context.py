@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from mixtral_jax.config import UserError
+from mixtral_jax.console import silent
 from mixtral_jax.data.splits import Documents
 from mixtral_jax.evaluation.intervals import Interval, bootstrap_sums, interval
 from mixtral_jax.evaluation.perplexity import finite_nats
@@ -89,7 +90,7 @@ def measure_contexts(
     contexts: Sequence[int],
     batch_tokens: int,
     max_tokens: int = 0,
-    on_window: Callable[[int], None] | None = None,
+    on_windows: Callable[[str, int], None] = silent,
 ) -> ContextCurve:
     """Scores the last targets of every window after each of several contexts.
 
@@ -103,7 +104,7 @@ def measure_contexts(
         contexts: see `context_lengths`.
         batch_tokens: of a batch; at least one row.
         max_tokens: stops taking windows when they hold so many tokens; 0: all.
-        on_window: called with the number of windows done so far, each counted once for every context.
+        on_windows: called with the source's name and how many more windows are done, each once for every context.
 
     Raises:
         UserError: no document is long enough, or a score is not finite.
@@ -122,6 +123,7 @@ def measure_contexts(
     for number, context in enumerate(contexts):
         stretches = _stretches(_windows(documents, longest, max_tokens), context, targets)
         rows = max(1, batch_tokens // context)
+        done = 0
         while chosen := list(islice(stretches, rows)):
             batch = _batch(chosen, context, rows)
             if context == longest:
@@ -133,8 +135,8 @@ def measure_contexts(
                 nats[number, stretch.window] += values[-stretch.asked :].sum()
                 if context == longest:
                     by_position += values
-            if on_window is not None:
-                on_window(number * windows + chosen[-1].window + 1)
+            on_windows(documents.name, chosen[-1].window + 1 - done)
+            done = chosen[-1].window + 1
     return ContextCurve(list(contexts), targets, nats, by_position)
 
 

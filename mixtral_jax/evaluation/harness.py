@@ -16,13 +16,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simpl
 from mixtral_jax.config import UserError
 from mixtral_jax.console import ProgressLine
 from mixtral_jax.evaluation.loading import LoadedModel, load_model
-from mixtral_jax.evaluation.requests import Answer, Request, row_lengths, score_requests
-from mixtral_jax.evaluation.scoring import make_scorer
-from mixtral_jax.evaluation.windows import window_sizes
+from mixtral_jax.evaluation.requests import Answer, Request, answer
 from mixtral_jax.inference.decoding import Generate, make_generator
 from mixtral_jax.inference.sampling import Sampling
 from mixtral_jax.inference.text import Prompt, complete_texts
-from mixtral_jax.zigzag import sequence_multiple
 
 MAX_NEW_TOKENS = 256  # where a task does not say
 
@@ -41,13 +38,9 @@ class MixtralJax(TemplateLM):
         """
         super().__init__()
         self.loaded = loaded
-        self.max_length = max_length or window_sizes(loaded.config.eval, loaded.config.data.seq_len)[0]
+        self.max_length = max_length or loaded.context
         self.add_bos_token = add_bos_token
-        self._score = make_scorer(loaded.architecture)(loaded.arrays)
-        multiple = sequence_multiple(loaded.architecture.runtime.mesh.shape["context"])
-        self._lengths = row_lengths(self.max_length, multiple)
         self._drawn = 0  # texts generated so far, each with a seed of its own
-        self._batch_tokens = loaded.config.eval.batch_size * loaded.config.data.seq_len
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: Any = None) -> "MixtralJax":
@@ -103,8 +96,8 @@ class MixtralJax(TemplateLM):
                 windows.append(Request([*context, *continuation], len(context)))
                 owners.append(owner)
         totals = [0.0] * len(requests)
-        for owner, answer in zip(owners, self._answer(windows, "texts"), strict=True):
-            totals[owner] -= answer.nats
+        for owner, found in zip(owners, self._answer(windows, "texts"), strict=True):
+            totals[owner] -= found.nats
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
@@ -117,7 +110,6 @@ class MixtralJax(TemplateLM):
             groups.setdefault(repr(sorted(request.args[1].items())), []).append(index)
         results = [""] * len(requests)
         with ProgressLine("generate", len(requests), plain_line_seconds=30.0) as progress:
-            done = 0
             for members in groups.values():
                 ordered = sorted(members, key=lambda index: -len(prompts[index]))
                 rows = self.loaded.config.eval.batch_size
@@ -127,8 +119,7 @@ class MixtralJax(TemplateLM):
                     for index, text in zip(batch, texts, strict=True):
                         results[index] = text
                         self.cache_hook.add_partial("generate_until", requests[index].args, text)
-                    done += len(batch)
-                    progress.update(done, "")
+                    progress.add("", len(batch))
         return results
 
     def _continue(self, prompts: Sequence[list[int]], asked: dict[str, Any]) -> list[str]:
@@ -169,20 +160,11 @@ class MixtralJax(TemplateLM):
                 )
             tokens = (context + continuation)[-(self.max_length + 1) :]
             prepared.append(Request(tokens, len(tokens) - len(continuation)))
-        answers = [(-answer.nats, answer.greedy) for answer in self._answer(prepared, "continuations")]
+        answers = [(-found.nats, found.greedy) for found in self._answer(prepared, "continuations")]
         for (strings, _, _), pair in zip(requests, answers, strict=True):
             if strings is not None:
                 self.cache_hook.add_partial("loglikelihood", strings, pair)
         return answers
 
     def _answer(self, requests: Sequence[Request], what: str) -> list[Answer]:
-        with ProgressLine(what, len(requests), plain_line_seconds=30.0) as progress:
-            return score_requests(
-                self._score,
-                requests,
-                self._lengths,
-                self._batch_tokens,
-                share_rows=self.loaded.config.model.dispatch != "capacity",
-                what=f"the {what} of the tasks",
-                on_batch=lambda done: progress.update(done, ""),
-            )
+        return answer(self.loaded, requests, self.max_length, what, f"the {what} of the tasks")

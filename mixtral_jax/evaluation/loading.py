@@ -1,6 +1,7 @@
 """A checkpoint made ready for evaluation: its architecture on today's devices, its arrays, its tokenizer."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from mixtral_jax.compiled import keep_compiled
@@ -8,12 +9,14 @@ from mixtral_jax.config import Config, UserError
 from mixtral_jax.config_loading import parse_config, replace
 from mixtral_jax.data.record import DocumentRecord
 from mixtral_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mixtral_jax.evaluation.scoring import Score, make_scorer
 from mixtral_jax.evaluation.windows import window_sizes
 from mixtral_jax.model.mixtral import Architecture, Arrays
 from mixtral_jax.runs.checkpoint import Checkpoints, find_checkpoint
 from mixtral_jax.runs.restoring import restore_model
 from mixtral_jax.runtime import check_sequence, make_runtime
 from mixtral_jax.sharding import ANY_MESH
+from mixtral_jax.zigzag import sequence_multiple
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,26 @@ class LoadedModel:
     architecture: Architecture
     arrays: Arrays
     tokenizer: Tokenizer
+
+    @cached_property
+    def score(self) -> Score:
+        """Scores batches of texts."""
+        return make_scorer(self.architecture)(self.arrays)
+
+    @property
+    def context(self) -> int:
+        """Tokens that the model sees at once."""
+        return window_sizes(self.config.eval, self.config.data.seq_len)[0]
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of a batch."""
+        return self.config.eval.batch_size * self.config.data.seq_len
+
+    @property
+    def row_multiple(self) -> int:
+        """What the length of a row must be a multiple of, because devices share it."""
+        return sequence_multiple(self.architecture.runtime.mesh.shape["context"])
 
 
 def load_model(path: str, overrides: list[str], *, packed: bool = True) -> LoadedModel:

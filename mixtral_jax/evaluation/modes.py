@@ -8,9 +8,8 @@ from typing import Any
 
 from rich.console import Console, RenderableType
 
-from mixtral_jax.config import Config, UserError
+from mixtral_jax.config import UserError
 from mixtral_jax.console import ProgressLine
-from mixtral_jax.data.splits import Documents
 from mixtral_jax.distributed.processes import is_main
 from mixtral_jax.evaluation import pictures, routing_pictures
 from mixtral_jax.evaluation.ablation import measure_ablation
@@ -18,9 +17,10 @@ from mixtral_jax.evaluation.context import context_lengths, measure_contexts, nu
 from mixtral_jax.evaluation.loading import LoadedModel
 from mixtral_jax.evaluation.outputs import write_json
 from mixtral_jax.evaluation.passkey import PasskeyPlan, measure_passkey, passkey_lengths
+from mixtral_jax.evaluation.requests import answer
 from mixtral_jax.evaluation.results import measure_with_progress, results_json, results_table
 from mixtral_jax.evaluation.routed_text import route_sample
-from mixtral_jax.evaluation.routing import all_sources, measure_routing, routing_batches
+from mixtral_jax.evaluation.routing import all_sources, measure_routing
 from mixtral_jax.evaluation.routing_page import write_page
 from mixtral_jax.evaluation.routing_tables import (
     ablation_json,
@@ -41,9 +41,8 @@ from mixtral_jax.evaluation.scoring import Route, make_router, make_scorer
 from mixtral_jax.evaluation.tables import context_json, context_table, passkey_json, passkey_table
 from mixtral_jax.evaluation.tasks import measure_tasks, tasks_table
 from mixtral_jax.evaluation.texts import add_facts, describe, evaluation_texts, notes
-from mixtral_jax.evaluation.windows import window_sizes
+from mixtral_jax.evaluation.windows import progress_line
 from mixtral_jax.runs.restoring import restore_model
-from mixtral_jax.zigzag import sequence_multiple
 
 
 @dataclass(frozen=True)
@@ -61,9 +60,8 @@ def perplexity(loaded: LoadedModel) -> Report:
     """Measures perplexity, source by source, as `eval.mode` says."""
     config = loaded.config
     found = evaluation_texts(loaded)
-    score = make_scorer(loaded.architecture)(loaded.arrays)
     texts = [text.documents for text in found]
-    evaluation = measure_with_progress(score, texts, config.eval, config.data.seq_len)
+    evaluation = measure_with_progress(loaded.score, texts, config.eval, config.data.seq_len)
     numbers = results_json(evaluation, tokenizer=loaded.tokenizer.fingerprint, checkpoint_step=loaded.step)
     draw = {"perplexity.png": lambda path: pictures.draw_perplexity(evaluation, path)}
     table = results_table(evaluation, kinds={text.documents.name: describe(text) for text in found})
@@ -72,26 +70,15 @@ def perplexity(loaded: LoadedModel) -> Report:
 
 def context(loaded: LoadedModel) -> Report:
     """Measures what more context is worth, up to `eval.context`."""
-    config = loaded.config
-    longest, _ = window_sizes(config.eval, config.data.seq_len)
-    lengths = context_lengths(longest, sequence_multiple(loaded.architecture.runtime.mesh.shape["context"]))
+    lengths = context_lengths(loaded.context, loaded.row_multiple)
     found = evaluation_texts(loaded)
-    texts = [text.documents for text in found]
-    score = make_scorer(loaded.architecture)(loaded.arrays)
-    total = sum(num_windows(text, longest, config.eval.max_tokens) for text in texts) * len(lengths)
-    curves = {}
-    before = 0
+    texts, most = [text.documents for text in found], loaded.config.eval.max_tokens
+    total = sum(num_windows(text, loaded.context, most) for text in texts) * len(lengths)
     with ProgressLine("context", total, plain_line_seconds=30.0) as progress:
-        for text in texts:
-            curves[text.name] = measure_contexts(
-                score,
-                text,
-                lengths,
-                config.eval.batch_size * config.data.seq_len,
-                config.eval.max_tokens,
-                partial(_advance, progress, before, text.name),
-            )
-            before += curves[text.name].windows * len(lengths)
+        curves = {
+            text.name: measure_contexts(loaded.score, text, lengths, loaded.batch_tokens, most, progress.add)
+            for text in texts
+        }
     return Report(
         [context_table(curves)],
         add_facts(context_json(curves), found) | _about(loaded),
@@ -102,21 +89,9 @@ def context(loaded: LoadedModel) -> Report:
 
 def passkey(loaded: LoadedModel) -> Report:
     """Hides keys in texts of up to `eval.context` tokens and asks for them."""
-    config = loaded.config
-    longest, _ = window_sizes(config.eval, config.data.seq_len)
-    score = make_scorer(loaded.architecture)(loaded.arrays)
-    plan = PasskeyPlan(passkey_lengths(loaded.tokenizer, longest), config.seed)
-    texts = len(plan.lengths) * len(plan.depths) * plan.trials
-    with ProgressLine("passkey", texts, plain_line_seconds=30.0) as progress:
-        grid = measure_passkey(
-            score,
-            loaded.tokenizer,
-            plan,
-            config.eval.batch_size * config.data.seq_len,
-            multiple=sequence_multiple(loaded.architecture.runtime.mesh.shape["context"]),
-            share_rows=config.model.dispatch != "capacity",
-            on_batch=lambda done: progress.update(done, ""),
-        )
+    plan = PasskeyPlan(passkey_lengths(loaded.tokenizer, loaded.context), loaded.config.seed)
+    answers = partial(answer, loaded, context=loaded.context, title="passkey", what="the passkey texts")
+    grid = measure_passkey(answers, loaded.tokenizer, plan)
     return Report(
         [passkey_table(grid)],
         passkey_json(grid) | _about(loaded),
@@ -131,13 +106,10 @@ def routing(loaded: LoadedModel) -> Report:
     texts = [text.documents for text in found]
     route = make_router(loaded.architecture)(loaded.arrays)
     seq_len, experts = config.data.seq_len, model.num_experts
-    counts = {}
-    with _Steps("routing", texts, config, 1) as step:
-        for text in texts:
-            counts[text.name] = measure_routing(route, text, config.eval, seq_len, model, lambda name, *_: step(name))
+    with progress_line("routing", texts, config.eval, seq_len) as progress:
+        counts = {text.name: measure_routing(route, text, config.eval, seq_len, model, progress.add) for text in texts}
     total = all_sources(list(counts.values()), model)
-    context, _ = window_sizes(config.eval, seq_len)
-    samples = [route_sample(route, text, loaded.tokenizer.decode, context) for text in texts]
+    samples = [route_sample(route, text, loaded.tokenizer.decode, loaded.context) for text in texts]
     piece = partial(_piece, loaded)
     vocabulary, paths = vocabulary_json(total, piece), paths_json(total, counts)
     return Report(
@@ -165,8 +137,9 @@ def ablation(loaded: LoadedModel) -> Report:
     found = evaluation_texts(loaded)
     texts = [text.documents for text in found]
     score_of = make_scorer(loaded.architecture)
-    with _Steps("ablation", texts, config, 1 + model.num_layers * model.num_experts) as step:
-        measured = measure_ablation(score_of, loaded.arrays, texts, config.eval, config.data.seq_len, model, step)
+    cut = config.eval, config.data.seq_len
+    with progress_line("ablation", texts, *cut, passes=1 + model.num_layers * model.num_experts) as progress:
+        measured = measure_ablation(score_of, loaded.arrays, texts, *cut, model, progress.add)
     return Report(
         [ablation_table(measured)],
         add_facts(ablation_json(measured), found) | _about(loaded),
@@ -193,9 +166,9 @@ def saturation(loaded: LoadedModel) -> Report:
             return router(loaded.arrays)
         return router(restore_model(checkpoints, step, loaded.architecture, config.init_from))
 
-    settings = config.eval, config.data.seq_len, config.model
-    with _Steps("saturation", texts, config, 1 + len(earlier)) as step:
-        moments = measure_saturation([*earlier, last], route_at, texts, *settings, step)
+    cut = config.eval, config.data.seq_len
+    with progress_line("saturation", texts, *cut, passes=1 + len(earlier)) as progress:
+        moments = measure_saturation([*earlier, last], route_at, texts, *cut, config.model, progress.add)
     numbers = saturation_json(moments) | {"sources": {text.name: {} for text in texts}}
     return Report(
         [saturation_table(moments, config.model.num_experts_per_tok)],
@@ -248,32 +221,9 @@ def show(report: Report, console: Console, json_file: Path | None, plots: Path |
         console.print("--plots DIR draws this", style="dim")
 
 
-class _Steps:
-    """A progress bar over the batches of several passes over all sources; called after each batch."""
-
-    def __init__(self, title: str, texts: Sequence[Documents], config: Config, passes: int):
-        self._done, self._total = 0, passes * routing_batches(texts, config.eval, config.data.seq_len)
-        self._line = ProgressLine(title, self._total, plain_line_seconds=30.0)
-
-    def __call__(self, what: str) -> None:
-        self._done += 1
-        self._line.update(self._done, what)
-
-    def __enter__(self) -> "_Steps":
-        self._line.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._line.__exit__(*error)
-
-
 def _piece(loaded: LoadedModel, token: int) -> str:
     """A token's text in one line, with its spaces to be seen."""
     return repr(loaded.tokenizer.describe(token)[0])[1:-1].replace(" ", "\N{OPEN BOX}")
-
-
-def _advance(progress: ProgressLine, before: int, name: str, done: int) -> None:
-    progress.update(before + done, name)
 
 
 def _about(loaded: LoadedModel) -> dict[str, Any]:

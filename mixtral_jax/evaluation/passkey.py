@@ -11,8 +11,7 @@ from jaxtyping import Float64
 
 from mixtral_jax.config import UserError
 from mixtral_jax.data.tokenizer import Tokenizer
-from mixtral_jax.evaluation.requests import Request, row_lengths, score_requests
-from mixtral_jax.evaluation.scoring import Score
+from mixtral_jax.evaluation.requests import Answer, Request
 
 TASK = "There is a pass key hidden in the text below. Find it and remember it, for you will be asked for it.\n"
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
@@ -85,14 +84,7 @@ def passkey_lengths(tokenizer: Tokenizer, context: int) -> list[int]:
 
 
 def measure_passkey(
-    score: Score,
-    tokenizer: Tokenizer,
-    plan: PasskeyPlan,
-    batch_tokens: int,
-    *,
-    multiple: int = 1,
-    share_rows: bool = True,
-    on_batch: Callable[[int], None] | None = None,
+    answer: Callable[[list[Request]], list[Answer]], tokenizer: Tokenizer, plan: PasskeyPlan
 ) -> PasskeyGrid:
     """Asks for keys at every length and depth.
 
@@ -100,13 +92,9 @@ def measure_passkey(
     likeliest token.
 
     Args:
-        score: see `Score`.
+        answer: gives the model's answers to requests, in their order.
         tokenizer: the model's.
         plan: the keys and their places.
-        batch_tokens: of a batch; at least one row.
-        multiple: devices that share a row.
-        share_rows: see `score_requests`.
-        on_batch: called after each batch with the number of texts answered.
 
     Raises:
         UserError: no passkey fits, the tokenizer cannot write digits, or a score is not finite.
@@ -122,17 +110,9 @@ def measure_passkey(
         for depth, by_trial in zip(plan.depths, by_depth, strict=True)
         for key in by_trial
     ]
-    answers = score_requests(
-        score,
-        requests,
-        row_lengths(plan.lengths[-1], multiple),
-        batch_tokens,
-        share_rows=share_rows,
-        what="the passkey texts",
-        on_batch=on_batch,
-    )
+    answers = answer(requests)
     shape = keys.shape
     tokens = np.array([len(request.tokens) - request.scored_from for request in requests], np.float64).reshape(shape)
-    nats = np.array([answer.nats for answer in answers]).reshape(shape)
-    greedy = np.array([answer.greedy for answer in answers], np.float64).reshape(shape)
+    nats = np.array([each.nats for each in answers]).reshape(shape)
+    greedy = np.array([each.greedy for each in answers], np.float64).reshape(shape)
     return PasskeyGrid(plan, greedy.mean(axis=-1), nats.sum(axis=-1) / tokens.sum(axis=-1))

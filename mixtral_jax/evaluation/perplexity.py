@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float64
 
 from mixtral_jax.config import EvalConfig, UserError
+from mixtral_jax.console import silent
 from mixtral_jax.data.splits import Documents
 from mixtral_jax.evaluation.intervals import Interval, bootstrap_sums, interval
 from mixtral_jax.evaluation.scoring import Score
@@ -112,7 +113,7 @@ def measure(
     sources: Sequence[Documents],
     eval: EvalConfig,
     seq_len: int,
-    on_batch: Callable[[str, int, int], None] | None = None,
+    on_batch: Callable[[str], None] = silent,
 ) -> Evaluation:
     """Measures a model on every source.
 
@@ -121,7 +122,7 @@ def measure(
         sources: held-out documents, one entry a source.
         eval: how to cut them and how many tokens to take of each.
         seq_len: tokens of a training row.
-        on_batch: called after each batch with the source's name, its batches done and its batches in all.
+        on_batch: called after each batch with the source's name.
 
     Returns:
         Sums of each source and each of its documents, in float64.
@@ -139,8 +140,7 @@ def measure(
             which = batch.documents[mask]
             counts[:, 0] += np.bincount(which, minlength=len(counts))
             counts[:, 2] += np.bincount(which, weights=nats, minlength=len(counts))
-            if on_batch is not None:
-                on_batch(documents.name, done, batches)
+            on_batch(documents.name)
         tokens, size, _ = counts.sum(axis=0)
         results[documents.name] = Result(int(tokens), int(size), math.fsum(counts[:, 2]), (counts,))
     context, stride = window_sizes(eval, seq_len)

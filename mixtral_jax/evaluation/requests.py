@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from mixtral_jax.config import UserError
+from mixtral_jax.console import ProgressLine, silent
+from mixtral_jax.evaluation.loading import LoadedModel
 from mixtral_jax.evaluation.perplexity import finite_nats
 from mixtral_jax.evaluation.scoring import Score
 from mixtral_jax.evaluation.windows import EvaluationBatch, empty_batch
@@ -89,7 +91,7 @@ def score_requests(
     *,
     share_rows: bool = True,
     what: str = "the requests",
-    on_batch: Callable[[int], None] | None = None,
+    on_batch: Callable[[str, int], None] = silent,
 ) -> list[Answer]:
     """Scores requests; each sees itself alone.
 
@@ -100,7 +102,7 @@ def score_requests(
         batch_tokens: of a batch; at least one row.
         share_rows: False where tokens of a row compete for experts (dispatch=capacity).
         what: names the requests in an error.
-        on_batch: called after each batch with the number of requests answered so far.
+        on_batch: called after each batch with no words and the number of its requests.
 
     Returns:
         An answer for each request, in their order.
@@ -115,7 +117,6 @@ def score_requests(
         )
     nats = np.zeros(len(requests))
     greedy = np.ones(len(requests), bool)
-    done = 0
     for number, (batch, members) in enumerate(_batches(requests, plan_rows(sizes, lengths, share=share_rows),
                                                        batch_tokens), 1):  # fmt: skip
         scores = score(batch)
@@ -124,10 +125,33 @@ def score_requests(
         which = batch.documents[mask]
         nats += np.bincount(which, weights=values, minlength=len(requests))
         greedy[which[~scores.greedy[mask]]] = False
-        done += members
-        if on_batch is not None:
-            on_batch(done)
+        on_batch("", members)
     return [Answer(float(a), bool(b)) for a, b in zip(nats, greedy, strict=True)]
+
+
+def answer(loaded: LoadedModel, requests: Sequence[Request], context: int, title: str, what: str) -> list[Answer]:
+    """Scores requests on a loaded model with a progress bar.
+
+    Args:
+        loaded: with `packed=False`.
+        requests: in any order.
+        context: tokens of the longest row.
+        title: of the progress bar.
+        what: names the requests in an error.
+
+    Raises:
+        UserError: what `score_requests` raises.
+    """
+    with ProgressLine(title, len(requests), plain_line_seconds=30.0) as progress:
+        return score_requests(
+            loaded.score,
+            requests,
+            row_lengths(context, loaded.row_multiple),
+            loaded.batch_tokens,
+            share_rows=loaded.config.model.dispatch != "capacity",
+            what=what,
+            on_batch=progress.add,
+        )
 
 
 def _batches(

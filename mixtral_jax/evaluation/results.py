@@ -7,23 +7,18 @@ from rich.table import Table
 from rich.text import Text
 
 from mixtral_jax.config import EvalConfig
-from mixtral_jax.console import ProgressLine, make_table, two_lines
+from mixtral_jax.console import make_table, two_lines
 from mixtral_jax.data.splits import Documents
 from mixtral_jax.evaluation.intervals import Interval
 from mixtral_jax.evaluation.perplexity import Evaluation, Result, measure
 from mixtral_jax.evaluation.scoring import Score
-from mixtral_jax.evaluation.windows import num_batches
+from mixtral_jax.evaluation.windows import progress_line
 
 
 def measure_with_progress(score: Score, texts: Sequence[Documents], eval: EvalConfig, seq_len: int) -> Evaluation:
     """Measures like `measure`, with a progress bar over the batches of all sources."""
-    before: dict[str, int] = {}
-    total = 0
-    for documents in texts:
-        before[documents.name] = total
-        total += num_batches(documents, eval, seq_len)
-    with ProgressLine("evaluate", total, plain_line_seconds=30.0) as progress:
-        return measure(score, texts, eval, seq_len, lambda name, done, _: progress.update(before[name] + done, name))
+    with progress_line("evaluate", texts, eval, seq_len) as progress:
+        return measure(score, texts, eval, seq_len, progress.add)
 
 
 def results_table(

@@ -12,10 +12,11 @@ import numpy as np
 from jaxtyping import Float64, Integer
 
 from mixtral_jax.config import EvalConfig, ModelConfig, UserError
+from mixtral_jax.console import silent
 from mixtral_jax.data.batch import HostBatch
 from mixtral_jax.data.splits import Documents
 from mixtral_jax.evaluation.scoring import Route, Routes
-from mixtral_jax.evaluation.windows import evaluation_batches, num_batches
+from mixtral_jax.evaluation.windows import evaluation_batches
 
 PATH = np.uint16  # an expert's number in a path
 
@@ -143,7 +144,7 @@ def measure_routing(
     eval: EvalConfig,
     seq_len: int,
     model: ModelConfig,
-    on_batch: Callable[[str, Routes, HostBatch], None] | None = None,
+    on_batch: Callable[[str], None] = silent,
 ) -> RoutingCounts:
     """Counts the routes of one source, cut as for perplexity.
 
@@ -153,24 +154,17 @@ def measure_routing(
         eval: how to cut it and how many tokens to take.
         seq_len: tokens of a training row.
         model: of which it is.
-        on_batch: called after each batch with the source's name and what was routed.
+        on_batch: called after each batch with the source's name.
 
     Raises:
         UserError: the source has no text.
     """
     counts = RoutingCounts(model)
     for batch in evaluation_batches(documents, eval, seq_len):
-        routes = route(batch)
-        counts.count(routes, batch)
-        if on_batch is not None:
-            on_batch(documents.name, routes, batch)
+        counts.count(route(batch), batch)
+        on_batch(documents.name)
     if not counts.tokens:
         raise UserError(
             f"source '{documents.name}' has no held-out text: raise data.holdout or give the source more documents"
         )
     return counts
-
-
-def routing_batches(texts: Sequence[Documents], eval: EvalConfig, seq_len: int) -> int:
-    """Counts the batches of all sources, for a progress bar."""
-    return sum(num_batches(documents, eval, seq_len) for documents in texts)

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float64, Integer
 
 from mixtral_jax.config import EvalConfig, ModelConfig
+from mixtral_jax.console import silent
 from mixtral_jax.data.batch import HostBatch
 from mixtral_jax.data.splits import Documents
 from mixtral_jax.evaluation.routing import RoutingCounts, all_sources, measure_routing
@@ -37,7 +38,7 @@ def measure_saturation(
     eval: EvalConfig,
     seq_len: int,
     model: ModelConfig,
-    on_batch: Callable[[str], None] | None = None,
+    on_batch: Callable[[str], None] = silent,
 ) -> list[Moment]:
     """Routes the same texts with every checkpoint; the last one's choices stay in memory.
 
@@ -59,12 +60,13 @@ def measure_saturation(
     def routed(step: int) -> tuple[RoutingCounts, list[np.ndarray]]:
         route, chosen = route_at(step), list[np.ndarray]()  # of each batch
 
-        def keep(_: str, routes: Routes, batch: HostBatch) -> None:
+        def keeping(batch: HostBatch) -> Routes:
+            routes = route(batch)
             chosen.append(routes.experts[batch.segment_ids > 0])
-            if on_batch is not None:
-                on_batch(f"step {step}")
+            return routes
 
-        counts = [measure_routing(route, documents, eval, seq_len, model, keep) for documents in texts]
+        said = lambda _: on_batch(f"step {step}")  # noqa: E731
+        counts = [measure_routing(keeping, documents, eval, seq_len, model, said) for documents in texts]
         return all_sources(counts, model), chosen
 
     *earlier, last = steps

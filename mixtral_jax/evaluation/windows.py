@@ -4,7 +4,7 @@ The first token is the start sign, which nothing precedes. The end sign does cou
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Int32, Integer
 
 from mixtral_jax.config import EvalConfig
+from mixtral_jax.console import ProgressLine
 from mixtral_jax.data.batch import Batch, padding
 from mixtral_jax.data.splits import Documents
 from mixtral_jax.pytree import pytree
@@ -113,6 +114,14 @@ def empty_batch(rows: int, length: int) -> EvaluationBatch:
 def num_batches(documents: Documents, eval: EvalConfig, seq_len: int) -> int:
     """Counts the batches of `evaluation_batches`, for a progress bar."""
     return math.ceil(sum(1 for _ in _rows(documents, eval, seq_len)) / eval.batch_size)
+
+
+def progress_line(
+    title: str, texts: Sequence[Documents], eval: EvalConfig, seq_len: int, passes: int = 1
+) -> ProgressLine:
+    """Makes a progress bar over the batches of so many passes over all texts."""
+    total = passes * sum(num_batches(documents, eval, seq_len) for documents in texts)
+    return ProgressLine(title, total, plain_line_seconds=30.0)
 
 
 def _rows(documents: Documents, eval: EvalConfig, seq_len: int) -> Iterator[list[Window]]:

@@ -54,10 +54,12 @@ def test_the_same_targets_after_every_context_as_a_slow_loop_finds_them(batch_to
 def test_a_limit_takes_the_first_windows():
     corpus = Corpus([list(range(10, 110)), list(range(110, 210))])
     done = []
-    curve = measure_contexts(constant(1.0), corpus, [16, 32], 64, max_tokens=65, on_window=done.append)
+    curve = measure_contexts(
+        constant(1.0), corpus, [16, 32], 64, max_tokens=65, on_windows=lambda _, count: done.append(count)
+    )
     assert curve.windows == 3
-    assert done[-1] == 6
-    assert done == sorted(done)
+    assert sum(done) == 6
+    assert min(done) >= 0
 
 
 @pytest.mark.parametrize(("context", "contexts"), [(1000, [31, 62, 125, 250, 500, 1000]), (40, [20, 40])])

@@ -4,6 +4,7 @@ import pytest
 from mixtral_jax.config import UserError
 from mixtral_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mixtral_jax.evaluation.passkey import PasskeyPlan, measure_passkey, passkey_lengths, passkey_request
+from mixtral_jax.evaluation.requests import row_lengths, score_requests
 from mixtral_jax.evaluation.scoring import TokenScores
 from tests.tiny import tiny_config
 from tests.weights.test_bad_sources import make_tokenizer
@@ -31,6 +32,11 @@ def score_that_reads(tokenizer, blind_before=0):
     return score
 
 
+def asked(score):
+    """Answers requests as a model that scores batches so."""
+    return lambda requests: score_requests(score, requests, row_lengths(256), 512)
+
+
 @pytest.mark.parametrize("depth", [0.0, 0.37, 1.0])
 @pytest.mark.parametrize("length", [140, 500])
 def test_a_text_has_its_length_its_key_at_its_depth_and_asks_for_it(released, length, depth):
@@ -56,14 +62,13 @@ def test_lengths_end_where_no_key_fits(released):
 
 
 def test_the_grid_says_where_keys_are_found(released):
-    done = []
-    grid = measure_passkey(score_that_reads(released), released, PasskeyPlan([128, 256], 0, (0.0, 0.5, 1.0), 2), 512,
-                           on_batch=done.append)  # fmt: skip
+    plan = PasskeyPlan([128, 256], 0, (0.0, 0.5, 1.0), 2)
+    grid = measure_passkey(asked(score_that_reads(released)), released, plan)
     assert grid.accuracy.shape == (2, 3)
     assert (grid.accuracy == 1).all()
     assert (grid.nats_per_token == 0).all()
-    assert done[-1] == 12
-    blind = measure_passkey(score_that_reads(released, 120), released, PasskeyPlan([128, 256], 0, (0.0, 1.0), 2), 512)
+    plan = PasskeyPlan([128, 256], 0, (0.0, 1.0), 2)
+    blind = measure_passkey(asked(score_that_reads(released, 120)), released, plan)
     assert blind.accuracy.tolist() == [[0, 0], [0, 1]]
     assert blind.nats_per_token.tolist() == [[9, 9], [9, 0]]
 
@@ -71,4 +76,4 @@ def test_the_grid_says_where_keys_are_found(released):
 def test_a_tokenizer_without_digits_is_refused():
     letters = Tokenizer(make_tokenizer(40))
     with pytest.raises(UserError, match="cannot tell the ten digits apart"):
-        measure_passkey(score_that_reads(letters), letters, PasskeyPlan([128], 0), 512)
+        measure_passkey(asked(score_that_reads(letters)), letters, PasskeyPlan([128], 0))

@@ -48,14 +48,16 @@ def test_answers_are_those_of_a_slow_loop(share):
         shapes.add(batch.tokens.shape)
         return score_by_history(batch)
 
-    answers = score_requests(score, requests, row_lengths(70), 140, share_rows=share, on_batch=done.append)
+    answers = score_requests(
+        score, requests, row_lengths(70), 140, share_rows=share, on_batch=lambda _, count: done.append(count)
+    )
     for request, answer in zip(requests, answers, strict=True):
         text = request.tokens
         slow = sum(history_nats(text[:place], text[place]) for place in range(request.scored_from, len(text)))
         assert answer.nats == pytest.approx(slow)
     assert shapes <= {(2, 64), (2, 70), (1, 70)}
-    assert done == sorted(done)
-    assert done[-1] == 60
+    assert sum(done) == 60
+    assert min(done) > 0
 
 
 def test_greedy_means_every_scored_token():
