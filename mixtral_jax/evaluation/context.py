@@ -6,7 +6,6 @@ Source: arXiv 2401.04088, figure 4 (perplexity over the context length).
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float64
@@ -16,8 +15,8 @@ from mixtral_jax.console import silent
 from mixtral_jax.data.splits import Documents
 from mixtral_jax.evaluation.intervals import Interval, bootstrap_sums, interval
 from mixtral_jax.evaluation.perplexity import finite_nats
-from mixtral_jax.evaluation.scoring import HostBatch, Score
-from mixtral_jax.evaluation.windows import empty_batch
+from mixtral_jax.evaluation.scoring import Score
+from mixtral_jax.evaluation.windows import Window, batch_of
 
 MOST_LENGTHS = 8  # each half of the one before, from eval.context down
 SHORTEST = 16  # tokens
@@ -125,18 +124,18 @@ def measure_contexts(
         rows = max(1, batch_tokens // context)
         done = 0
         while chosen := list(islice(stretches, rows)):
-            batch = _batch(chosen, context, rows)
+            batch = batch_of([[stretch] for stretch in chosen], rows, context)
             if context == longest:
                 batch.loss_mask[: len(chosen)] = True  # for the curve over positions
             scores = score(batch).nats
             finite_nats(scores, batch.loss_mask, f"source '{documents.name}'", f"a window of {context:,} tokens")
             for row, stretch in enumerate(chosen):
                 values = scores[row].astype(np.float64)
-                nats[number, stretch.window] += values[-stretch.asked :].sum()
+                nats[number, stretch.index] += values[stretch.counts[1:]].sum()
                 if context == longest:
                     by_position += values
-            on_windows(documents.name, chosen[-1].window + 1 - done)
-            done = chosen[-1].window + 1
+            on_windows(documents.name, chosen[-1].index + 1 - done)
+            done = chosen[-1].index + 1
     return ContextCurve(list(contexts), targets, nats, by_position)
 
 
@@ -152,28 +151,14 @@ def _windows(documents: Documents, context: int, max_tokens: int) -> Iterator[np
             taken += context
 
 
-class _Stretch(NamedTuple):
-    """A part of a window as the model sees it."""
+def _stretches(windows: Iterator[np.ndarray], context: int, targets: int) -> Iterator[Window]:
+    """Covers the last targets of each window, the last stretch first; each scores at most half of its context.
 
-    window: int  # number
-    tokens: np.ndarray  # inputs and the last target
-    asked: int  # how many of the last targets are scored
-
-
-def _stretches(windows: Iterator[np.ndarray], context: int, targets: int) -> Iterator[_Stretch]:
-    """Covers the last targets of each window, the last stretch first; each scores at most half of its context."""
+    What the model sees is a stretch; the number in it is that of the window.
+    """
     each = min(targets, context // 2)
     for number, window in enumerate(windows):
         for left in range(targets, 0, -each):
             end = len(window) - (targets - left)
-            yield _Stretch(number, window[end - context - 1 : end], min(each, left))
-
-
-def _batch(stretches: Sequence[_Stretch], context: int, rows: int) -> HostBatch:
-    batch = empty_batch(rows, context)
-    for row, stretch in enumerate(stretches):
-        batch.tokens[row], batch.targets[row] = stretch.tokens[:-1], stretch.tokens[1:]
-        batch.segment_ids[row] = 1
-        batch.positions[row] = np.arange(context)
-        batch.loss_mask[row, -stretch.asked :] = True
-    return batch
+            asked = np.arange(context + 1) > context - min(each, left)
+            yield Window(number, window[end - context - 1 : end], asked, context)

@@ -218,14 +218,8 @@ def unigram_nats(
 
 
 def _token_counts(documents: Documents, indices: range, vocab_size: int) -> np.ndarray:
-    """Counts tokens, many documents at a time because each pass also costs a vocabulary's length."""
+    """Counts tokens; `bincount` of each document would cost a vocabulary's length every time."""
     counts = np.zeros(vocab_size, np.int64)
-    pending: list[np.ndarray] = []
-    size = 0
     for index in indices:
-        pending.append(documents.tokens(index)[documents.counts(index)])
-        size += len(pending[-1])
-        if index == indices[-1] or size >= 2**20:
-            counts += np.bincount(np.concatenate(pending).astype(np.int64), minlength=vocab_size)
-            pending, size = [], 0
+        np.add.at(counts, documents.tokens(index)[documents.counts(index)], 1)
     return counts

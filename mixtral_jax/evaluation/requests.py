@@ -11,7 +11,7 @@ from mixtral_jax.console import ProgressLine, silent
 from mixtral_jax.evaluation.loading import LoadedModel
 from mixtral_jax.evaluation.perplexity import finite_nats
 from mixtral_jax.evaluation.scoring import Score
-from mixtral_jax.evaluation.windows import EvaluationBatch, empty_batch
+from mixtral_jax.evaluation.windows import EvaluationBatch, Window, batch_of
 
 SHORTEST_ROW = 64  # tokens
 GROWTH = 4  # from one row length to the next
@@ -167,21 +167,11 @@ def _batches(
             end += 1
         while per_batch // GROWTH >= end - start:  # a rest need not be computed as a whole batch
             per_batch //= GROWTH
-        batch = empty_batch(per_batch, length)
-        members = 0
-        for row, plan in enumerate(rows[start:end]):
-            column = 0
-            for segment, index in enumerate(plan.requests, 1):
-                request = requests[index]
-                size = len(request.tokens) - 1
-                here = slice(column, column + size)
-                batch.tokens[row, here] = request.tokens[:-1]
-                batch.targets[row, here] = request.tokens[1:]
-                batch.segment_ids[row, here] = segment
-                batch.positions[row, here] = np.arange(size)
-                batch.documents[row, here] = index
-                batch.loss_mask[row, column + request.scored_from - 1 : column + size] = True
-                column += size
-            members += len(plan.requests)
-        yield batch, members
+        windows = [[_window(index, requests[index]) for index in plan.requests] for plan in rows[start:end]]
+        yield batch_of(windows, per_batch, length), sum(map(len, windows))
         start = end
+
+
+def _window(index: int, request: Request) -> Window:
+    size = len(request.tokens)
+    return Window(index, np.array(request.tokens), np.arange(size) >= request.scored_from, size - 1)

@@ -8,7 +8,7 @@ from jaxtyping import Integer
 
 from mixtral_jax.data.splits import Documents
 from mixtral_jax.evaluation.scoring import Route
-from mixtral_jax.evaluation.windows import empty_batch
+from mixtral_jax.evaluation.windows import Window, batch_of
 
 Decode = Callable[[np.ndarray], str]
 
@@ -37,10 +37,7 @@ def route_sample(route: Route, documents: Documents, decode: Decode, length: int
     wanted = min(length, SAMPLE_TOKENS)
     index = next((i for i, size in enumerate(sizes) if size >= wanted), int(np.argmax(sizes)))
     tokens = documents.tokens(index)[:wanted]
-    batch = empty_batch(1, length)
-    batch.tokens[0, : len(tokens)] = tokens
-    batch.segment_ids[0, : len(tokens)] = 1
-    batch.positions[0, : len(tokens)] = np.arange(len(tokens))
+    batch = batch_of([[Window(index, tokens, np.zeros(len(tokens), bool), len(tokens))]], 1, length)
     return RoutedText(documents.name, decode_pieces(decode, tokens), route(batch).experts[0, : len(tokens)])
 
 

@@ -29,14 +29,12 @@ class EvaluationBatch(Batch[np.ndarray]):
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of one document that the model sees at once."""
+    """A stretch of one document, or of another text, that the model sees at once."""
 
     index: int  # of the document
-    document: Integer[np.ndarray, " tokens"]  # its tokens, all of them
-    counts: Bool[np.ndarray, " tokens"]  # which of them are predicted
-    begin: int  # first input
-    end: int  # one past the last input
-    counted_from: int  # first input whose successor is predicted here and in no other window
+    tokens: Integer[np.ndarray, " tokens"]  # the inputs and, unless the document ends with them, one more
+    counts: Bool[np.ndarray, " tokens"]  # which of these are predicted here, and in no other window
+    size: int  # inputs
 
 
 def window_sizes(eval: EvalConfig, seq_len: int) -> tuple[int, int]:
@@ -88,22 +86,25 @@ def evaluation_batches(documents: Documents, eval: EvalConfig, seq_len: int) -> 
     context, _ = window_sizes(eval, seq_len)
     rows = _rows(documents, eval, seq_len)
     while chosen := list(islice(rows, eval.batch_size)):
-        batch = empty_batch(eval.batch_size, context)
-        for row, windows in enumerate(chosen):
-            start = 0
-            for segment, window in enumerate(windows, 1):
-                size = window.end - window.begin
-                targets = window.document[window.begin + 1 : window.end + 1]  # one less where the document ends
-                here, predicted = slice(start, start + size), slice(start, start + len(targets))
-                batch.tokens[row, here] = window.document[window.begin : window.end]
-                batch.targets[row, predicted] = targets
-                batch.segment_ids[row, here] = segment
-                batch.documents[row, here] = window.index
-                batch.positions[row, here] = np.arange(size)
-                counted = window.counts[window.counted_from + 1 : window.end + 1]
-                batch.loss_mask[row, start + window.counted_from - window.begin : predicted.stop] = counted
-                start += size
-        yield batch
+        yield batch_of(chosen, eval.batch_size, context)
+
+
+def batch_of(rows: Sequence[Sequence[Window]], batch_size: int, context: int) -> EvaluationBatch:
+    """Makes a batch [batch_size, context] of the windows of its first rows, each window a segment of its own."""
+    batch = empty_batch(batch_size, context)
+    for row, windows in enumerate(rows):
+        start = 0
+        for segment, window in enumerate(windows, 1):
+            here = slice(start, start + window.size)
+            predicted = slice(start, start + len(window.tokens) - 1)  # one less where the document ends
+            batch.tokens[row, here] = window.tokens[: window.size]
+            batch.targets[row, predicted] = window.tokens[1:]
+            batch.segment_ids[row, here] = segment
+            batch.documents[row, here] = window.index
+            batch.positions[row, here] = np.arange(window.size)
+            batch.loss_mask[row, predicted] = window.counts[1:]
+            start += window.size
+    return batch
 
 
 def empty_batch(rows: int, length: int) -> EvaluationBatch:
@@ -136,12 +137,11 @@ def _rows(documents: Documents, eval: EvalConfig, seq_len: int) -> Iterator[list
         else:
             windows = _slide(index, document, counts, context, stride)
         for window in windows:
-            size = window.end - window.begin
-            if size > room:
+            if window.size > room:
                 yield row
                 row, room = [], context
             row.append(window)
-            room -= size
+            room -= window.size
             if not room:
                 yield row
                 row, room = [], context
@@ -153,7 +153,7 @@ def _cut(index: int, document: np.ndarray, counts: np.ndarray, room: int, contex
     """Fills the room that is left in a row, then whole rows; the end sign takes a place, as in training."""
     begin, end = 0, min(room, len(document))
     while begin < len(document):
-        yield Window(index, document, counts, begin, end, counted_from=begin)
+        yield Window(index, document[begin : end + 1], counts[begin : end + 1], end - begin)
         begin, end = end, min(end + context, len(document))
 
 
@@ -163,5 +163,6 @@ def _slide(index: int, document: np.ndarray, counts: np.ndarray, context: int, s
     last = len(document) - 1
     while predicted < last:
         end = min(begin + context, last)
-        yield Window(index, document, counts, begin, end, counted_from=predicted)
+        counted = counts[begin : end + 1] & (np.arange(begin, end + 1) > predicted)
+        yield Window(index, document[begin : end + 1], counted, end - begin)
         begin, predicted = begin + stride, end

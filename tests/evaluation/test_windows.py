@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mixtral_jax.config import EvalConfig
-from mixtral_jax.evaluation.windows import Documents, evaluation_batches, num_batches, num_selected, window_sizes
+from mixtral_jax.evaluation.windows import evaluation_batches, num_batches, num_selected, window_sizes
 from tests.evaluation.corpus import BOS, Corpus, random_corpus
 
 MODES = ("packed", "document", "strided")
@@ -26,10 +26,6 @@ def cuts():
             stride = int(rng.integers(1, context + 1))
             eval = EvalConfig(mode, context, stride, batch_size=int(rng.integers(1, 5)))
             yield pytest.param(numbered(rng, 9, 3 * context), eval, id=f"{seed}-{mode}")
-
-
-def test_a_corpus_is_documents():
-    assert isinstance(Corpus([]), Documents)
 
 
 @pytest.mark.parametrize(("corpus", "eval"), cuts())
