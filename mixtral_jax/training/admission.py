@@ -33,6 +33,7 @@ from mixtral_jax.kernels.permutation import RowMover, combine_rows, dispatch_row
 from mixtral_jax.precision import EXACT_PRODUCT, FULL
 from mixtral_jax.runtime import CompilerOptions, Runtime
 from mixtral_jax.sharding import axis_size, make_mesh
+from mixtral_jax.whole_files import sealed, unsealed
 
 # Largest ||kernel - reference|| / ||reference|| of an output or gradient. Rounding to bfloat16 gives some 0.005, to
 # TF32 0.0005, all factors of the experts' products to 8 bits up to 0.08; a wrong mask, row or expert gives more.
@@ -78,7 +79,7 @@ def admit_kernels(config: Config, runtime: Runtime, told: Told = lambda *_: None
             differences = {name: answer() for name, answer in zip(names, asked, strict=True)}
     _check(differences, runtime)
     if kept and facts and not known:
-        write_file(_file(kept, facts), json.dumps(_sealed(facts, differences)).encode())
+        write_file(_file(kept, facts), sealed(json.dumps(differences).encode()))
     largest = max(value for found in differences.values() for value in found.values())
     when = "found before" if known else "forward and gradients"
     return f"kernels checked against float32, {when}: relative differences up to {largest:.1g}"
@@ -147,29 +148,18 @@ def _nvidia_driver() -> str:
 
 
 def _file(directory: Path, facts: dict[str, Any]) -> Path:
-    return directory / f"admitted-{_digest(facts)[:24]}.json"
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _sealed(facts: dict[str, Any], differences: Differences) -> dict[str, Any]:
-    body = {"facts": facts, "differences": differences}
-    return {**body, "sha256": _digest(body)}
+    return directory / f"admitted-{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]}"
 
 
 def _read(directory: Path | None, facts: dict[str, Any] | None) -> Differences | None:
-    """What was found for the same facts; None for anything else, also where the file is not as it was written."""
-    if directory is None or facts is None or not _file(directory, facts).exists():
+    """What was found for the same facts; None where there is nothing, or a file is not as it was written."""
+    if directory is None or facts is None:
         return None
     try:
-        found = json.loads(_file(directory, facts).read_text())
-    except (OSError, ValueError, RecursionError):
+        found = unsealed(_file(directory, facts).read_bytes())
+    except OSError:
         return None
-    if not isinstance(found, dict) or found != _sealed(facts, found.get("differences", {})):
-        return None
-    return found["differences"]
+    return None if found is None else json.loads(found)
 
 
 Case = tuple[Callable[..., Array], Callable[..., Array], tuple[str, ...], Sequence[tuple[int, ...]]]
