@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> None:
     console = make_console(**{} if sys.stdout.isatty() else {"width": PIPE_WIDTH})
     topology = describe_topology(options.topology, options.slices)
     if options.search:
-        from mixtral_jax.planning.choosing import choose
+        from mixtral_jax.planning.search import choose
 
         choose(
             config, topology, console, options.batch_sizes or [config.train.batch_size], options.check, options.write

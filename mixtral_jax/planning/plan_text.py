@@ -1,43 +1,32 @@
 """Plans as text: tables for a screen and for the files in docs/plans."""
 
 import dataclasses
+from collections.abc import Sequence
 
 from rich import box
-from rich.console import Console, Group
+from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from mixtral_jax.hardware import GIB
 from mixtral_jax.metrics import flops_per_token, parameter_counts
 from mixtral_jax.planning.advice import advise
 from mixtral_jax.planning.compile import Memory
-from mixtral_jax.planning.roofline import Plan
+from mixtral_jax.planning.roofline import Plan, Traffic
 
 NEAR = {"tpu": "ICI", "cuda": "NVLink"}
 FAR = {"tpu": "DCN", "cuda": "NICs"}
 SMALL = 0.001  # share of all bytes below which collectives of a kind are counted together
 
 
-def render(plan: Plan) -> Group:
-    """Lays out a whole plan."""
-    parts: list[Text | Table] = [
-        Text(headline(plan)),
-        _memory_table(plan),
-        *[Text(sentence) for sentence in advise(plan)],
-        _work_table(plan),
-        _traffic_table(plan),
-        _roofline_table(plan),
-        Text(verdict(plan)),
-    ]
-    return Group(*[item for part in parts for item in (part, Text())])
-
-
 def print_plan(plan: Plan, console: Console) -> None:
     """Prints a whole plan."""
-    console.print(render(plan))
+    tables = (_work_table(plan), _traffic_table(plan), _roofline_table(plan))
+    for part in (_headline(plan), _memory_table(plan), *advise(plan), *tables, _verdict(plan)):
+        console.print(part)
+        console.print()
 
 
-def headline(plan: Plan) -> str:
+def _headline(plan: Plan) -> str:
     """Says what was planned, in a few lines."""
     config, counts = plan.config, parameter_counts(plan.config.model)
     slices = f" x {plan.topology.slices} slices" if plan.topology.slices > 1 else ""
@@ -50,7 +39,7 @@ def headline(plan: Plan) -> str:
     )
 
 
-def verdict(plan: Plan) -> str:
+def _verdict(plan: Plan) -> str:
     """Says what bounds the step and what utilisation that allows."""
     seconds = plan.seconds
     longest, total = max(seconds.values()), sum(seconds.values())
@@ -115,23 +104,17 @@ def _traffic_table(plan: Plan) -> Table:
     large = [row for row in plan.traffic if row.moved >= SMALL * whole]
     small = [row for row in plan.traffic if row.moved < SMALL * whole]
     for row in large:
-        table.add_row(row.kind, " ".join(row.axes), f"{row.operations}", f"{row.runs:,}", *_amounts([row]))
+        table.add_row(row.kind, " ".join(row.axes), *_amounts([row]))
     if small:
-        table.add_row(
-            "smaller ones",
-            "",
-            f"{sum(r.operations for r in small)}",
-            f"{sum(r.runs for r in small):,}",
-            *_amounts(small),
-        )
-    every = list(plan.traffic)
-    totals = (f"{sum(r.operations for r in every)}", f"{sum(r.runs for r in every):,}")
-    table.add_row("total", "", *totals, *_amounts(every), style="bold")
+        table.add_row("smaller ones", "", *_amounts(small))
+    table.add_row("total", "", *_amounts(plan.traffic), style="bold")
     return table
 
 
-def _amounts(rows: list) -> list[str]:
+def _amounts(rows: Sequence[Traffic]) -> list[str]:
     return [
+        f"{sum(row.operations for row in rows)}",
+        f"{sum(row.runs for row in rows):,}",
         f"{sum(row.payload for row in rows) / GIB:.2f}",
         f"{sum(row.moved for row in rows) / GIB:.2f}",
         f"{1e3 * sum(row.near for row in rows):,.1f}",

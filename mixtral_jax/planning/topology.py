@@ -84,10 +84,8 @@ def _tpu(name: str, slices: int) -> tuple[Any, ...]:
 
     try:
         with quiet():
-            if slices > 1:
-                found = topologies.get_topology_desc(platform="tpu", topology_name=name, num_slices=slices)
-            else:
-                found = topologies.get_topology_desc(platform="tpu", topology_name=name)
+            several = {"num_slices": slices} if slices > 1 else {}
+            found = topologies.get_topology_desc(platform="tpu", topology_name=name, **several)
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"'{name}' is no topology that libtpu knows ({str(error).splitlines()[0]}): {KNOWN}") from None
     return tuple(found.devices)
