@@ -389,7 +389,7 @@ TABLE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("\"surrogatepass\").decode(\"utf-16-le\", \"replace\")", "\"replace\").decode(\"utf-16-le\", \"replace\")"),
         ("if not number and piece and", "if not number and not piece and"),
     ],
-    ("preparation/balance.py", "preparation/test_config.py"): [
+    ("preparation/report_numbers.py", "preparation/test_config.py"): [
         ("** (1 / temperature)", "** temperature"),
         ("if count}", "if count > 50}"),
     ],

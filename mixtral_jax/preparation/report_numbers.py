@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from datatrove.utils.stats import MetricStatsDict, PipelineStats
 from rich.table import Table
 from rich.text import Text
 
+from mixtral_jax.config import UserError
 from mixtral_jax.data.cache_files import write_file
-from mixtral_jax.preparation.balance import balanced_weights
 from mixtral_jax.preparation.config import PrepareConfig
 from mixtral_jax.preparation.examples import cluster_sizes
 from mixtral_jax.preparation.plan import load_left_out
@@ -117,12 +118,35 @@ def gather(config: PrepareConfig) -> Numbers:
         "lengths": _lengths(counts),
         "examples": {step["step"]: found for step in steps if (found := _examples(layout.examples / step["step"]))},
         "clusters": {
-            "sizes": cluster_sizes(layout.minhash / "clusters") if config.minhash.enabled else {},
+            "sizes": cluster_sizes(layout.similar) if config.minhash.enabled else {},
             "shown": _clusters(layout) if config.minhash.enabled else [],
         },
         "contamination": _contamination(layout),
         "temperature": config.temperature,
     }
+
+
+def balanced_weights(tokens: Mapping[str, int], temperature: float) -> dict[str, float]:
+    """Gives every source a share that grows with the power 1 / temperature of its size.
+
+    Args:
+        tokens: of each source.
+        temperature: 1 keeps the natural shares; more lifts small sources; towards infinity all are equal.
+
+    Returns:
+        Shares of those that have tokens; they add up to 1.
+
+    Raises:
+        UserError: the temperature is not above 0.
+
+    Source: arXiv 1911.02116, section 3.1, whose alpha is 1 / temperature.
+    """
+    if not temperature > 0:
+        raise UserError(f"temperature is {temperature}: it must be greater than 0")
+    largest = max(tokens.values(), default=0)
+    powers = {name: (count / largest) ** (1 / temperature) for name, count in tokens.items() if count}
+    total = sum(powers.values())
+    return {name: power / total for name, power in powers.items()}
 
 
 def results_table(report: Numbers) -> Table:

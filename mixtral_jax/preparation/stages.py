@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
@@ -19,7 +20,6 @@ from datatrove.pipeline.dedup import (
 )
 from datatrove.pipeline.dedup.exact_dedup import ExactDedupConfig
 
-from mixtral_jax.preparation.caches import CacheBuilder
 from mixtral_jax.preparation.config import PrepareConfig
 from mixtral_jax.preparation.counting import Meter
 from mixtral_jax.preparation.decontamination import ngram_config
@@ -31,7 +31,7 @@ from mixtral_jax.preparation.reading import ShardReader, StageReader
 from mixtral_jax.preparation.rules import RULES, WebRule
 from mixtral_jax.preparation.url_filter import AddressFilter
 from mixtral_jax.preparation.words import RegexWords
-from mixtral_jax.preparation.writing import TokenWriter, final_writer, stage_writer
+from mixtral_jax.preparation.writing import CacheBuilder, TokenWriter, final_writer, stage_writer
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,9 @@ class Layout:
         self.examples = self.work / "examples"
         self.contamination = self.work / "contamination"
         self.exact = self.work / "exact"
+        self.duplicates = self.exact / "duplicates"
         self.minhash = self.work / "minhash"
+        self.similar = self.minhash / "clusters"
         self.token_parts = self.work / "tokens"
         self.clusters = self.work / "clusters"
 
@@ -68,25 +70,55 @@ def text_of(document: Document) -> str:
     return document.text
 
 
+EXACT = ExactDedupConfig(content_getter=text_of)
+
+
 def make_stages(config: PrepareConfig, num_shards: int) -> list[Stage]:
     """Lists the stages in their order."""
-    exact, minhash = config.exact_dedup.enabled, config.minhash.enabled
-    stages = [Stage("pages", num_shards, lambda: _pages(config))]
-    if exact:
-        stages.append(Stage("exact-signatures", num_shards, lambda: _exact_signatures(config)))
-        stages.append(Stage("exact-duplicates", 1, lambda: _exact_duplicates(config)))
-    if minhash:
-        stages.append(Stage("minhash-signatures", num_shards, lambda: _minhash_signatures(config)))
-        stages.append(Stage("minhash-buckets", config.minhash.buckets, lambda: _minhash_buckets(config)))
-        stages.append(Stage("minhash-clusters", 1, lambda: _minhash_clusters(config)))
-    stages.append(Stage("documents", num_shards, lambda: _documents(config)))
-    stages.append(Stage("token-caches", len(config.language.keep), lambda: _token_caches(config)))
-    return stages
-
-
-def _pages(config: PrepareConfig) -> list[PipelineStep]:
-    """Everything that looks at one document alone."""
     layout = Layout(config)
+    stages = [Stage("pages", num_shards, lambda: _pages(config, layout))]
+    if config.exact_dedup.enabled:
+        prints, copies = str(layout.exact / "signatures"), str(layout.duplicates)
+        stages += [
+            Stage("exact-signatures", num_shards, lambda: [_read(layout), ExactDedupSignature(prints, EXACT)]),
+            Stage("exact-duplicates", 1, lambda: [ExactFindDedups(prints, copies, EXACT)]),
+        ]
+    if config.minhash.enabled:
+        settings = minhash_settings(config)
+        hashes, pairs, groups = str(layout.minhash / "signatures"), str(layout.minhash / "pairs"), str(layout.similar)
+        known = {"save_cluster_id": True, "save_cluster_size": True}
+        words: Any = RegexWords()
+        stages += [
+            Stage("minhash-signatures", num_shards, lambda: [
+                *_without_exact(config, layout, measured=False), MinhashDedupSignature(hashes, settings, words)
+            ]),
+            Stage("minhash-buckets", settings.num_buckets, lambda: [
+                MinhashDedupBuckets(hashes, pairs, config=settings)
+            ]),
+            Stage("minhash-clusters", 1, lambda: [MinhashDedupCluster(pairs, groups, settings, **known)]),
+        ]  # fmt: skip
+    caches = (layout.token_parts, layout.output / "tokens", config.language.keep, config.tokenizer)
+    return [
+        *stages,
+        Stage("documents", num_shards, lambda: _documents(config, layout)),
+        Stage("token-caches", len(config.language.keep), lambda: [CacheBuilder(*caches)]),
+    ]
+
+
+def minhash_settings(config: PrepareConfig) -> MinhashConfig:
+    """datatrove's settings of the comparison."""
+    settings = config.minhash
+    return MinhashConfig(
+        n_grams=settings.ngram, num_buckets=settings.buckets, hashes_per_bucket=settings.hashes_per_bucket
+    )
+
+
+def _read(layout: Layout) -> PipelineStep:
+    return StageReader(layout.pages / "documents")
+
+
+def _pages(config: PrepareConfig, layout: Layout) -> list[PipelineStep]:
+    """Everything that looks at one document alone."""
 
     def out(step: str) -> Examples:
         return Examples(layout.examples / step)
@@ -110,90 +142,35 @@ def _pages(config: PrepareConfig) -> list[PipelineStep]:
     return [*steps, stage_writer(layout.pages / "documents")]
 
 
-def _exact_signatures(config: PrepareConfig) -> list[PipelineStep]:
-    layout = Layout(config)
-    settings = ExactDedupConfig(content_getter=text_of)
-    return [StageReader(layout.pages / "documents"), ExactDedupSignature(str(layout.exact / "signatures"), settings)]
-
-
-def _exact_duplicates(config: PrepareConfig) -> list[PipelineStep]:
-    layout = Layout(config)
-    settings = ExactDedupConfig(content_getter=text_of)
-    return [ExactFindDedups(str(layout.exact / "signatures"), str(layout.exact / "duplicates"), settings)]
-
-
-def _without_exact(config: PrepareConfig, measured: bool) -> list[PipelineStep]:
+def _without_exact(config: PrepareConfig, layout: Layout, measured: bool) -> list[PipelineStep]:
     """The documents of the first stage that are left after exact deduplication."""
-    layout = Layout(config)
-    steps: list[PipelineStep] = [StageReader(layout.pages / "documents")]
+    steps: list[PipelineStep] = [_read(layout)]
     if config.exact_dedup.enabled:
         out = Examples(layout.examples / "exact_dedup", "duplicate") if measured else None
-        settings = ExactDedupConfig(content_getter=text_of)
-        duplicates = layout.exact / "duplicates"
-        duplicates.mkdir(parents=True, exist_ok=True)  # there are none where nothing was found
-        steps.append(ExactDedupFilter(str(duplicates), settings, out))  # type: ignore[arg-type]
+        layout.duplicates.mkdir(parents=True, exist_ok=True)  # there are none where nothing was found
+        steps.append(ExactDedupFilter(str(layout.duplicates), EXACT, out))  # type: ignore[arg-type]
         if measured:
             steps.append(Meter("exact_dedup", config.tokenizer))
     return steps
 
 
-def minhash_settings(config: PrepareConfig) -> MinhashConfig:
-    """datatrove's settings of the comparison."""
-    settings = config.minhash
-    return MinhashConfig(
-        n_grams=settings.ngram, num_buckets=settings.buckets, hashes_per_bucket=settings.hashes_per_bucket
-    )
-
-
-def _minhash_signatures(config: PrepareConfig) -> list[PipelineStep]:
-    signatures = MinhashDedupSignature(
-        str(Layout(config).minhash / "signatures"),
-        minhash_settings(config),
-        RegexWords(),  # type: ignore[arg-type]
-    )
-    return [*_without_exact(config, measured=False), signatures]
-
-
-def _minhash_buckets(config: PrepareConfig) -> list[PipelineStep]:
-    folder = Layout(config).minhash
-    settings = minhash_settings(config)
-    return [MinhashDedupBuckets(str(folder / "signatures"), str(folder / "pairs"), None, settings)]
-
-
-def _minhash_clusters(config: PrepareConfig) -> list[PipelineStep]:
-    folder = Layout(config).minhash
-    settings = minhash_settings(config)
-    return [
-        MinhashDedupCluster(
-            str(folder / "pairs"), str(folder / "clusters"), settings, save_cluster_id=True, save_cluster_size=True
-        )
-    ]
-
-
-def _documents(config: PrepareConfig) -> list[PipelineStep]:
+def _documents(config: PrepareConfig, layout: Layout) -> list[PipelineStep]:
     """What is left, masked, as text and as tokens."""
-    layout = Layout(config)
-    steps = _without_exact(config, measured=True)
+    steps = _without_exact(config, layout, measured=True)
     if config.minhash.enabled:
         out = Examples(layout.examples / "minhash", "similar")
-        clusters = layout.minhash / "clusters"
-        clusters.mkdir(parents=True, exist_ok=True)
+        layout.similar.mkdir(parents=True, exist_ok=True)
         steps += [
-            MinhashDedupFilter(str(clusters), out, load_cluster_ids=True, load_cluster_sizes=True),  # type: ignore[arg-type]
+            MinhashDedupFilter(str(layout.similar), out, load_cluster_ids=True, load_cluster_sizes=True),  # type: ignore[arg-type]
             ClusterExamples(layout.clusters),
             Meter("minhash", config.tokenizer),
         ]
     if config.pii.enabled:  # after deduplication: the masks differ between copies
         steps.append(Masking(config.pii.emails, config.pii.ips))
         steps.append(Meter("pii", config.tokenizer))
-    steps += [
+    return [
+        *steps,
         final_writer(layout.output / "documents"),
         TokenWriter(layout.token_parts, config.tokenizer),
         Meter("written", config.tokenizer, lengths=True),
     ]
-    return steps
-
-
-def _token_caches(config: PrepareConfig) -> list[PipelineStep]:
-    layout = Layout(config)
-    return [CacheBuilder(layout.token_parts, layout.output / "tokens", config.language.keep, config.tokenizer)]

@@ -1,6 +1,8 @@
-"""The steps that end a pipeline: documents on disk, and their tokens."""
+"""The steps that end a pipeline: documents on disk, their tokens, and of these one token cache a language."""
 
 import contextlib
+import hashlib
+import shutil
 from pathlib import Path
 from typing import IO, Any
 
@@ -9,7 +11,8 @@ from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.writers import JsonlWriter
 
-from mixtral_jax.data.token_cache import encode_documents
+from mixtral_jax.data.cache_files import building, write_file
+from mixtral_jax.data.token_cache import encode_documents, prepared_key, token_dtype, write_index
 from mixtral_jax.preparation.counting import shared_tokenizer
 
 BATCH = 1 << 20  # characters that are encoded at once
@@ -71,3 +74,45 @@ class TokenWriter(PipelineStep):
             file.write(array.tobytes())
         self.stat_update("tokens", value=len(tokens))
         self.stat_update("bytes", value=sum(sizes))
+
+
+class CacheBuilder(PipelineStep):
+    """Joins the tokens of all tasks, a language a task, as training opens them; one without documents gets no cache."""
+
+    type = "🔢 - TOKENIZER"
+    name = "token caches"
+
+    def __init__(self, parts: Path, target: Path, languages: list[str], tokenizer: str):
+        """Names where `TokenWriter` wrote, where caches go, the languages and the tokenizer."""
+        super().__init__()
+        self._parts = parts
+        self._target = target
+        self._languages = languages
+        self._tokenizer = tokenizer
+
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        """Builds the cache of language number `rank`."""
+        language = self._languages[rank]
+        tokenizer = shared_tokenizer(self._tokenizer)
+        self._target.mkdir(parents=True, exist_ok=True)
+        if rank == 0:
+            write_file(self._target.parent / "tokenizer.model", tokenizer.model_bytes)
+        ranks = sorted((self._parts / language).glob("*.tokens"))
+        if not ranks:
+            return None
+        lengths = np.concatenate([np.fromfile(file.with_suffix(".lengths"), "<i8") for file in ranks])
+        sizes = np.concatenate([np.fromfile(file.with_suffix(".bytes"), "<i8") for file in ranks])
+        starts = np.concatenate([[0], np.cumsum(lengths)]).astype("<i8")
+        with building(self._target / language) as directory:
+            with open(directory / "tokens", "wb") as tokens:
+                for file in ranks:
+                    with open(file, "rb") as part:
+                        shutil.copyfileobj(part, tokens, 1 << 22)
+            starts.tofile(directory / "document_starts")
+            sizes.tofile(directory / "document_bytes")
+            digests = {}
+            for name in ("tokens", "document_starts", "document_bytes"):
+                with open(directory / name, "rb") as written:
+                    digests[name] = hashlib.file_digest(written, "sha256")
+            write_index(directory, prepared_key(tokenizer), language, token_dtype(tokenizer), digests)
+        return None

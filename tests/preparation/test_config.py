@@ -5,7 +5,7 @@ import math
 import pytest
 
 from mixtral_jax.config import UserError
-from mixtral_jax.preparation.balance import balanced_weights
+from mixtral_jax.preparation.report_numbers import balanced_weights
 from tests.preparation.inputs import config_for, run
 
 MISTAKES = {

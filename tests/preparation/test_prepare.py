@@ -151,7 +151,7 @@ KILLS = {
     "while pages are read": ("counting.Meter", "_tokens", 9),
     "while clusters are made": ("stages.MinhashDedupCluster", "run", 1),
     "while documents are written": ("writing.TokenWriter", "_write", 4),
-    "while a cache is joined": ("caches", "write_index", 2),
+    "while a cache is joined": ("writing", "write_index", 2),
 }
 
 
