@@ -3,8 +3,9 @@
 import dataclasses
 import re
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from omegaconf import MISSING
 
@@ -240,10 +241,10 @@ def validate(config: PrepareConfig) -> None:
     for name in ("shard_megabytes", "extraction.max_megabytes", "extraction.timeout", "decontamination.ngram",
                  "temperature", "minhash.ngram", "minhash.buckets", "minhash.hashes_per_bucket", "executor.memory_gb",
                  "c4.max_word_length", "gopher_quality.max_words"):  # fmt: skip
-        value = _get(config, name)
+        value = attrgetter(name)(config)
         _require(0 < value < float("inf"), f"{name} is {value}: it must be greater than 0")
     for name in SHARES:
-        value = _get(config, name)
+        value = attrgetter(name)(config)
         for share in value.values() if isinstance(value, dict) else [value]:
             _require(0 <= share <= 1, f"{name} is {value}: it is a share from 0 to 1")
     _require(config.executor.workers >= 0, f"executor.workers is {config.executor.workers}: it must be 0 or more")
@@ -258,12 +259,6 @@ def validate(config: PrepareConfig) -> None:
 def result_settings(config: PrepareConfig) -> dict[str, object]:
     """The settings that decide what is written."""
     return {key: value for key, value in dataclasses.asdict(config).items() if key not in RESUMABLE_KEYS}
-
-
-def _get(config: Any, name: str) -> Any:
-    for part in name.split("."):
-        config = getattr(config, part)
-    return config
 
 
 def _require(ok: bool, sentence: str) -> None:

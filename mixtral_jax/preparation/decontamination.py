@@ -18,17 +18,8 @@ from datatrove.utils.text import ngrams, simplify_text
 
 from mixtral_jax.config import UserError
 from mixtral_jax.preparation.config import DecontaminationConfig, PrepareSource
-from mixtral_jax.preparation.plan import RECORDS, InputFile, file_kind, list_files
+from mixtral_jax.preparation.plan import RECORDS, file_kind, list_files
 from mixtral_jax.preparation.words import RegexWords
-
-
-def protected_files(config: DecontaminationConfig) -> list[InputFile]:
-    """Lists the evaluation files; `UserError` if there are none where the configuration says so."""
-    return [
-        file
-        for path in config.files
-        for file in list_files(PrepareSource(name=f"decontamination.files: {path}", path=path))
-    ]
 
 
 def ngram_config(config: DecontaminationConfig) -> NGramsDecontConfig:
@@ -45,12 +36,16 @@ def build_index(config: DecontaminationConfig, folder: Path) -> dict[str, dict[s
 
     Returns:
         For each file the number of `texts`, and of those `too_short` to hold an n-gram, which are not protected.
+
+    Raises:
+        UserError: there are no files where the configuration says so, or one cannot be read.
     """
     settings = ngram_config(config)
     hash_text = create_hash_func(settings.hash_config)
     folder.mkdir(parents=True, exist_ok=True)
     counts: dict[str, dict[str, int]] = {}
-    for file in protected_files(config):
+    sources = [PrepareSource(name=f"decontamination.files: {path}", path=path) for path in config.files]
+    for file in (file for source in sources for file in list_files(source)):
         hashes: set[int] = set()
         count = counts[file.name] = {"texts": 0, "too_short": 0}
         for text in _texts(Path(file.path)):

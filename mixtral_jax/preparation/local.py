@@ -7,7 +7,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -68,14 +67,10 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-_registered: list[Callable[[], None]] = []
-
-
+@lru_cache
 def die_with_parent_at_fork() -> None:
     """Does so for every process that this one forks from now on."""
-    if not _registered:
-        _registered.append(die_with_parent)
-        os.register_at_fork(after_in_child=die_with_parent)
+    os.register_at_fork(after_in_child=die_with_parent)
 
 
 @lru_cache

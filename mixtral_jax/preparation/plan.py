@@ -9,7 +9,6 @@ import os
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import fsspec
 from fsspec.core import has_magic, url_to_fs
@@ -73,29 +72,33 @@ def list_files(source: PrepareSource, left_out: Counter[str] | None = None) -> l
     where = f"source '{source.name}'"
     left_out = Counter() if left_out is None else left_out
     try:
-        if "://" not in source.path:
-            return _local_files(source, where, left_out)
-        system, path = url_to_fs(source.path)
-        if has_magic(path):
-            found = {name: info for name, info in system.glob(path, detail=True).items() if info["type"] == "file"}
-            folder = path[: min(path.find(mark) for mark in "*?[" if mark in path)].rpartition("/")[0]
-        elif system.isdir(path):
-            found, folder = system.find(path, detail=True), path.rstrip("/")
-            left_out.update(other_kind(name) for name in found if not file_kind(name))
-            found = {name: info for name, info in found.items() if file_kind(name)}
-        else:
-            found, folder = {path: system.info(path)}, path.rpartition("/")[0]
+        files = (_remote_files if "://" in source.path else _local_files)(source, left_out)
     except ImportError as error:
         raise UserError(f"{where}: {source.path} needs another package ({error}): install it") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{where}: cannot find {source.path} ({type(error).__name__}): check the path") from None
-    if not found:
+    if not files:
         raise UserError(f"{where}: nothing to read at {source.path}: name a file, a directory or a glob")
+    if other := next((file.path for file in files if not file_kind(file.path)), None):
+        kinds = ", ".join(ARCHIVES + PAGES + RECORDS + TABLES + TEXTS)
+        raise UserError(f"{where}: cannot read files such as {other}: the name must end in one of {kinds}, or .gz")
+    return files
+
+
+def _remote_files(source: PrepareSource, left_out: Counter[str]) -> list[InputFile]:
+    system, path = url_to_fs(source.path)
+    if has_magic(path):
+        found = {name: info for name, info in system.glob(path, detail=True).items() if info["type"] == "file"}
+        folder = path[: min(path.find(mark) for mark in "*?[" if mark in path)].rpartition("/")[0]
+    elif system.isdir(path):
+        found, folder = system.find(path, detail=True), path.rstrip("/")
+        left_out.update(other_kind(name) for name in found if not file_kind(name))
+        found = {name: info for name, info in found.items() if file_kind(name)}
+    else:
+        found, folder = {path: system.info(path)}, path.rpartition("/")[0]
     local = isinstance(system, fsspec.get_filesystem_class("file"))  # as file://
     files = []
-    for name in sorted(found):
-        _check_kind(name, where)
-        info = found[name]
+    for name, info in sorted(found.items()):
         if info.get("size") is None:  # a web server's list of files names them only
             info = system.info(name)
         version = next((str(info[key]) for key in ("mtime", "ETag", "LastModified") if info.get(key)), "")
@@ -104,28 +107,19 @@ def list_files(source: PrepareSource, left_out: Counter[str] | None = None) -> l
     return files
 
 
-def _local_files(source: PrepareSource, where: str, left_out: Counter[str]) -> list[InputFile]:
+def _local_files(source: PrepareSource, left_out: Counter[str]) -> list[InputFile]:
     listing = listed_files(source.path, file_kind)
     left_out.update(listing.left_out)
     if listing.left_out:
-        log.warning("%s: %d files; left out: %s", where, len(listing.files), listing.say())
+        log.warning("source '%s': %d files; left out: %s", source.name, len(listing.files), listing.say())
     if not listing.files and not has_magic(source.path) and not Path(source.path).expanduser().exists():
         raise FileNotFoundError
-    if not listing.files:
-        raise UserError(f"{where}: nothing to read at {source.path}: name a file, a directory or a glob")
     files = []
     for file in listing.files:
-        _check_kind(file.name, where)
         status = file.stat()
         shown = os.fsencode(file.relative_to(listing.root)).decode("utf-8", "backslashreplace")
         files.append(InputFile(os.path.abspath(file), shown, status.st_size, str(status.st_mtime)))
     return files
-
-
-def _check_kind(name: str, where: str) -> None:
-    if not file_kind(name):
-        kinds = ", ".join(ARCHIVES + PAGES + RECORDS + TABLES + TEXTS)
-        raise UserError(f"{where}: cannot read files such as {name}: the name must end in one of {kinds}, or .gz")
 
 
 def make_shards(config: PrepareConfig) -> tuple[list[Shard], dict[str, Counter[str]]]:
@@ -164,7 +158,8 @@ def settle_plan(config: PrepareConfig, shards: list[Shard], left_out: dict[str, 
         write_file(file, json.dumps(plan | {"left_out": left_out}, indent=1).encode())
         return
     old = json.loads(file.read_text())
-    if changed := _changed(old["settings"], plan["settings"]):
+    before, now = flatten(old["settings"]), flatten(plan["settings"])
+    if changed := sorted(key for key in before | now if before.get(key) != now.get(key)):
         raise UserError(
             f"{config.output} was prepared with another {', '.join(changed)}: name another output or remove that one"
         )
@@ -188,8 +183,3 @@ def load_left_out(config: PrepareConfig) -> dict[str, dict[str, int]]:
 def plan_file(config: PrepareConfig) -> Path:
     """Where the plan lies."""
     return Path(config.output) / "work" / "plan.json"
-
-
-def _changed(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    left, right = flatten(old), flatten(new)
-    return sorted(key for key in left | right if left.get(key) != right.get(key))
