@@ -64,10 +64,7 @@ def compare_runs(first: str, second: str, overrides: Sequence[str]) -> Report:
     numbers = {
         "evaluation": "compare",
         "runs": [_side_json(side) for side in sides],
-        "differences": {
-            name: {"bits_per_byte": found.bits_per_byte, "interval": found.interval}
-            for name, found in differences.items()
-        },
+        "differences": differences,
     }
     return Report(
         [_facts_table(sides), _perplexity_table(sides, differences)],

@@ -3,18 +3,22 @@
 Source: arXiv 2401.04088, figure 4 (perplexity over the context length).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float64
+from rich.table import Table
 
 from mixtral_jax.config import UserError
-from mixtral_jax.console import silent
+from mixtral_jax.console import make_table, silent, two_lines
 from mixtral_jax.data.splits import Documents
 from mixtral_jax.evaluation.intervals import Interval, bootstrap_sums, interval
 from mixtral_jax.evaluation.perplexity import finite_nats
+from mixtral_jax.evaluation.results import interval_text
 from mixtral_jax.evaluation.scoring import Score
 from mixtral_jax.evaluation.windows import Window, batch_of
 
@@ -137,6 +141,38 @@ def measure_contexts(
             on_windows(documents.name, chosen[-1].index + 1 - done)
             done = chosen[-1].index + 1
     return ContextCurve(list(contexts), targets, nats, by_position)
+
+
+def context_table(curves: Mapping[str, ContextCurve]) -> Table:
+    """Makes a table: a row for each context, nats per token of each source, with intervals over windows."""
+    first = next(iter(curves.values()))
+    named = [two_lines(name, f"{curve.windows:,} windows") for name, curve in curves.items()]
+    caption = f"nats per token of the last {first.targets:,} targets of each window of {first.contexts[-1]:,} tokens"
+    table = make_table((), ["context", *named], caption)
+    columns = [list(zip(curve.nats_per_token(), curve.intervals(), strict=True)) for curve in curves.values()]
+    for row, context in enumerate(first.contexts):
+        cells = [two_lines(f"{column[row][0]:.4f}", interval_text(column[row][1], ".2f")) for column in columns]
+        table.add_row(f"{context:,}", *cells)
+    return table
+
+
+def context_json(curves: Mapping[str, ContextCurve]) -> dict[str, Any]:
+    """Makes `sources`: by name, `windows`, `targets` of each, and the losses `by_context` and `by_position`."""
+    sources = {}
+    for name, curve in curves.items():
+        by_context = zip(curve.contexts, curve.nats_per_token().tolist(), curve.intervals(), strict=True)
+        sources[name] = {
+            "windows": curve.windows,
+            "targets": curve.targets,
+            "by_context": [
+                {"context": context, "nats_per_token": nats, "perplexity": math.exp(nats), "interval": bounds}
+                for context, nats, bounds in by_context
+            ],
+            "by_position": [
+                {"first": first, "last": last, "nats_per_token": nats} for first, last, nats in curve.by_position()
+            ],
+        }
+    return {"evaluation": "context", "sources": sources}
 
 
 def _windows(documents: Documents, context: int, max_tokens: int) -> Iterator[np.ndarray]:

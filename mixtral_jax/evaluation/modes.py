@@ -13,15 +13,14 @@ from mixtral_jax.console import ProgressLine
 from mixtral_jax.distributed.processes import is_main
 from mixtral_jax.evaluation import pictures, routing_pictures
 from mixtral_jax.evaluation.ablation import measure_ablation
-from mixtral_jax.evaluation.context import context_lengths, measure_contexts, num_windows
+from mixtral_jax.evaluation.context import context_json, context_lengths, context_table, measure_contexts, num_windows
 from mixtral_jax.evaluation.loading import LoadedModel
 from mixtral_jax.evaluation.outputs import write_json
-from mixtral_jax.evaluation.passkey import PasskeyPlan, measure_passkey, passkey_lengths
+from mixtral_jax.evaluation.passkey import PasskeyPlan, measure_passkey, passkey_json, passkey_lengths, passkey_table
 from mixtral_jax.evaluation.requests import answer
 from mixtral_jax.evaluation.results import measure_with_progress, results_json, results_table
-from mixtral_jax.evaluation.routed_text import route_sample
 from mixtral_jax.evaluation.routing import all_sources, measure_routing
-from mixtral_jax.evaluation.routing_page import write_page
+from mixtral_jax.evaluation.routing_page import route_sample, write_page
 from mixtral_jax.evaluation.routing_tables import (
     ablation_json,
     ablation_table,
@@ -38,7 +37,6 @@ from mixtral_jax.evaluation.routing_tables import (
 )
 from mixtral_jax.evaluation.saturation import measure_saturation
 from mixtral_jax.evaluation.scoring import Route, make_router, make_scorer
-from mixtral_jax.evaluation.tables import context_json, context_table, passkey_json, passkey_table
 from mixtral_jax.evaluation.tasks import measure_tasks, tasks_table
 from mixtral_jax.evaluation.texts import add_facts, describe, evaluation_texts, notes
 from mixtral_jax.evaluation.windows import progress_line

@@ -1,5 +1,6 @@
 """What a report is written to: whether that can be, before the work, and its numbers as a JSON file."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -54,13 +55,22 @@ def check_writable(path: Path) -> None:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes a JSON file whole or not at all; follows links, and writes through what is no file, such as a pipe.
 
+    Args:
+        path: of the file.
+        content: what JSON knows, arrays, and dataclasses, which become objects.
+
     Raises:
         UserError: the file cannot be written.
     """
     target = path.resolve()
-    text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False, default=as_json) + "\n"
     direct = target.exists() and not target.is_file()
     try:
         (target.write_bytes if direct else partial(write_whole, target))(text.encode())
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; give another file to --json") from None
+
+
+def as_json(value: Any) -> Any:
+    """Makes what JSON knows of an array or a dataclass."""
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value.tolist()  # type: ignore[arg-type]

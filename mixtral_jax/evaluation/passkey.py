@@ -5,11 +5,14 @@ Source: arXiv 2305.16300, appendix B (the task); arXiv 2401.04088, figure 4 (len
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float64
+from rich.table import Table
 
 from mixtral_jax.config import UserError
+from mixtral_jax.console import make_table
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.evaluation.requests import Answer, Request
 
@@ -116,3 +119,26 @@ def measure_passkey(
     nats = np.array([each.nats for each in answers]).reshape(shape)
     greedy = np.array([each.greedy for each in answers], np.float64).reshape(shape)
     return PasskeyGrid(plan, greedy.mean(axis=-1), nats.sum(axis=-1) / tokens.sum(axis=-1))
+
+
+def passkey_table(grid: PasskeyGrid) -> Table:
+    """Makes a table of the accuracy: a row for each length, a column for each depth."""
+    caption = f"share of {grid.plan.trials} keys that greedy decoding writes, by length and depth of the key"
+    table = make_table((), ["tokens", *(f"{depth:.0%}" for depth in grid.plan.depths)], caption)
+    table.add_column("nats/token", justify="right", style="dim")
+    for length, accuracy, nats in zip(grid.plan.lengths, grid.accuracy, grid.nats_per_token, strict=True):
+        table.add_row(f"{length:,}", *[f"{value:.0%}" for value in accuracy], f"{nats.mean():.3f}")
+    return table
+
+
+def passkey_json(grid: PasskeyGrid) -> dict[str, Any]:
+    """Makes `lengths`, `depths`, `trials`, and by length and depth `accuracy` and `nats_per_token`."""
+    return {
+        "evaluation": "passkey",
+        "lengths": list(grid.plan.lengths),
+        "depths": list(grid.plan.depths),
+        "trials": grid.plan.trials,
+        "accuracy": grid.accuracy,
+        "nats_per_token": grid.nats_per_token,
+        "total": {"accuracy": float(grid.accuracy.mean()), "nats_per_token": float(grid.nats_per_token.mean())},
+    }

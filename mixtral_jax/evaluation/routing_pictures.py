@@ -8,9 +8,8 @@ import numpy as np
 
 from mixtral_jax.evaluation.ablation import Ablation
 from mixtral_jax.evaluation.pictures import new_figure, save
-from mixtral_jax.evaluation.routed_text import RoutedText
 from mixtral_jax.evaluation.routing import RoutingCounts, own_shares, random_repeats
-from mixtral_jax.evaluation.routing_page import expert_colour
+from mixtral_jax.evaluation.routing_page import RoutedText, expert_colour
 from mixtral_jax.evaluation.routing_tables import Piece, shown_layers
 from mixtral_jax.evaluation.saturation import Moment
 
@@ -198,7 +197,7 @@ def draw_saturation(moments: Sequence[Moment], path: Path) -> None:
     steps = [moment.step for moment in moments]
     measured = (
         ("saturation: choices as in the last checkpoint", [m.saturation for m in moments], None),
-        ("entropy of a router's probabilities, nats", [m.entropy for m in moments], np.log(experts)),
+        ("entropy of a router's probabilities, nats", [m.router_entropy for m in moments], np.log(experts)),
         ("busiest expert / uniform load", [m.shares.max(axis=-1) * experts for m in moments], 1),
     )
     for axes, (title, values, line) in zip(panels[0], measured, strict=True):

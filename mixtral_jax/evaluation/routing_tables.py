@@ -67,15 +67,15 @@ def routing_json(counts: Mapping[str, RoutingCounts]) -> dict[str, Any]:
             name: {
                 "tokens": count.tokens,
                 "pairs": count.pairs,
-                "shares_by_choice": [count.shares(choice).tolist() for choice in range(k)],
-                "shares": count.shares().tolist(),
-                "repeats_first_choice": count.first_repeats().tolist(),
-                "repeats_any_choice": count.any_repeats().tolist(),
-                "max_violation_by_batch": count.batch_violations().tolist(),
-                "router_entropy": count.router_entropy().tolist(),
-                "coactivation": count.coactivation().tolist(),
-                "specialisation": count.specialisation().tolist(),
-                "own_shares": own.tolist(),
+                "shares_by_choice": [count.shares(choice) for choice in range(k)],
+                "shares": count.shares(),
+                "repeats_first_choice": count.first_repeats(),
+                "repeats_any_choice": count.any_repeats(),
+                "max_violation_by_batch": count.batch_violations(),
+                "router_entropy": count.router_entropy(),
+                "coactivation": count.coactivation(),
+                "specialisation": count.specialisation(),
+                "own_shares": own,
             }
             for (name, count), own in zip(counts.items(), own_shares(list(counts.values())), strict=True)
         },
@@ -230,15 +230,7 @@ def ablation_table(ablation: Ablation) -> Table:
 def ablation_json(ablation: Ablation) -> dict[str, Any]:
     """Makes `sources` with the whole model's `bits_per_byte`, and `without`: by layer and expert what changes."""
     experts = [
-        {
-            "layer": layer,
-            "expert": expert,
-            "changes": {
-                name: {"bits_per_byte": change.bits_per_byte, "interval": change.interval}
-                for name, change in changes.items()
-            },
-        }
-        for (layer, expert), changes in ablation.without.items()
+        {"layer": layer, "expert": expert, "changes": changes} for (layer, expert), changes in ablation.without.items()
     ]
     sources = {name: {"bits_per_byte": result.bits_per_byte} for name, result in ablation.whole.sources.items()}
     return {"evaluation": "ablation", "sources": sources, "without": experts}
@@ -260,25 +252,14 @@ def saturation_table(moments: Sequence[Moment], k: int) -> Table:
     for moment in moments:
         busiest = moment.shares.max(axis=-1) * num_experts
         cells = [f"{share:.1%}" for share in (*moment.saturation[shown], moment.saturation.mean())]
-        cells += [f"{value:.2f}" for value in (moment.entropy.mean(), busiest.mean(), busiest.max())]
+        cells += [f"{value:.2f}" for value in (moment.router_entropy.mean(), busiest.mean(), busiest.max())]
         table.add_row(f"{moment.step:,}", *cells)
     return table
 
 
 def saturation_json(moments: Sequence[Moment]) -> dict[str, Any]:
     """Makes `checkpoints`: of each the step and, by layer, saturation, entropy in nats and the experts' shares."""
-    return {
-        "evaluation": "saturation",
-        "checkpoints": [
-            {
-                "step": moment.step,
-                "saturation": moment.saturation.tolist(),
-                "router_entropy": moment.entropy.tolist(),
-                "shares": moment.shares.tolist(),
-            }
-            for moment in moments
-        ],
-    }
+    return {"evaluation": "saturation", "checkpoints": list(moments)}
 
 
 def _foremost(values: np.ndarray) -> list[int]:

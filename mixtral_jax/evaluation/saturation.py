@@ -20,7 +20,7 @@ class Moment:
 
     step: int
     saturation: Float64[np.ndarray, " layers"]  # 1 in the last checkpoint
-    entropy: Float64[np.ndarray, " layers"]  # nats; ln E where routers know nothing
+    router_entropy: Float64[np.ndarray, " layers"]  # nats; ln E where routers know nothing
     shares: Float64[np.ndarray, "layers experts"]  # of the assignments
 
 

@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 
 from mixtral_jax.config import UserError
-from mixtral_jax.evaluation.context import context_lengths, measure_contexts
-from mixtral_jax.evaluation.tables import context_json, context_table
+from mixtral_jax.evaluation.context import context_json, context_lengths, context_table, measure_contexts
 from tests.evaluation.corpus import Corpus, constant, history_nats, random_corpus, score_by_history
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from mixtral_jax.config import EvalConfig, UserError
 from mixtral_jax.evaluation.ablation import measure_ablation, switch_off
+from mixtral_jax.evaluation.outputs import as_json
 from mixtral_jax.evaluation.routing import all_sources, own_shares
 from mixtral_jax.evaluation.routing_tables import (
     ablation_json,
@@ -145,11 +146,11 @@ def test_saturation_is_the_share_of_choices_that_the_end_keeps():
     assert [moment.step for moment in moments] == [4, 9]
     assert moments[1].saturation.tolist() == [1, 1]
     np.testing.assert_allclose(moments[0].saturation, [(4 + 0.5 * 2) / 6, 2 / 6])
-    np.testing.assert_allclose(moments[0].entropy, 0.4)
+    np.testing.assert_allclose(moments[0].router_entropy, 0.4)
     np.testing.assert_allclose(moments[0].shares[1], np.array([2, 2, 4, 4]) / 12)
     assert said == ["step 9"] * 2 + ["step 4"] * 2
     assert saturation_table(moments, 2).row_count == 2
-    assert json.loads(json.dumps(saturation_json(moments)))["checkpoints"][0]["step"] == 4
+    assert json.loads(json.dumps(saturation_json(moments), default=as_json))["checkpoints"][0]["step"] == 4
 
 
 def test_what_is_switched_off_is_as_if_it_were_not_there():
@@ -196,6 +197,9 @@ def test_an_expert_costs_those_whom_it_serves_and_others_nothing_to_the_bit():
             (changes[0, expert]["even"] + changes[0, expert]["odd"]) / 2
         )
     assert ablation_table(found).row_count == 6
-    assert json.loads(json.dumps(ablation_json(found)))["without"][5]["changes"]["odd"]["bits_per_byte"] == 0
+    assert (
+        json.loads(json.dumps(ablation_json(found), default=as_json))["without"][5]["changes"]["odd"]["bits_per_byte"]
+        == 0
+    )
     with pytest.raises(UserError, match="every token goes to all 2 of a layer's experts, so none"):
         measure_ablation(make_scorer(architecture), arrays, *arguments[:3], model_of(1, 2, 2))

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from mixtral_jax.config import EvalConfig, UserError
-from mixtral_jax.evaluation.routed_text import RoutedText, decode_pieces, route_sample
+from mixtral_jax.evaluation.outputs import as_json
 from mixtral_jax.evaluation.routing import measure_routing, random_repeats
-from mixtral_jax.evaluation.routing_page import expert_colour, routing_page
+from mixtral_jax.evaluation.routing_page import RoutedText, decode_pieces, expert_colour, route_sample, routing_page
 from mixtral_jax.evaluation.routing_tables import routing_json, routing_table
 from mixtral_jax.evaluation.scoring import make_router
 from tests.evaluation.corpus import Corpus, random_corpus
@@ -154,7 +154,7 @@ def test_table_and_json():
     kinds = np.random.default_rng(0).integers(0, CLASSES, (4, 20))
     counts = {"letters": counted(np.moveaxis([FIRST[:, kinds], SECOND[:, kinds]], (0, 1), (3, 2)), num_experts=EXPERTS)}
     numbers = routing_json(counts)
-    json.dumps(numbers, allow_nan=False)
+    json.dumps(numbers, allow_nan=False, default=as_json)
     source = numbers["sources"]["letters"]
     assert np.shape(source["shares_by_choice"]) == (2, LAYERS, EXPERTS)
     assert source["repeats_first_choice"][1] == 1.0
