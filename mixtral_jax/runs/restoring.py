@@ -10,6 +10,8 @@ from mixtral_jax.distributed.processes import from_main
 from mixtral_jax.model.mixtral import Architecture, Arrays, without_adapters
 from mixtral_jax.runs.checkpoint import Checkpoints, find_checkpoint
 from mixtral_jax.runs.manifest import fingerprint
+from mixtral_jax.runs.merging import MergedArrays
+from mixtral_jax.runs.sources import Source
 from mixtral_jax.sharding import ANY_MESH
 
 ADAPTERS = "adapters"  # in the meta file of a checkpoint that holds adapters: what lies below them
@@ -74,14 +76,21 @@ def restore_model(
     if ADAPTERS not in meta:
         return checkpoints.restore(step, whole, advance)
     base = restore_model(*find_base(checkpoints, step, init_from), architecture, advance=advance)
-    own, arrays = restore_adapters(checkpoints, step, architecture)
-    return own.merge({**arrays, "params": base["params"]})
-
-
-def restore_adapters(checkpoints: Checkpoints, step: int, architecture: Architecture) -> tuple[Architecture, Arrays]:
-    """Restores what a checkpoint of adapters holds of a model, without `params`, and returns what they belong to."""
-    config = parse_config(checkpoints.read_meta(step)["config"], [ANY_MESH], saved=True)
-    own = Architecture(architecture.config, architecture.runtime, config.objective)
+    own = with_adapters(checkpoints, step, architecture)
     found = checkpoints.restore(step, own.stored())
-    arrays = {"adapters": found["params"], "selection_bias": found["selection_bias"]}
-    return own, cast(Arrays, arrays)
+    return own.merge(cast(Arrays, {**found, "adapters": found["params"], "params": base["params"]}))
+
+
+def stored_model(checkpoints: Checkpoints, step: int, architecture: Architecture, init_from: str = "") -> Source:
+    """Opens a model where it lies, as `restore_model` would give it; what it says of devices is left aside."""
+    if ADAPTERS not in checkpoints.read_meta(step):
+        return checkpoints.stored(step, without_adapters(architecture.abstract()))
+    base = stored_model(*find_base(checkpoints, step, init_from), architecture)
+    own = with_adapters(checkpoints, step, architecture)
+    return MergedArrays(base, checkpoints.stored(step, own.stored()), own.adapters_scale)
+
+
+def with_adapters(checkpoints: Checkpoints, step: int, architecture: Architecture) -> Architecture:
+    """Returns the architecture that has the adapters of a checkpoint."""
+    config = parse_config(checkpoints.read_meta(step)["config"], [ANY_MESH], saved=True)
+    return Architecture(architecture.config, architecture.runtime, config.objective)

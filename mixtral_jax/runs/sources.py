@@ -62,6 +62,14 @@ def _take(whole: jax.Array, start: Any, shape: tuple[int, ...]) -> jax.Array:
     return jax.lax.dynamic_slice(whole, start, shape)
 
 
+def host() -> jax.Device:
+    """This machine's processor, where JAX was not told to leave it alone."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return jax.local_devices()[0]
+
+
 class StoredArrays:
     """Arrays in the files of a checkpoint, which no device sees."""
 

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Shaped
 
 from mixtral_jax.config import ModelConfig
+from mixtral_jax.runs.sources import host
 from mixtral_jax.weights.names import OURS, Row, atoms, axis_sizes
 
 
@@ -77,15 +78,7 @@ def file_view(block: Shaped[np.ndarray, "..."], layout: BlockLayout) -> Shaped[n
 
 def turned(view: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
     """Copies a view so that its last axis is the innermost in memory; XLA does it several times as fast as numpy."""
-    return np.asarray(jax.device_put(view, _host()))
-
-
-def _host() -> jax.Device:
-    """This machine's processor, where JAX was not told to leave it alone."""
-    try:
-        return jax.local_devices(backend="cpu")[0]
-    except RuntimeError:
-        return jax.local_devices()[0]
+    return np.asarray(jax.device_put(view, host()))
 
 
 def converted(values: Shaped[np.ndarray, "..."], dtype: DTypeLike) -> Shaped[np.ndarray, "..."]:

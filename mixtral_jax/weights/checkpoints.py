@@ -14,11 +14,10 @@ from mixtral_jax.config import TRAINED, CheckpointConfig, Config, MeshConfig, Us
 from mixtral_jax.config_loading import parse_config, replace, to_yaml
 from mixtral_jax.data.record import FILE as RECORD
 from mixtral_jax.data.tokenizer import Tokenizer, load_tokenizer
-from mixtral_jax.distributed.processes import is_alone
 from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.runs.checkpoint import Checkpoints, find_checkpoint
-from mixtral_jax.runs.restoring import ADAPTERS, restore_adapters, restore_model
-from mixtral_jax.runs.sources import DeviceArrays, Source
+from mixtral_jax.runs.restoring import ADAPTERS, stored_model, with_adapters
+from mixtral_jax.runs.sources import Source
 from mixtral_jax.runtime import make_runtime
 from mixtral_jax.sharding import ANY_MESH, make_mesh
 from mixtral_jax.weights.destination import check_new, check_target, new_directory
@@ -156,21 +155,15 @@ def export_checkpoint(
     meta = checkpoints.read_meta(step)
     config = parse_config(meta["config"], [ANY_MESH], where=f"the configuration in {source}", saved=True)
     say(f"{source}: step {step}")
-    if (format_name in ("gguf", "peft") or ADAPTERS in meta) and not is_alone():
-        what = "adapters are merged" if ADAPTERS in meta else f"the format {format_name} is written"
-        raise UserError(f"{what} by one process: start the export once, with distributed.num_processes=1")
+    architecture = _without_devices(config)
     if format_name == "peft":
         if ADAPTERS not in meta:
             raise UserError(f"{source} holds no adapters: use --format hf")
-        own, adapters = restore_adapters(checkpoints, step, Architecture(config.model, make_runtime(config)))
-        files = export_peft(adapters, config.model, own.objective, directory)
+        own = with_adapters(checkpoints, step, architecture)
+        files = export_peft(checkpoints.stored(step, own.stored()), config.model, own.objective, directory)
         say(f"{directory}: adapters of {meta[ADAPTERS]['base']}, {len(files)} files")
         return
-    values: Source
-    if ADAPTERS in meta:
-        values = _merged(checkpoints, step, config, init_from, say)
-    else:
-        values = checkpoints.stored(step, _without_devices(config).abstract())
+    values = stored_model(checkpoints, step, architecture, init_from)
     if format_name == "checkpoint":
         _save_model(values, checkpoints, step, config, directory)
         say(f"{directory}: a checkpoint for eval.py, or for train.py with init_from={directory}")
@@ -188,16 +181,6 @@ def export_checkpoint(
         kind = cast(FileType | None, dtype)
         written = export_weights(values, config.model, directory, format_name, about, dtype=kind)
     say(f"{directory}: {len(written)} files, {sum(file.stat().st_size for file in written) / 1e9:.2f} GB")
-
-
-def _merged(
-    checkpoints: Checkpoints, step: int, config: Config, init_from: str, say: Callable[[str], None]
-) -> DeviceArrays:
-    """Merges adapters into their base, on the devices."""
-    architecture = Architecture(config.model, make_runtime(config))
-    say(architecture.runtime.describe())
-    with byte_progress("read the checkpoint", _size(architecture.abstract())) as advance:
-        return DeviceArrays(restore_model(checkpoints, step, architecture, init_from, advance))
 
 
 def _save_model(values: Source, checkpoints: Checkpoints, step: int, config: Config, directory: Path) -> None:

@@ -1,8 +1,8 @@
 """The places that import and export read and write: a new directory or file appears whole or not at all."""
 
 import importlib.util
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 from mixtral_jax.config import UserError
@@ -25,28 +25,32 @@ def new_directory(directory: Path) -> Iterator[Path]:
     Raises:
         UserError: the name is taken, or the place cannot be written.
     """
-    check_new(directory)
+    with _new(directory, check_new) as partial:
+        if is_main():
+            partial.mkdir()
+        barrier()
+        yield partial
+
+
+def new_file(file: Path) -> AbstractContextManager[Path]:
+    """Names a file that nobody else has, to be written, and renames it when that is done; see `new_directory`."""
+    return _new(file, check_new_file)
+
+
+@contextmanager
+def _new(path: Path, check: Callable[[Path], None]) -> Iterator[Path]:
+    check(path)
     if not is_main():
         yield Path(from_main(str))
         barrier()
         barrier()
         return
-    with _beside(directory) as (partial, target):
-        partial.mkdir()
+    with _beside(path) as (partial, target):
         yield Path(from_main(lambda: str(partial)))
         barrier()
+        check(path)
         move(partial, target)  # takes the place of an empty directory, never of a full one
     barrier()
-
-
-@contextmanager
-def new_file(file: Path) -> Iterator[Path]:
-    """Names a file that nobody else has, to be written, and renames it when that is done; see `new_directory`."""
-    check_new_file(file)
-    with _beside(file) as (partial, target):
-        yield partial
-        check_new_file(file)
-        move(partial, target)
 
 
 @contextmanager

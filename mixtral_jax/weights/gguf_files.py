@@ -1,5 +1,7 @@
 """Writes a model as one GGUF file, which llama.cpp runs: weights, tokenizer and chat template."""
 
+import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -10,18 +12,19 @@ from sentencepiece import sentencepiece_model_pb2
 
 from mixtral_jax.config import ModelConfig, RopeScalingConfig, UserError
 from mixtral_jax.data.tokenizer import Tokenizer
+from mixtral_jax.distributed.processes import take_turn, with_all
 from mixtral_jax.model.mixtral import Arrays
 from mixtral_jax.model.rope_scaling import attention_factor
 from mixtral_jax.runs.sources import Source
 from mixtral_jax.weights.chat_templates import chat_template
 from mixtral_jax.weights.destination import new_file
-from mixtral_jax.weights.exporting import check_exportable, own_type, pieces, source_of
+from mixtral_jax.weights.exporting import THREADS, check_exportable, own_type, pieces, source_of
 from mixtral_jax.weights.hf_tokenizer import is_exact
 from mixtral_jax.weights.names import GGUF, ExternalTensor, external_tensors
 from mixtral_jax.weights.progress import byte_progress
-from mixtral_jax.weights.stored import FileType
+from mixtral_jax.weights.stored import FileType, write_tensor
+from mixtral_jax.whole_files import flush
 
-Read = Callable[[ExternalTensor, FileType], Iterator[np.ndarray]]  # a tensor's pieces
 GGUFType = FileType | Literal["q8_0"]
 # Their names of types: of a tensor, and of a file whose matrices have it.
 _TYPES: dict[GGUFType, tuple[str, str]] = {
@@ -43,7 +46,9 @@ def export_gguf(
     dtype: GGUFType | None = None,
     tokenizer: bytes | None = None,
 ) -> Path:
-    """Writes a model as a GGUF file; the host holds one tensor, the experts of one layer, and one block at a time.
+    """Writes a model as a GGUF file; the host holds a few blocks at a time.
+
+    Several processes call it together, and each writes its share.
 
     Norms and routers, of which llama.cpp takes nothing else, are float32 in every file.
 
@@ -71,15 +76,56 @@ def export_gguf(
             f"d_ff={config.d_ff}: choose --dtype F16, BF16 or F32"
         )
     tensors = list(external_tensors(GGUF, config))
-    with new_file(file) as partial:
-        writer = gguf.GGUFWriter(partial, "llama")
-        try:
-            _describe(writer, config, context, kind)
-            _add_tokenizer(writer, tokenizer, config.vocab_size)
-            _write_tensors(writer, tensors, lambda tensor, dtype: pieces(source, config, tensor, dtype), kind)
-        finally:
-            writer.close()
+    sizes = [_size(tensor, kind) for tensor in tensors]
+    with new_file(file) as partial, byte_progress("export gguf", sum(sizes)) as advance:
+
+        def write(item: str) -> str:
+            tensor, begin, end = tensors[int(item.split()[0])], *map(int, item.split()[1:])
+            write_tensor(partial, begin, end, counted(_pieces(source, config, tensor, _type_of(tensor, kind))))
+            return ""
+
+        def counted(written: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+            for piece in written:
+                yield piece
+                advance(piece.nbytes)
+
+        def write_all(ask: Callable[[list[str]], list[str]]) -> None:
+            begin = _begin(partial, config, context, kind, tokenizer, tensors)
+            work = []
+            for number, size in enumerate(sizes):
+                work.append(f"{number} {begin} {begin + size}")
+                begin += gguf.GGUFWriter.ggml_pad(size, gguf.GGUF_DEFAULT_ALIGNMENT)
+            os.truncate(partial, begin)
+            ask(work)
+            flush(partial)
+
+        with_all(take_turn(), write, write_all, THREADS)
     return file
+
+
+def _begin(
+    file: Path,
+    config: ModelConfig,
+    context: int,
+    kind: GGUFType,
+    tokenizer: bytes | None,
+    tensors: list[ExternalTensor],
+) -> int:
+    """Writes everything but the tensors; returns where these begin, in bytes."""
+    writer = gguf.GGUFWriter(file, "llama")
+    try:
+        _describe(writer, config, context, kind)
+        _add_tokenizer(writer, tokenizer, config.vocab_size)
+        for tensor in tensors:
+            raw = _raw(tensor, kind)
+            shape = gguf.quant_shape_to_byte_shape(tensor.shape, raw)
+            writer.add_tensor_info(tensor.key, shape, np.dtype(np.uint8), _size(tensor, kind), raw_dtype=raw)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+    finally:
+        writer.close()
+    return gguf.GGUFWriter.ggml_pad(file.stat().st_size, gguf.GGUF_DEFAULT_ALIGNMENT)
 
 
 def _describe(writer: gguf.GGUFWriter, config: ModelConfig, context: int, kind: GGUFType) -> None:
@@ -136,27 +182,23 @@ def _add_tokenizer(writer: gguf.GGUFWriter, model_bytes: bytes | None, rows: int
         writer.add_chat_template(template)
 
 
-def _write_tensors(writer: gguf.GGUFWriter, tensors: list[ExternalTensor], read: Read, kind: GGUFType) -> None:
-    """Announces all tensors and then writes them one by one."""
-    sizes = []
-    for tensor in tensors:
-        raw = gguf.GGMLQuantizationType[_TYPES[_type_of(tensor, kind)][0]]
-        shape = gguf.quant_shape_to_byte_shape(tensor.shape, raw)
-        sizes.append(int(np.prod(shape)))
-        writer.add_tensor_info(tensor.key, shape, np.dtype(np.uint8), sizes[-1], raw_dtype=raw)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    with byte_progress("export gguf", sum(sizes)) as advance:
-        for tensor, size in zip(tensors, sizes, strict=True):
-            own = _type_of(tensor, kind)
-            values = np.concatenate([np.ravel(piece) for piece in read(tensor, "float32" if own == "q8_0" else own)])
-            values = values.reshape(tensor.shape)
-            if own == "q8_0":
-                values = gguf.quantize(values.view(np.float32), gguf.GGMLQuantizationType.Q8_0)
-            writer.write_tensor_data(values)
-            advance(size)
-            del values  # before the next one is allocated
+def _pieces(source: Source, config: ModelConfig, tensor: ExternalTensor, own: GGUFType) -> Iterator[np.ndarray]:
+    """Reads a tensor in the order and type of the file, a block at a time; a scale of Q8_0 is of one row."""
+    for piece in pieces(source, config, tensor, "float32" if own == "q8_0" else own):
+        if own == "q8_0":
+            rows = piece.view(np.float32).reshape(-1, tensor.shape[-1])
+            yield gguf.quantize(rows, gguf.GGMLQuantizationType.Q8_0)
+        else:
+            yield piece
+
+
+def _raw(tensor: ExternalTensor, kind: GGUFType) -> gguf.GGMLQuantizationType:
+    return gguf.GGMLQuantizationType[_TYPES[_type_of(tensor, kind)][0]]
+
+
+def _size(tensor: ExternalTensor, kind: GGUFType) -> int:
+    """Counts the bytes of a tensor in the file."""
+    return math.prod(gguf.quant_shape_to_byte_shape(tensor.shape, _raw(tensor, kind)))
 
 
 def _type_of(tensor: ExternalTensor, kind: GGUFType) -> GGUFType:

@@ -8,7 +8,6 @@ Source: https://huggingface.co/docs/safetensors
 
 import json
 import math
-import os
 import struct
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 from jaxtyping import UInt
 
 from mixtral_jax.config import UserError
-from mixtral_jax.weights.stored import FILE_TYPES, FileType, StoredTensor, file_type
+from mixtral_jax.weights.stored import FILE_TYPES, FileType, StoredTensor, file_type, write_tensor
 
 _TYPES: dict[str, FileType] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _NAMES = {value: name for name, value in _TYPES.items()}
@@ -118,11 +117,4 @@ class SafetensorsWriter:
     def write(self, key: str, pieces: Iterable[UInt[np.ndarray, "..."]]) -> None:
         """Puts a tensor in its place in the file that was made, given as unsigned integers, a piece at a time."""
         begin, end = self._places[key]
-        with os.fdopen(os.open(self._file, os.O_WRONLY), "wb") as stream:
-            stream.seek(begin)
-            for piece in pieces:
-                stream.write(np.ascontiguousarray(piece).data)
-            assert stream.tell() == end, key
-            if hasattr(os, "posix_fadvise"):  # the disk is to begin at once, not when memory is full
-                stream.flush()
-                os.posix_fadvise(stream.fileno(), begin, end - begin, os.POSIX_FADV_DONTNEED)
+        write_tensor(self._file, begin, end, pieces)

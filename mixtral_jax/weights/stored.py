@@ -1,13 +1,15 @@
-"""A tensor in a file: where its bytes lie, read through a memory map and only where it is indexed."""
+"""A tensor in a file: where its bytes lie, read through a memory map and only where it is indexed, and written."""
 
 import math
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import ml_dtypes
 import numpy as np
-from jaxtyping import UInt
+from jaxtyping import Shaped, UInt
 
 from mixtral_jax.config import UserError
 
@@ -38,6 +40,25 @@ class StoredTensor:
         """Maps the tensor's bytes as unsigned integers of the same width, which numpy copies faster than bfloat16."""
         width = np.dtype(f"u{FILE_TYPES[self.dtype].itemsize}")
         return np.memmap(self.file, dtype=width, mode="r", offset=self.offset, shape=self.shape)
+
+
+def write_tensor(file: Path, begin: int, end: int, pieces: Iterable[Shaped[np.ndarray, "..."]]) -> None:
+    """Puts a tensor in its place in a file that is there, a piece at a time.
+
+    Args:
+        file: which others may write at the same time, in other places.
+        begin: where it begins, in bytes.
+        end: where it ends.
+        pieces: of it, in order.
+    """
+    with os.fdopen(os.open(file, os.O_WRONLY), "wb") as stream:
+        stream.seek(begin)
+        for piece in pieces:
+            stream.write(np.ascontiguousarray(piece).data)
+        assert stream.tell() == end, (file, begin)
+        if hasattr(os, "posix_fadvise"):  # the disk is to begin at once, not when memory is full
+            stream.flush()
+            os.posix_fadvise(stream.fileno(), begin, end - begin, os.POSIX_FADV_DONTNEED)
 
 
 def file_type(name: str, names: dict[str, FileType], key: str, file: Path) -> FileType:

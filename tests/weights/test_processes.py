@@ -7,16 +7,25 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from mixtral_jax import __main__ as program
-from mixtral_jax.config import CheckpointConfig, UserError
-from mixtral_jax.runs.checkpoint import Checkpoints
+from mixtral_jax.config import CheckpointConfig, MeshConfig
+from mixtral_jax.config_loading import parse_config, to_yaml
+from mixtral_jax.data.record import FILE as RECORD
+from mixtral_jax.model.mixtral import Architecture
+from mixtral_jax.runs.checkpoint import Checkpoints, find_checkpoint
+from mixtral_jax.runs.restoring import ADAPTERS, describe_base
 from mixtral_jax.runs.sources import StoredArrays
+from mixtral_jax.runs.streaming import named_leaves
+from mixtral_jax.runtime import make_runtime
+from mixtral_jax.sharding import ANY_MESH, make_mesh
 from mixtral_jax.verbs import VERBS
-from mixtral_jax.weights import checkpoints as module
 from mixtral_jax.weights.importing import ReleasedArrays
 from mixtral_jax.weights.safetensors_files import SafetensorsWriter
+from tests import small_run
 from tests.processes import HEARTBEAT, PATIENCE, fork, free_port, on_devices, without_noise
 from tests.weights.models import small
 from tests.weights.synthetic import classic, load, write
@@ -88,16 +97,37 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def contents(directory: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in directory.iterdir()}
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of adapters above a run."""
+    base, directory = find_checkpoint(small_run.trained() / "run")[0], tmp_path_factory.mktemp("adapted")
+    meta = base.read_meta(12)
+    objective = ["objective.name=sft", "objective.lora_rank=3", "objective.lora_router=true"]
+    changes = [*objective, f"init_from={base.directory.parent}", ANY_MESH]
+    config = parse_config(meta["config"], changes, saved=True)
+    own = Architecture(config.model, make_runtime(config, make_mesh(MeshConfig(), jax.devices()[:1])), config.objective)
+    adapters = own.init_adapters(0)
+    for number, pair in enumerate(adapters.values()):
+        pair["b"] = jax.random.normal(jax.random.key(number), pair["b"].shape)
+    bias = {name: jnp.zeros(leaf.shape) for name, leaf in named_leaves(own.abstract()["selection_bias"]).items()}
+    facts = {**meta, "config": to_yaml(config), ADAPTERS: describe_base(base, 12)}
+    with Checkpoints(directory / "checkpoints", CheckpointConfig()) as checkpoints:
+        files = {name: base.read_file(12, name) for name in ("tokenizer.model", RECORD)}
+        checkpoints.save(1, {"params": adapters, "selection_bias": bias}, facts, files)
+    return directory
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.iterdir()} if path.is_dir() else {"": path.read_bytes()}
 
 
 def numbers(directory: Path) -> dict[tuple[str, str], bytes]:
-    """All arrays of an import, which must be as it was written."""
+    """All arrays of an import or of a model alone, which must be as it was written."""
     checkpoints = Checkpoints(directory / "checkpoints", CheckpointConfig())
-    assert checkpoints.latest() == 0
-    parts = {part: dict(facts) for part, facts in checkpoints.read_meta(0)["arrays"].items()}
-    stored = StoredArrays(directory / "checkpoints" / "0", parts)
+    (step,) = checkpoints.steps()
+    assert checkpoints.latest() == step
+    parts = {part: dict(facts) for part, facts in checkpoints.read_meta(step)["arrays"].items()}
+    stored = StoredArrays(directory / "checkpoints" / str(step), parts)
     return {
         (part, name): stored.block(part, name, (0,) * len(leaf.shape), leaf.shape).tobytes()
         for part, leaves in stored.parts.items()
@@ -117,13 +147,26 @@ def test_two_import_what_one_does(source: Path, tmp_path: Path) -> None:
     assert {key: value.tobytes() for key, value in there.items()} == {k: value.tobytes() for k, value in back.items()}
 
 
-@pytest.mark.parametrize("name", ["hf", "mistral-fused"])
-def test_two_export_what_one_does(source: Path, tmp_path: Path, name: str) -> None:
-    VERBS["export"]([str(source / "alone"), str(tmp_path / "one"), "--format", name])
-    two = Two(tmp_path / "log", "export", source / "alone", tmp_path / "two", "--format", name)
-    assert two.end() == [0, 0], two.read("0.err")
-    assert contents(tmp_path / "two") == contents(tmp_path / "one")
-    assert len(list((tmp_path / "one").glob("*.pt"))) == 2 * (name == "mistral-fused")
+@pytest.mark.parametrize(
+    ("of", "arguments"),
+    [
+        ("alone", ["hf"]), ("alone", ["mistral-fused"]), ("run", ["gguf", "--dtype", "Q8_0"]),
+        ("adapted", ["peft"]), ("adapted", ["hf"]), ("adapted", ["checkpoint"]),
+    ],
+)  # fmt: skip
+def test_two_export_what_one_does(source: Path, adapted: Path, tmp_path: Path, of: str, arguments: list[str]) -> None:
+    if arguments[0] == "gguf":
+        pytest.importorskip("gguf")
+    place = {"alone": source / "alone", "run": small_run.trained() / "run", "adapted": adapted}[of]
+    one, two = (tmp_path / f"{name}{'.gguf' * (arguments[0] == 'gguf')}" for name in ("one", "two"))
+    VERBS["export"]([str(place), str(one), "--format", *arguments])
+    both = Two(tmp_path / "log", "export", place, two, "--format", *arguments)
+    assert both.end() == [0, 0], both.read("0.err")
+    if arguments[0] == "checkpoint":
+        assert numbers(two) == numbers(one)
+    else:
+        assert contents(two) == contents(one)
+    assert len(list(tmp_path.glob("one/*.pt"))) == 2 * ("mistral-fused" in arguments)
 
 
 @pytest.mark.parametrize("verb", ["import", "export"])
@@ -177,11 +220,3 @@ def test_so_does_what_an_import_leaves_whose_first_process_was_killed(
     VERBS["import"]([str(source / "hf"), str(tmp_path / "place")])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "place"]
     assert f"removed {left}, which a killed process had left" in caplog.text
-
-
-@pytest.mark.parametrize("name", ["gguf", "peft"])
-def test_what_one_process_writes_alone(source: Path, tmp_path: Path, name: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(module, "is_alone", lambda: False)
-    monkeypatch.setattr(module, "check_target", lambda *_: None)  # the package gguf may be missing
-    with pytest.raises(UserError, match=f"the format {name} is written by one process: .*num_processes=1"):
-        module.export_checkpoint(source / "alone", tmp_path / "out.gguf", name, say=lambda text: None)

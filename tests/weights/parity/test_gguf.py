@@ -1,9 +1,9 @@
 """GGUF files: the exact numbers, and llama.cpp reads prompts and writes texts as this model does."""
 
 import dataclasses
-import errno
 import json
 import random
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from mixtral_jax.model.mixtral import Architecture, Mixtral
 from mixtral_jax.weights.checkpoints import import_checkpoint
 from mixtral_jax.weights.exporting import About, export_weights
 from mixtral_jax.weights.gguf_files import export_gguf
+from tests.limits import limited
 from tests.small_run import WORDS
 from tests.tiny import tiny_config
 from tests.weights.models import blank, runtime, small
@@ -227,16 +228,16 @@ def rounds_inputs(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
         inner = w.shape[:axes]
         return jnp.tensordot(rounded(x.reshape(*x.shape[:-axes], -1)), w.reshape(np.prod(inner), *w.shape[axes:]), 1)
 
-    def expert_ffn(rows: jax.Array, sizes: jax.Array, weights: Any, options: Any) -> jax.Array:
+    def stacked_ffn(rows: jax.Array, sizes: jax.Array, weights: Any, options: Any) -> tuple[jax.Array, None]:
         ends = jnp.cumsum(sizes + -sizes % options.row_multiple)
         expert, x, out = jnp.searchsorted(ends, jnp.arange(len(rows)), side="right"), rounded(rows), rows
         for number, (gate, up, down) in enumerate(zip(weights.w_gate, weights.w_up, weights.w_down, strict=True)):
             y = rounded(jax.nn.silu(x @ gate) * (x @ up)) @ down
             out = jnp.where((expert == number)[:, None], y, out)
-        return out
+        return out, None
 
     monkeypatch.setattr(attention, "contract", contract)
-    monkeypatch.setattr(moe, "expert_ffn", expert_ffn)
+    monkeypatch.setattr(moe, "stacked_ffn", stacked_ffn)
     monkeypatch.setattr(Mixtral, "logits", lambda self, x: rounded(x) @ self.head())
 
 
@@ -303,8 +304,5 @@ def test_what_a_file_cannot_hold(tokenizer: bytes, tmp_path: Path, monkeypatch: 
     refused(tmp_path, "exists: name a new file", tokenizer=tokenizer)
     (tmp_path / "new" / "model.gguf").unlink()
 
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", full)
-    refused(tmp_path, "No space left", tokenizer=tokenizer)
+    with limited(resource.RLIMIT_FSIZE, 20_000):
+        refused(tmp_path, "File too large", tokenizer=tokenizer)

@@ -11,6 +11,7 @@ from peft import PeftModel
 
 from mixtral_jax.config import ObjectiveConfig
 from mixtral_jax.model.mixtral import Architecture
+from mixtral_jax.runs.sources import DeviceArrays
 from mixtral_jax.weights.peft_files import export_peft
 from mixtral_jax.weights.released import open_released
 from tests.weights.models import import_arrays, runtime, small
@@ -29,7 +30,8 @@ def test_peft_computes_what_the_adapters_do(router: bool, tmp_path: Path) -> Non
     arrays = {**import_arrays(open_released(tmp_path / "hf"), where), "adapters": architecture.init_adapters(0)}
     for number, pair in enumerate(arrays["adapters"].values()):
         pair["b"] = 0.2 * jax.random.normal(jax.random.key(number), pair["b"].shape)
-    export_peft(arrays, CONFIG, objective, tmp_path / "peft")
+    source = DeviceArrays({"params": arrays["adapters"], "selection_bias": arrays["selection_bias"]})
+    export_peft(source, CONFIG, objective, tmp_path / "peft")
     described = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert ("gate" in described["target_modules"]) == router
 
