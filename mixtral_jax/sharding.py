@@ -82,7 +82,7 @@ def arrange_devices(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
     Raises:
         UserError: the sizes do not multiply to the number of devices, or the slices do not divide over the axes.
     """
-    sizes = _axis_sizes(config, len(devices))
+    sizes = axis_sizes(config, len(devices))
     by_process = getattr(devices[0], "slice_index", None) is None
     members = Counter(_slice_of(device) for device in devices)
     if len(members) == 1:
@@ -106,8 +106,12 @@ def _slice_of(device: Any) -> int:
     return number
 
 
-def _axis_sizes(config: MeshConfig, num_devices: int) -> list[int]:
-    """The size of each axis, -1 replaced."""
+def axis_sizes(config: MeshConfig, num_devices: int) -> list[int]:
+    """Says the size of each of `MESH_AXES`, -1 replaced.
+
+    Raises:
+        UserError: they do not multiply to the number of devices.
+    """
     sizes = {name: getattr(config, name) for name in MESH_AXES}
     known = math.prod(size for size in sizes.values() if size != -1)
     sizes = {name: max(1, num_devices // known) if size == -1 else size for name, size in sizes.items()}

@@ -87,26 +87,20 @@ def plan(runs: Sequence[Run]) -> Table:
 
 
 def outcome(runs: Sequence[Run]) -> Report:
-    """Compares the runs that are done."""
+    """Puts the variants of the runs that are done beside each other.
 
-    found = [(run, read_seed(run.config)) for run in runs]
-    variants: dict[str, dict[int, Seed]] = {run.variant: {} for run in runs}
-    for run, seed in found:
-        if seed:
-            variants[run.variant][run.seed] = seed
-    return _report(variants, [str(run) for run, seed in found if not seed])
-
-
-def _report(variants: Variants, missing: Sequence[str]) -> Report:
-    """Puts variants beside each other; differences are to the first, of the seeds that both have.
-
-    Args:
-        variants: the runs that have ended.
-        missing: names of those that have not.
+    Differences are to the first variant, of the seeds that both have.
     """
+    variants: dict[str, dict[int, Seed]] = {run.variant: {} for run in runs}
+    missing = []
+    for run in runs:
+        if seed := read_seed(run.config):
+            variants[run.variant][run.seed] = seed
+        else:
+            missing.append(str(run))
     numbers = {name: _numbers(seeds, next(iter(variants.values()))) for name, seeds in variants.items() if seeds}
     notes = [f"not there yet: {', '.join(missing)}"] if missing else []
-    content = {"evaluation": "experiment", "variants": numbers, "missing": list(missing)}
+    content = {"evaluation": "experiment", "variants": numbers, "missing": missing}
     tables = [_table(numbers)]
     if any(len(found["by_source"]) > 1 for found in numbers.values()):
         tables.append(_sources_table(numbers))

@@ -60,10 +60,10 @@ def perplexity(loaded: LoadedModel) -> Report:
     found = evaluation_texts(loaded)
     texts = [text.documents for text in found]
     evaluation = measure_with_progress(loaded.score, texts, config.eval, config.data.seq_len)
-    numbers = results_json(evaluation, tokenizer=loaded.tokenizer.fingerprint, checkpoint_step=loaded.step)
+    numbers = add_facts(results_json(evaluation), found) | _about(loaded)
     draw = {"perplexity.png": lambda path: pictures.draw_perplexity(evaluation, path)}
     table = results_table(evaluation, kinds={text.documents.name: describe(text) for text in found})
-    return Report([table], add_facts(numbers, found), notes(found, loaded.record), draw)
+    return Report([table], numbers, notes(found, loaded.record), draw)
 
 
 def context(loaded: LoadedModel) -> Report:
@@ -225,4 +225,5 @@ def _piece(loaded: LoadedModel, token: int) -> str:
 
 
 def _about(loaded: LoadedModel) -> dict[str, Any]:
+    """Whose numbers they are: perplexities compare only where the tokenizer is the same."""
     return {"tokenizer": loaded.tokenizer.fingerprint, "checkpoint_step": loaded.step}

@@ -51,35 +51,23 @@ def results_table(
     return table
 
 
-def results_json(
-    evaluation: Evaluation,
-    *,
-    tokenizer: str,
-    checkpoint_step: int,
-    baselines: Mapping[str, Result] | None = None,
-) -> dict[str, Any]:
+def results_json(evaluation: Evaluation) -> dict[str, Any]:
     """Makes the object that scripts may rely on.
 
     Args:
         evaluation: what was measured.
-        tokenizer: its fingerprint: perplexities compare only where it is the same.
-        checkpoint_step: of the parameters that were measured.
-        baselines: results of simpler models on the same text, by name.
 
     Returns:
-        `sources` (by name), `total` and `baselines` (by name), each with `tokens`, `bytes`, `nats_per_token`,
-        `perplexity`, `bits_per_byte`, the number of `documents` and the `intervals` of the three (95%, [low, high];
-        null where a source has fewer than two documents); `mode`, `context`, `stride`, `tokenizer`, `checkpoint_step`.
+        `sources` (by name) and `total`, each with `tokens`, `bytes`, `nats_per_token`, `perplexity`, `bits_per_byte`,
+        the number of `documents` and the `intervals` of the three (95%, [low, high]; null where a source has fewer
+        than two documents); `mode`, `context`, `stride`.
     """
     return {
         "sources": {name: numbers_of(result) for name, result in evaluation.sources.items()},
         "total": numbers_of(evaluation.total),
-        "baselines": {name: numbers_of(result) for name, result in (baselines or {}).items()},
         "mode": evaluation.mode,
         "context": evaluation.context,
         "stride": evaluation.stride,
-        "tokenizer": tokenizer,
-        "checkpoint_step": checkpoint_step,
     }
 
 

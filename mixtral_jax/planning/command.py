@@ -63,12 +63,6 @@ def main(arguments: list[str]) -> None:
 
 def with_sizes(config: Config, devices: int) -> Config:
     """Gives the mesh axis that takes the rest its size."""
-    import math
+    from mixtral_jax.sharding import MESH_AXES, axis_sizes
 
-    from mixtral_jax.sharding import MESH_AXES
-
-    sizes = {name: getattr(config.mesh, name) for name in MESH_AXES}
-    known = math.prod(size for size in sizes.values() if size != -1)
-    return replace(
-        config, mesh={name: max(1, devices // known) if size == -1 else size for name, size in sizes.items()}
-    )
+    return replace(config, mesh=dict(zip(MESH_AXES, axis_sizes(config.mesh, devices), strict=True)))

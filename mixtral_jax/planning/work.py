@@ -82,22 +82,17 @@ def _operands(instruction: Instruction, computation: Computation) -> list[Instru
 
 
 def _product_flops(instruction: Instruction, computation: Computation) -> float:
-    if instruction.opcode == "dot":
-        left = _operands(instruction, computation)[0].shapes[0]
-        contracted = 1
-        for axis in instruction.numbers("lhs_contracting_dims"):
-            contracted *= left.dims[axis]
-        return 2.0 * instruction.shapes[0].elements * contracted
     if instruction.opcode == "convolution":
         return _convolution_flops(instruction, computation)
-    if instruction.opcode == "custom-call" and "__cublas$" in instruction.attributes:
-        left = _operands(instruction, computation)[0].shapes[0]
-        axes = re.search(r'lhs_contracting_dimensions\\?":\[([^\]]*)\]', instruction.attributes)
-        contracted = 1
-        for axis in re.findall(r"\d+", axes[1]) if axes else []:
-            contracted *= left.dims[int(axis)]
-        return 2.0 * instruction.shapes[0].elements * contracted
-    return 0.0
+    if instruction.opcode == "dot":
+        axes = instruction.numbers("lhs_contracting_dims")
+    elif instruction.opcode == "custom-call" and "__cublas$" in instruction.attributes:
+        named = re.search(r'lhs_contracting_dimensions\\?":\[([^\]]*)\]', instruction.attributes)
+        axes = [int(axis) for axis in re.findall(r"\d+", named[1])] if named else []
+    else:
+        return 0.0
+    left = _operands(instruction, computation)[0].shapes[0]
+    return 2.0 * instruction.shapes[0].elements * math.prod(left.dims[axis] for axis in axes)
 
 
 def _convolution_flops(instruction: Instruction, computation: Computation) -> float:

@@ -9,7 +9,8 @@ from typing import Literal
 
 from omegaconf import MISSING
 
-from mixtral_jax.config import TRAINED, UserError
+from mixtral_jax.config import TRAINED
+from mixtral_jax.config_checks import require
 from mixtral_jax.config_loading import parse_structured, read_config_file
 
 
@@ -223,18 +224,18 @@ def load_prepare_config(path: str | Path, overrides: list[str] | None = None) ->
 
 def validate(config: PrepareConfig) -> None:
     """Raises `UserError` for values that contradict each other or cannot be."""
-    _require(bool(config.output), "output is empty: name the directory to write")
-    _require(bool(config.sources), "sources is empty: name at least one source of documents")
-    _require(bool(config.language.keep), "language.keep is empty: name at least one language, such as en")
+    require(bool(config.output), "output is empty: name the directory to write")
+    require(bool(config.sources), "sources is empty: name at least one source of documents")
+    require(bool(config.language.keep), "language.keep is empty: name at least one language, such as en")
     names = [source.name for source in config.sources]
     for source in config.sources:
-        _require(
+        require(
             bool(re.fullmatch(r"[\w.-]+", source.name)),
             f"the source name '{source.name}' has other characters than letters, digits, dot, dash and underscore: "
             "change it",
         )
-        _require(names.count(source.name) == 1, f"sources names '{source.name}' twice: give each source its own name")
-        _require(
+        require(names.count(source.name) == 1, f"sources names '{source.name}' twice: give each source its own name")
+        require(
             not source.language or source.language in config.language.keep,
             f"source '{source.name}' is in '{source.language}', which language.keep drops: add it there",
         )
@@ -242,25 +243,20 @@ def validate(config: PrepareConfig) -> None:
                  "temperature", "minhash.ngram", "minhash.buckets", "minhash.hashes_per_bucket", "executor.memory_gb",
                  "c4.max_word_length", "gopher_quality.max_words"):  # fmt: skip
         value = attrgetter(name)(config)
-        _require(0 < value < float("inf"), f"{name} is {value}: it must be greater than 0")
+        require(0 < value < float("inf"), f"{name} is {value}: it must be greater than 0")
     for name in SHARES:
         value = attrgetter(name)(config)
         for share in value.values() if isinstance(value, dict) else [value]:
-            _require(0 <= share <= 1, f"{name} is {value}: it is a share from 0 to 1")
-    _require(config.executor.workers >= 0, f"executor.workers is {config.executor.workers}: it must be 0 or more")
-    _require(
+            require(0 <= share <= 1, f"{name} is {value}: it is a share from 0 to 1")
+    require(config.executor.workers >= 0, f"executor.workers is {config.executor.workers}: it must be 0 or more")
+    require(
         config.tokenizer not in TRAINED,
         f"tokenizer={config.tokenizer} is not for prepare: it names mixtral, mixtral-v3 or a file",
     )
     if config.executor.kind == "slurm":
-        _require(bool(config.executor.partition), "executor.partition is empty: name a partition of the cluster")
+        require(bool(config.executor.partition), "executor.partition is empty: name a partition of the cluster")
 
 
 def result_settings(config: PrepareConfig) -> dict[str, object]:
     """The settings that decide what is written."""
     return {key: value for key, value in dataclasses.asdict(config).items() if key not in RESUMABLE_KEYS}
-
-
-def _require(ok: bool, sentence: str) -> None:
-    if not ok:
-        raise UserError(sentence)

@@ -12,6 +12,7 @@ import pytest
 from mixtral_jax import verbs
 from mixtral_jax.config import UserError
 from mixtral_jax.config_loading import parse_config
+from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.data.tokenizer_training import train_model
 from mixtral_jax.evaluation import modes
 from mixtral_jax.evaluation.perplexity import Result, difference
@@ -83,7 +84,8 @@ def test_perplexity_is_the_mode_without_a_name(run, tmp_path, capsys):
     assert numbers["total"]["tokens"] == sum(source["tokens"] for source in numbers["sources"].values())
     low, high = numbers["total"]["intervals"]["perplexity"]
     assert low < numbers["total"]["perplexity"] < high
-    assert numbers["checkpoint_step"] == 2
+    model = (run / "checkpoints" / "2" / "tokenizer.model").read_bytes()
+    assert (numbers["checkpoint_step"], numbers["tokenizer"]) == (2, Tokenizer(model).fingerprint)
     assert pictures == {"perplexity.png"}
     assert "8 x cpu (fsdp 8)" in capsys.readouterr().out
 
