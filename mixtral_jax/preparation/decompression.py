@@ -16,6 +16,7 @@ FORMAT = re.compile(rb"(?P<gzip>\x1f\x8b\x08)|(?P<zstd>\x28\xb5\x2f\xfd)|WARC/")
 SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")  # frames of zstd that hold no data
 BINARY = re.compile(rb"[\x00-\x08\x0b\x0e-\x1a\x1c-\x1f]")  # bytes that text has none of (mimesniff.spec.whatwg.org)
 DICTIONARY = 0x5D  # first byte of the one that begins a .warc.zst file (iipc.github.io/warc-specifications)
+LARGEST_DICTIONARY = 1 << 26  # bytes; those in use have a few hundred thousand
 PIECE = 1 << 12  # bytes that zstd decompresses at once: they may become a hundred megabytes
 
 Stream = Any  # a binary file or what behaves like one
@@ -41,7 +42,7 @@ def iter_pieces(stream: Stream, report: Report) -> Iterator[bytes | None]:
     if kind == "gzip":
         yield from _members(stream, raw, GZIP, lambda: zlib.decompressobj(31), "gzip", report)
     elif kind == "zstd" or SKIPPABLE.match(raw):
-        raw, dictionary = _dictionary(stream, raw)
+        raw, dictionary = _dictionary(stream, raw, report)
         yield from _members(stream, raw, ZSTD, lambda: _Frame(dictionary), "zstd", report)
     else:
         while raw:
@@ -108,13 +109,19 @@ class _Frame:
         return out
 
 
-def _dictionary(stream: Stream, raw: bytes) -> tuple[bytes, zstandard.ZstdCompressionDict | None]:
+def _dictionary(stream: Stream, raw: bytes, report: Report) -> tuple[bytes, zstandard.ZstdCompressionDict | None]:
     """What follows a file's first frame if that holds a dictionary, and the dictionary."""
     if raw[0] != DICTIONARY:
         return raw, None
     size = int.from_bytes(raw[4:8], "little")
+    if size > LARGEST_DICTIONARY:
+        report("bad zstd data", f"a dictionary of {size} bytes")
+        return raw[8:], None
     raw += stream.read(max(0, 8 + size - len(raw)))
-    content, rest = raw[8 : 8 + size], raw[8 + size :]
+    content, rest = raw[8 : 8 + size], raw[8 + size :] or stream.read(1 << 16)
     if content.startswith(ZSTD):
-        content = zstandard.ZstdDecompressor().decompressobj().decompress(content)
-    return rest or stream.read(1 << 16), zstandard.ZstdCompressionDict(content)
+        content = zstandard.ZstdDecompressor().stream_reader(content).read(LARGEST_DICTIONARY + 1)
+        if len(content) > LARGEST_DICTIONARY:
+            report("bad zstd data", f"a dictionary that unpacks to more than {LARGEST_DICTIONARY} bytes")
+            return rest, None
+    return rest, zstandard.ZstdCompressionDict(content)

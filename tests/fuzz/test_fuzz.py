@@ -60,6 +60,7 @@ FOUND = {
     "an index without a key": ("cache-index", seed("cache-index").replace(b"num_tokens", b"num_toKens")),
     "fingerprints that ask for a password": ("fingerprints", in_directory(seed("fingerprints"), 8, 1)),
     "a length of 5000 digits": ("warc", WARC.replace(b"Content-Length: ", b"Content-Length: " + b"9" * 5000)),
+    "a dictionary of 4 GiB": ("warc.zst", b"\x5d\x2a\x4d\x18\xff\xff\xff\xff"),
     "a table that is not UTF-8": ("parquet", seed("parquet").replace("é".encode(), b"\xc3a")),
     "a complaint of two lines": ("parquet", seed("parquet")[:-30] + b"\xff" * 22 + seed("parquet")[-8:]),
     "a column that is not UTF-8": ("prepare-parquet", seed("prepare-parquet").replace(b"text", b"te\xd8t")),

@@ -10,6 +10,7 @@ import pytest
 import zstandard
 
 from mixtral_jax.preparation.decompression import CHUNK
+from tests.limits import mapping_at_most
 from tests.preparation.pages import TEXTS, page, read, record
 
 PAGES = [page(text) for text, _ in TEXTS.values()]
@@ -24,12 +25,15 @@ def texts(*args, **settings) -> tuple[list[str], list[str]]:
     return [doc["text"] for doc in found], problems
 
 
+def dictionary_frame(packed: bytes) -> bytes:
+    return b"\x5d\x2a\x4d\x18" + len(packed).to_bytes(4, "little") + packed
+
+
 def warc_zst() -> bytes:
     """A file that begins with a dictionary, as archives that keep their records apart write it."""
     dictionary = zstandard.train_dictionary(1 << 12, RECORDS * 40)
     with_it = zstandard.ZstdCompressor(dict_data=dictionary)
-    packed = zstd(dictionary.as_bytes())
-    return b"\x5d\x2a\x4d\x18" + len(packed).to_bytes(4, "little") + packed + b"".join(map(with_it.compress, RECORDS))
+    return dictionary_frame(zstd(dictionary.as_bytes())) + b"".join(map(with_it.compress, RECORDS))
 
 
 ARCHIVES = {
@@ -55,6 +59,21 @@ def test_so_do_those_of_other_files(tmp_path, pack, name):
     assert texts(tmp_path, pack(JSONL), name) == (LINES, [])
     assert texts(tmp_path, pack(PAGES[0].encode()), name.replace("jsonl", "html")) == (PAGES[:1], [])
     assert texts(tmp_path, pack("\n".join(LINES).encode()), name.replace("jsonl", "txt"), lines=True) == (LINES, [])
+
+
+def unpacks_to(size: int) -> bytes:
+    """A few bytes that do."""
+    compressor = zstandard.ZstdCompressor().compressobj()
+    return b"".join([*(compressor.compress(bytes(1 << 20)) for _ in range(size >> 20)), compressor.flush()])
+
+
+@pytest.mark.parametrize("frame", [b"\x5d\x2a\x4d\x18\xff\xff\xff\xff", dictionary_frame(unpacks_to(1 << 30))])
+def test_a_dictionary_that_says_it_is_huge_takes_no_memory(tmp_path, frame):
+    records = b"".join(map(zstd, RECORDS))
+    texts(tmp_path, records, "a.warc.zst")  # what is imported counts
+    with mapping_at_most(400 << 20):
+        found, problems = texts(tmp_path, frame + records, "a.warc.zst")
+    assert (found, problems[0]) == (PAGES, "bad zstd data")
 
 
 JUNK = {
