@@ -23,7 +23,7 @@ from mixtral_jax.config import MeshConfig
 from mixtral_jax.config_loading import parse_config
 from mixtral_jax.data.batch import put_batch
 from mixtral_jax.data.pipeline import TrainingData, open_documents
-from mixtral_jax.data.prefetch import Prefetcher
+from mixtral_jax.data.prefetch import prefetch
 from mixtral_jax.sharding import make_mesh, named_sharding
 
 MODEL = (
@@ -57,13 +57,13 @@ def main() -> None:
             config = parse_config(f"{MODEL}data: {json.dumps(data)}\ntrain: {{steps: 1, batch_size: {rows}}}")
             training = TrainingData(config, open_documents(config)[1])
             alone = rate(rows * seq_len, map(training.batch, itertools.count()))
-            with Prefetcher(training.batch, 0, 1 << 30) as batches:
+            with prefetch(training.batch, 0, 1 << 30) as batches:
                 ahead = rate(rows * seq_len, iter(batches))
 
             def place(step: int, training=training) -> dict:
                 return put_batch(training.batch(step), sharding)
 
-            with Prefetcher(place, 0, 1 << 30) as batches:
+            with prefetch(place, 0, 1 << 30) as batches:
                 waits = stall(iter(batches))
             report.add(
                 batch=batch, tokens_a_second=alone, prefetched=ahead,

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Iterable
-from types import TracebackType
+from contextlib import AbstractContextManager
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -48,7 +48,7 @@ def silent(*_: object) -> None:
     """Shows nothing: stands in for `ProgressLine.add` where nobody looks."""
 
 
-class ProgressLine:
+class ProgressLine(AbstractContextManager["ProgressLine"]):
     """Shows how far a piece of work is.
 
     Standard output gets a live bar, with a permanent line now and then, if it is a terminal; a file or a pipe gets
@@ -136,12 +136,7 @@ class ProgressLine:
         if self._live:
             self._progress.stop()
 
-    def __enter__(self) -> "ProgressLine":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _left(self) -> str:

@@ -1,71 +1,36 @@
 """Makes batches ahead of time in a background thread."""
 
-import queue
-import threading
+import contextlib
+from collections import deque
 from collections.abc import Callable, Iterator
-from types import TracebackType
-from typing import Generic, TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import TypeVar
 
 T = TypeVar("T")
+AHEAD = 2  # batches that wait at most, while another is made
 
 
-class Prefetcher(Generic[T]):
-    """Iterates over `make(step)` for the steps from `start` to below `stop`, a few made ahead.
+@contextlib.contextmanager
+def prefetch(make: Callable[[int], T], start: int, stop: int) -> Iterator[Iterator[T]]:
+    """Gives an iterator over `make(step)`, a few made ahead; the thread that makes them ends with the context.
 
-    Use it as a context manager, or call `close`.
+    Args:
+        make: builds the batch of a step; an exception in it is raised where the batch is asked for.
+        start: first step.
+        stop: step after the last.
     """
+    steps = iter(range(start, stop))
+    pool = ThreadPoolExecutor(1, "prefetch")
+    waiting = deque(pool.submit(make, step) for step in islice(steps, AHEAD + 1))
 
-    def __init__(self, make: Callable[[int], T], start: int, stop: int, depth: int = 2):
-        """Starts the thread.
+    def in_order() -> Iterator[T]:
+        while waiting:
+            batch = waiting.popleft().result()
+            waiting.extend(pool.submit(make, step) for step in islice(steps, 1))
+            yield batch
 
-        Args:
-            make: builds the batch of a step; an exception in it is raised where the batch is asked for.
-            start: first step.
-            stop: step after the last.
-            depth: batches that wait at most.
-        """
-        self._queue: queue.Queue[T | BaseException | None] = queue.Queue(depth)
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._work, args=(make, start, stop), daemon=True, name="prefetch")
-        self._thread.start()
-
-    def _work(self, make: Callable[[int], T], start: int, stop: int) -> None:
-        try:
-            for step in range(start, stop):
-                if not self._put(make(step)):
-                    return
-            self._put(None)
-        except BaseException as error:
-            self._put(error)
-
-    def _put(self, item: T | BaseException | None) -> bool:
-        """Waits for room; False when the consumer has gone."""
-        while not self._closed.is_set():
-            try:
-                self._queue.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def __iter__(self) -> Iterator[T]:
-        """Yields the batches in the order of their steps."""
-        while not self._closed.is_set():
-            item = self._queue.get()
-            if item is not None and not isinstance(item, BaseException):
-                yield item
-                continue
-            self.close()
-            if item is not None:
-                raise item
-
-    def close(self) -> None:
-        """Ends the thread and drops what it has made."""
-        self._closed.set()
-        self._thread.join()
-
-    def __enter__(self) -> "Prefetcher[T]":
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+    try:
+        yield in_order()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -5,7 +5,7 @@ and agrees on a step that none has passed yet.
 """
 
 import signal
-from types import FrameType, TracebackType
+from types import FrameType
 
 from jax.experimental import multihost_utils
 
@@ -34,8 +34,6 @@ class StopRequest:
         self._before = {number: signal.signal(number, self._handle) for number in numbers}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)

@@ -2,7 +2,7 @@
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import jax
 COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX's event, also for a program found on disk
 
 
-class StepClock:
+class StepClock(AbstractContextManager["StepClock"]):
     """Times steps where they happen; a context manager.
 
     The host's own time says little: it runs ahead of the device, and takes in at once the steps that are in flight when
@@ -61,12 +61,7 @@ class StepClock:
         """Leaves out the time since the last step ended: it was not training's."""
         self._mark = time.monotonic()
 
-    def __enter__(self) -> "StepClock":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._thread.shutdown()
 
 

@@ -15,7 +15,7 @@ from mixtral_jax.config import Config, DistributedConfig, UserError
 from mixtral_jax.config_loading import to_yaml
 from mixtral_jax.data.batch import Batch
 from mixtral_jax.data.pipeline import TrainingData
-from mixtral_jax.data.prefetch import Prefetcher
+from mixtral_jax.data.prefetch import prefetch
 from mixtral_jax.data.record import FILE as RECORD
 from mixtral_jax.data.splits import Documents
 from mixtral_jax.data.tokenizer import Tokenizer
@@ -149,7 +149,7 @@ class Trainer:
         rows, described = self.trainable.host_rows(), {"mfu": self.rates.formula}
 
         def place(step: int) -> Batch:
-            """In the thread of the prefetcher: to put a host's own rows on its own devices takes no other process."""
+            """In the thread of `prefetch`: to put a host's own rows on its own devices takes no other process."""
             return self.trainable.put(self.data.batch(step, rows), rows)
 
         pending: deque[tuple[int, Metrics, Future[float]]] = deque()
@@ -158,7 +158,7 @@ class Trainer:
                 path, config.train.steps, resume_step=step, descriptions=described, is_main=processes.is_main()
             ) as self.logger,
             StepClock(config.train.log_every) as clock,
-            Prefetcher(place, step, last) as batches,
+            prefetch(place, step, last) as batches,
         ):
             if step == 0 and config.objective.name != "pretrain" and config.init_from and config.train.eval_every:
                 with self.goodput.part("evaluation"):
