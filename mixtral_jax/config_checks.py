@@ -1,10 +1,27 @@
 """What values of a configuration cannot be or contradict each other; every sentence holds the fix."""
 
 import dataclasses
-from typing import Any
+from operator import attrgetter
 
 from mixtral_jax.config import Config, DistributedConfig, MeshConfig, RopeScalingConfig, SourceConfig, UserError
 from mixtral_jax.kernels.backends import check_name
+
+ABOVE_0 = (
+    "model.d_model", "model.d_ff", "model.num_layers", "model.num_heads", "model.num_kv_heads", "model.head_dim",
+    "model.vocab_size", "model.num_experts", "model.num_experts_per_tok", "model.rope_theta", "model.norm_eps",
+    "model.capacity_factor", "model.init_std", "model.rope_scaling.factor", "model.rope_scaling.beta_fast",
+    "model.rope_scaling.beta_slow", "model.rope_scaling.attention_factor", "data.seq_len", "train.steps",
+    "train.batch_size", "train.microbatches", "train.log_every", "train.eval_batches", "train.max_nonfinite_steps",
+    "optimizer.learning_rate", "optimizer.eps", "objective.lora_alpha", "checkpoint.every", "checkpoint.keep",
+    "eval.batch_size",
+)  # fmt: skip
+FROM_0 = (
+    "train.eval_every", "train.max_rollbacks", "optimizer.warmup_steps", "optimizer.decay_steps",
+    "optimizer.router_width", "optimizer.weight_decay", "optimizer.clip_norm", "optimizer.final_learning_rate_ratio",
+    "losses.load_balance", "losses.router_z", "losses.selection_bias_rate", "checkpoint.keep_every",
+    "kernels.block_size", "kernels.loss_chunk", "eval.context", "eval.max_tokens",
+)  # fmt: skip
+SHARES = ("data.holdout", "optimizer.beta1", "optimizer.beta2")
 
 
 def require(ok: bool, sentence: str) -> None:
@@ -13,45 +30,21 @@ def require(ok: bool, sentence: str) -> None:
         raise UserError(sentence)
 
 
-def _values(section: Any, names: tuple[str, ...]) -> list[tuple[str, Any]]:
-    prefix = type(section).__name__.removesuffix("Config").lower()
-    return [(f"{prefix}.{name}", getattr(section, name)) for name in names]
-
-
 def validate(config: Config) -> None:
     """Raises `UserError` for values that contradict each other or cannot be."""
     model, train = config.model, config.train
-    positive: tuple[tuple[Any, tuple[str, ...]], ...] = (
-        (model, ("d_model", "d_ff", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size",
-                 "num_experts", "num_experts_per_tok", "rope_theta", "norm_eps", "capacity_factor", "init_std")),
-        (config.data, ("seq_len",)),
-        (train, ("steps", "batch_size", "microbatches", "log_every", "eval_batches", "max_nonfinite_steps")),
-        (config.optimizer, ("learning_rate", "eps")),
-        (config.checkpoint, ("every", "keep")),
-        (config.eval, ("batch_size",)),
-    )  # fmt: skip
-    for section, names in positive:
-        for key, value in _values(section, names):
-            require(0 < value < float("inf"), f"{key} is {value}: it must be greater than 0")
-            require(isinstance(value, float) or value < 2**31, f"{key} is {value}: it must be below {2**31}")
+    for key in ABOVE_0:
+        value = attrgetter(key)(config)
+        require(value is None or 0 < value < float("inf"), f"{key} is {value}: it must be greater than 0")
+        require(not isinstance(value, int) or value < 2**31, f"{key} is {value}: it must be below {2**31}")
     require(0 <= config.seed < 2**32, f"seed is {config.seed}: it goes from 0 to {2**32 - 1}")
     for operation in ("matmul", "attention", "experts", "exchange"):
         check_name(operation, getattr(config.kernels, operation))
-    not_negative: tuple[tuple[Any, tuple[str, ...]], ...] = (
-        (train, ("eval_every", "max_rollbacks")),
-        (
-            config.optimizer,
-            ("warmup_steps", "decay_steps", "router_width", "weight_decay", "clip_norm", "final_learning_rate_ratio"),
-        ),
-        (config.losses, ("load_balance", "router_z", "selection_bias_rate")),
-        (config.checkpoint, ("keep_every",)),
-        (config.kernels, ("block_size", "loss_chunk")),
-        (config.eval, ("context", "max_tokens")),
-    )
-    for section, names in not_negative:
-        for key, value in _values(section, names):
-            require(value is None or 0 <= value < float("inf"), f"{key} is {value}: it must be 0 or more")
-    for key, value in (*_values(config.data, ("holdout",)), *_values(config.optimizer, ("beta1", "beta2"))):
+    for key in FROM_0:
+        value = attrgetter(key)(config)
+        require(value is None or 0 <= value < float("inf"), f"{key} is {value}: it must be 0 or more")
+    for key in SHARES:
+        value = attrgetter(key)(config)
         require(0 <= value < 1, f"{key} is {value}: it goes from 0 to below 1")
     stop = train.stop_at_step
     require(stop is None or stop > 0, f"train.stop_at_step is {stop}: it must be greater than 0, or null")
@@ -95,9 +88,6 @@ def validate(config: Config) -> None:
 
 def _validate_rope_scaling(scaling: RopeScalingConfig) -> None:
     key = "model.rope_scaling"
-    for name in ("factor", "beta_fast", "beta_slow", "attention_factor"):
-        value = getattr(scaling, name)
-        require(value is None or 0 < value < float("inf"), f"{key}.{name} is {value}: it must be greater than 0")
     require(
         scaling.kind != "none" or scaling == RopeScalingConfig(),
         f"{key} has values but {key}.kind is none: set {key}.kind=yarn or linear, or leave them out",
@@ -170,10 +160,6 @@ def _validate_objective(config: Config) -> None:
         0 <= rank <= least,
         f"objective.lora_rank={rank} does not fit the matrices, of which the smallest has rank {least}: make it 1 to "
         f"{least}, or 0 to train all parameters",
-    )
-    require(
-        0 < objective.lora_alpha < float("inf"),
-        f"objective.lora_alpha is {objective.lora_alpha}: it must be greater than 0",
     )
     require(
         not rank or bool(config.init_from),

@@ -16,9 +16,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mixtral_jax.config import Config, NoCheckpointError, UserError
 from mixtral_jax.config_checks import validate
-from mixtral_jax.config_renames import RENAMED, up_to_date
 
 CHECKPOINT_TOKENIZER = "checkpoint"  # value of `data.tokenizer`
+RENAMED = {"kernels.products": "kernels.matmul"}  # keys of earlier versions, and what they are now
+RENAMED_BACKENDS = {"blocked": "grouped_blocks"}
 T = TypeVar("T")
 Text = TypeVar("Text", str, str | None)
 
@@ -96,12 +97,10 @@ def user_path(text: str) -> Path:
     return Path(home_expanded(text))
 
 
-def key_table(schema: type = Config) -> str:
+def key_table() -> str:
     """Lists every key with its default, for `--help`."""
-    defaults = flatten(OmegaConf.to_container(OmegaConf.structured(schema)))  # type: ignore[arg-type]
     lines = []
-    for key in all_keys(schema):
-        value = defaults[key]
+    for key, value in flatten(OmegaConf.to_container(_defaults(Config))).items():  # type: ignore[arg-type]
         shown = "(needed)" if value == MISSING else "null" if value is None else repr(value) if value == "" else value
         lines.append(f"  {key}={shown}")
     return "\n".join(lines)
@@ -140,7 +139,7 @@ def parse_structured(
         raise UserError(f"{where} is not valid YAML{line}: {problem}; fix the syntax") from None
     if not isinstance(tree, dict | None):
         raise UserError(f"{where} holds no sections: write lines such as 'train:' and below it, indented, 'steps: 100'")
-    trees = [(where, up_to_date(tree or {}) if saved else tree or {})]
+    trees = [(where, _up_to_date(tree or {}) if saved else tree or {})]
     for override in overrides or []:
         key, equals, value = override.partition("=")
         if not equals or not key:
@@ -164,6 +163,17 @@ def parse_structured(
     return config
 
 
+def _up_to_date(tree: dict[str, Any]) -> dict[str, Any]:
+    """Translates the sections of a configuration that an earlier version saved."""
+    kernels = tree.get("kernels")
+    if not isinstance(kernels, dict):
+        return tree
+    names = {old.partition(".")[2]: new.partition(".")[2] for old, new in RENAMED.items()}
+    return tree | {
+        "kernels": {names.get(name, name): RENAMED_BACKENDS.get(str(value), value) for name, value in kernels.items()}
+    }
+
+
 def _inherited(given: Any) -> dict[str, Any]:
     """The architecture of the checkpoint `init_from`, if the configuration has none of its own."""
     if not given.init_from or any(OmegaConf.is_missing(given.model, key) is False for key in ("d_model", "num_layers")):
@@ -176,7 +186,7 @@ def _inherited(given: Any) -> dict[str, Any]:
             try:
                 text = json.loads((bundle / "meta.json").read_text(encoding="utf-8"))["config"]
                 _refuse_references(text, f"the configuration in {bundle}")
-                model = up_to_date(yaml.safe_load(text))["model"]
+                model = _up_to_date(yaml.safe_load(text))["model"]
                 return {"model": model, "data": {"tokenizer": CHECKPOINT_TOKENIZER}}
             except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
                 continue  # damaged or half-copied: an older one is what will be restored
@@ -274,14 +284,6 @@ def changed_keys(old: Config, new: Config) -> list[str]:
     """Lists the dotted keys in which two configurations differ."""
     left, right = flatten(dataclasses.asdict(old)), flatten(dataclasses.asdict(new))
     return sorted(key for key in left | right if left.get(key) != right.get(key))
-
-
-def value_of(config: Config, key: str) -> object:
-    """Looks up a dotted key."""
-    value: object = config
-    for name in key.split("."):
-        value = getattr(value, name)
-    return value
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -4,11 +4,12 @@ import fcntl
 import json
 import os
 import socket
+from operator import attrgetter
 from pathlib import Path
 from types import TracebackType
 
 from mixtral_jax.config import RESUMABLE_KEYS, Config, UserError
-from mixtral_jax.config_loading import changed_keys, parse_config, to_yaml, value_of
+from mixtral_jax.config_loading import changed_keys, parse_config, to_yaml
 from mixtral_jax.distributed.processes import is_main
 from mixtral_jax.whole_files import UNFINISHED, write_whole
 
@@ -92,7 +93,7 @@ class RunDirectory:
         old = parse_config(file.read_text(encoding="utf-8"), where=str(file), saved=True)
         for key in changed_keys(old, self.config):
             if not any(key == free or key.startswith(free + ".") for free in RESUMABLE_KEYS):
-                before, now = (value_of(config, key) for config in (old, self.config))
+                before, now = (attrgetter(key)(config) for config in (old, self.config))
                 raise UserError(
                     f"{self.path} holds a run with {key}={before}, not {now}: choose another run_dir or the old value"
                 )

@@ -3,13 +3,14 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from mixtral_jax.config import Config, UserError
-from mixtral_jax.config_loading import CHECKPOINT_TOKENIZER, changed_keys, parse_config, value_of
+from mixtral_jax.config_loading import CHECKPOINT_TOKENIZER, changed_keys, parse_config
 from mixtral_jax.data.pipeline import RunText, data_fingerprint, open_documents
 from mixtral_jax.data.record import NOTHING
 from mixtral_jax.data.tokenizer import Tokenizer
@@ -127,7 +128,7 @@ class StartingPoint:
         self.say(f"parameters from step {step} of {self.config.init_from}")
         for key in changed_keys(theirs, self.config):
             if key.startswith("model."):  # no shape shows it
-                before, now = (value_of(config, key) for config in (theirs, self.config))
+                before, now = (attrgetter(key)(config) for config in (theirs, self.config))
                 self.say(f"{key} is {before} there and {now} here")
         if self.config.objective.lora_rank:
             arrays["adapters"] = architecture.init_adapters(self.config.seed)
