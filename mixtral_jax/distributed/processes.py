@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from mixtral_jax.config import DistributedConfig, UserError
 from mixtral_jax.distributed.cluster import START_TIMEOUT, Cluster, find_cluster, launched_as, may_be_several
-from mixtral_jax.distributed.lone_watch import LoneWatch
+from mixtral_jax.distributed.step_watch import StepWatch
 from mixtral_jax.distributed.supervisor import ANEW, GIVEN_UP, supervise
 from mixtral_jax.distributed.watchdog import ROOT, USER_ERROR, Watchdog
 
@@ -40,7 +40,7 @@ class _Joined:
 
 
 _joined: _Joined | None = None
-_watch: Watchdog | LoneWatch | None = None  # of this process, inside of `joined`
+_watch: StepWatch | None = None  # of this process, inside of `joined`
 _speaks: bool | None = None  # whether this process tells of its mistakes; None: as its number says
 
 
@@ -85,7 +85,7 @@ def joined(config: DistributedConfig, restart: str = ANEW) -> Iterator[None]:
         cluster = find_cluster(config, os.environ)
     _speaks = True  # alone, or about things that another process may not even see
     if cluster is None:
-        _watch = lone = LoneWatch(float(config.step_timeout), restart)
+        _watch = lone = StepWatch(float(config.step_timeout), restart)
         lone.start()
         try:
             yield

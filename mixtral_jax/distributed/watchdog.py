@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mixtral_jax.distributed.step_watch import StepWatch
 from mixtral_jax.distributed.supervisor import ANEW, GIVEN_UP
 
 ROOT = "mixtral_jax/"
@@ -35,7 +36,7 @@ class Verdict:
     lost: int = 0  # processes that will not answer any more
 
 
-class Watchdog:
+class Watchdog(StepWatch):
     """Watches one process and, in process 0, all; a thread from `start` to `stop`."""
 
     def __init__(
@@ -58,43 +59,23 @@ class Watchdog:
             step_timeout: seconds without `progress`, once there was some, after which the run counts as hung.
             restart: what to do then.
         """
+        super().__init__(step_timeout, restart)
         self._client, self._process, self._count = client, process, count
-        self._heartbeat_timeout, self._step_timeout = heartbeat_timeout, step_timeout
-        self.restart = restart
-        self._period = min(5.0, heartbeat_timeout / 6)
-        self._begun = 0  # steps that this process has started
-        self._progress: float | None = None  # when one was last finished
+        self._heartbeat_timeout, self._period = heartbeat_timeout, min(5.0, heartbeat_timeout / 6)
+        self._looks = 0
+        self._signs: dict[int, tuple[str, float]] = {}  # the last of each process, and when it was first seen
         self._leaving = threading.Lock()
-        self._stopped = threading.Event()
         self.farewells: list[Callable[[], None]] = []  # what is done before this process ends for a verdict
-        self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
 
     def start(self) -> None:
         """Begins to watch; whoever is lost from now on is known to have been there."""
         with contextlib.suppress(Exception):  # the thread tries again
-            self._give_sign(0)
-        self._thread.start()
+            self._give_sign()
+        super().start()
 
-    def _give_sign(self, number: int) -> None:
-        sign = f"{number} {self._begun} {socket.gethostname()}"
+    def _give_sign(self) -> None:
+        sign = f"{self._looks} {self._begun} {socket.gethostname()}"
         self._client.key_value_set(f"{ROOT}alive/{self._process}", sign, allow_overwrite=True)
-
-    def stop(self) -> None:
-        """Ends the thread; call it when every process is done."""
-        self._stopped.set()
-        self._thread.join()
-
-    def begin(self, step: int) -> None:
-        """Notes that this process goes to work on a step: where processes hang, the last to come is to blame."""
-        self._begun = step
-
-    def progress(self) -> None:
-        """Notes that the devices have finished something."""
-        self._progress = time.monotonic()
-
-    def stop_waiting(self) -> None:
-        """Notes that nothing is to be finished any more; what comes after training takes what it takes."""
-        self._progress = None
 
     def end_all(self, code: int, text: str) -> None:
         """Ends all processes for a reason that this one has; does not return.
@@ -116,27 +97,24 @@ class Watchdog:
         while time.monotonic() < deadline:
             time.sleep(self._period / 4)  # the thread leaves with the verdict
 
-    def _watch(self) -> None:
-        signs: dict[int, tuple[str, float]] = {}
-        number = 0
-        while not self._stopped.wait(self._period):
-            number += 1
-            try:
-                self._give_sign(number)
-                verdict = self._read_verdict()
-                if verdict is None and self._process == 0:
-                    verdict = self._find_lost(signs)
-                if verdict is None:
-                    verdict = self._find_hang()
-            except Exception as error:  # JAX ends the process itself where the coordinator is gone
-                log.debug("the coordinator does not answer: %s", error)
-                continue
-            if verdict is not None:
-                self._leave(verdict)
+    def _look(self, *, late: bool) -> None:
+        self._looks += 1
+        try:
+            self._give_sign()
+            verdict = self._read_verdict()
+            if verdict is None and self._process == 0:
+                verdict = self._find_lost()
+            if verdict is None and late:
+                verdict = self._find_hang()
+        except Exception as error:  # JAX ends the process itself where the coordinator is gone
+            log.debug("the coordinator does not answer: %s", error)
+            return
+        if verdict is not None:
+            self._leave(verdict)
 
-    def _find_lost(self, signs: dict[int, tuple[str, float]]) -> Verdict | None:
+    def _find_lost(self) -> Verdict | None:
         """Compares the signs of life with the last ones seen."""
-        now = time.monotonic()
+        now, signs = time.monotonic(), self._signs
         for process, sign in self._read_signs().items():
             if process not in signs or signs[process][0] != sign:
                 signs[process] = sign, now
@@ -150,14 +128,11 @@ class Watchdog:
         )
         return self._announce(Verdict(GIVEN_UP, text, self._process, lost=len(lost)))
 
-    def _find_hang(self) -> Verdict | None:
-        last = self._progress
-        if last is None or time.monotonic() - last < self._step_timeout:
-            return None
+    def _find_hang(self) -> Verdict:
         signs = self._read_signs()
         begun = {process: int(sign.split()[1]) for process, sign in signs.items()}
         behind = {process: signs[process] for process, step in begun.items() if step == min(begun.values())}
-        text = f"no step was finished in {self._step_timeout:g} seconds (distributed.step_timeout)"
+        text = self._late
         if len(behind) < len(begun):
             step = max(1, min(begun.values()))
             text += f"; {_names(behind)} hangs in or before step {step}, the others wait for it"

@@ -7,7 +7,7 @@ import threading
 from mixtral_jax.distributed.supervisor import GIVEN_UP
 
 
-class LoneWatch:
+class StepWatch:
     """Waits for steps from `start` to `stop`, while this process runs: held still by Ctrl-Z it is not late."""
 
     def __init__(self, step_timeout: float, restart: str):
@@ -17,8 +17,10 @@ class LoneWatch:
             step_timeout: seconds without `progress`, once there was some, after which the process ends.
             restart: what to do then.
         """
-        self._timeout, self._restart = step_timeout, restart
+        self._step_timeout, self.restart = step_timeout, restart
         self._period = min(5.0, step_timeout / 6)
+        self._late = f"no step was finished in {step_timeout:g} seconds (distributed.step_timeout)"
+        self._begun = 0  # steps that this process has started
         self._done: int | None = None  # how often there was progress; None: none is waited for
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watch")
@@ -28,19 +30,20 @@ class LoneWatch:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread."""
+        """Ends the thread; call it when every process is done."""
         self._stopped.set()
         self._thread.join()
 
     def begin(self, step: int) -> None:
-        """Takes what a `Watchdog` is told, too; there is nobody else to blame."""
+        """Notes that this process goes to work on a step: where processes hang, the last to come is to blame."""
+        self._begun = step
 
     def progress(self) -> None:
         """Notes that the devices have finished something."""
         self._done = (self._done or 0) + 1
 
     def stop_waiting(self) -> None:
-        """Notes that nothing is to be finished any more."""
+        """Notes that nothing is to be finished any more; what comes after training takes what it takes."""
         self._done = None
 
     def _watch(self) -> None:
@@ -48,11 +51,11 @@ class LoneWatch:
         while not self._stopped.wait(self._period):
             before, seen = seen, self._done
             waited = 0.0 if seen is None or seen != before else waited + self._period
-            if waited > self._timeout:
-                sys.stderr.write(
-                    f"error: no step was finished in {self._timeout:g} seconds (distributed.step_timeout); see whether "
-                    f"the devices and the disk answer, then {self._restart}\n"
-                )
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(GIVEN_UP)
+            self._look(late=waited > self._step_timeout)
+
+    def _look(self, *, late: bool) -> None:
+        if late:
+            sys.stderr.write(f"error: {self._late}; see whether the devices and the disk answer, then {self.restart}\n")
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(GIVEN_UP)

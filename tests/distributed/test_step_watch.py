@@ -13,7 +13,7 @@ import pytest
 import train
 from mixtral_jax import cli
 from mixtral_jax.data.pipeline import TrainingData
-from mixtral_jax.distributed.lone_watch import LoneWatch
+from mixtral_jax.distributed.step_watch import StepWatch
 from tests.processes import PATIENCE, fork, on_devices, without_noise
 from tests.small_run import write_config
 
@@ -24,7 +24,7 @@ TIMEOUT = 2.0  # seconds
 def live(out: Path, way: str) -> None:
     """Runs for twice the timeout."""
     os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT), 2)
-    watch = LoneWatch(TIMEOUT, "start again")
+    watch = StepWatch(TIMEOUT, "start again")
     watch.start()
     if way in ("hang", "done"):
         watch.progress()
@@ -48,7 +48,7 @@ def test_only_steps_are_waited_for(tmp_path: Path, way: str, code: int) -> None:
 
 
 def work_a_little(started: Path) -> None:
-    watch = LoneWatch(TIMEOUT, "start again")
+    watch = StepWatch(TIMEOUT, "start again")
     watch.start()
     watch.progress()
     started.touch()
