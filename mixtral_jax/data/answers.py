@@ -1,6 +1,9 @@
-"""Records of chats and of judged answers: how they are marked and which format a source has."""
+"""Documents in tokens, records of chats and of judged answers among them: how they are marked, and in which format."""
 
-from typing import Literal
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Integer, UInt8
 
 from mixtral_jax.config import SourceConfig, UserError
 from mixtral_jax.data.chat_records import CHAT_FORMATS, recognize
@@ -10,6 +13,15 @@ Kind = Literal["pretrain", "sft", "preference"]  # as `objective.name`: what a s
 ANSWER = 1  # bit of a mark: the token is learnt
 WORSE = 2  # bit of a mark: the token belongs to a conversation whose answer is the rejected one, or was found bad
 JUDGED_FORMATS = ("pairs", "labels")
+
+
+class Piece(NamedTuple):
+    """Some documents, one after the other; of judged answers, the better one comes before the worse in a document."""
+
+    tokens: Integer[np.ndarray, " tokens"]
+    lengths: list[int]  # tokens of each
+    sizes: list[int]  # bytes of each
+    marks: UInt8[np.ndarray, " tokens"] | None = None  # says whose each token is; None: texts
 
 
 def format_of(source: SourceConfig, kind: Kind) -> str:

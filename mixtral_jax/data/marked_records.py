@@ -1,13 +1,12 @@
 """Records of chats and of judged answers as tokens, each token with a mark that says whose it is."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Int32, UInt8
 
 from mixtral_jax.config import SourceConfig, UserError
-from mixtral_jax.data.answers import ANSWER, WORSE
+from mixtral_jax.data.answers import ANSWER, WORSE, Piece
 from mixtral_jax.data.chat_records import (
     Chat,
     Message,
@@ -30,17 +29,9 @@ AFTER = {
 }
 
 
-@dataclass(frozen=True, eq=False)
-class MarkedTokens:
-    """What a record becomes: a conversation, or the one with the better answer and then the one with the worse."""
-
-    tokens: Int32[np.ndarray, " tokens"]
-    marks: UInt8[np.ndarray, " tokens"]
-
-
 def marked_records(
     source: SourceConfig, format: str, tokenizer: Tokenizer, on_bytes: Callable[[int], None]
-) -> Iterator[MarkedTokens]:
+) -> Iterator[Piece]:
     """Encodes the records of a source with the chat template of a tokenizer.
 
     Args:
@@ -55,27 +46,31 @@ def marked_records(
     template = ChatTemplate(tokenizer)
     for where, record in iter_records(source, on_bytes):
         try:
-            yield from _marked(template, record, format)
+            for tokens, marks in _marked(template, record, format):
+                answers = tokens[marks & ANSWER > 0]
+                yield Piece(tokens, [len(tokens)], [int(tokenizer.token_bytes[answers].sum())], marks)
         except RecordError as error:
             raise UserError(f"{where}: {str(error).rstrip('.')}; fix the record or leave it out") from None
 
 
-def _marked(template: ChatTemplate, record: Record, format: str) -> Iterator[MarkedTokens]:
+def _marked(
+    template: ChatTemplate, record: Record, format: str
+) -> Iterator[tuple[Int32[np.ndarray, " tokens"], UInt8[np.ndarray, " tokens"]]]:
     if format == "pairs":
         pair = read_preference(record)
         better, worse = (_answered(template, pair.prompt, answer) for answer in (pair.chosen, pair.rejected))
         if np.array_equal(better.tokens, worse.tokens):
             raise RecordError("the chosen answer is the rejected one in tokens")
         marks = np.concatenate([better.said * ANSWER, worse.said * ANSWER + WORSE])
-        yield MarkedTokens(np.concatenate([better.tokens, worse.tokens]), marks.astype(np.uint8))
+        yield np.concatenate([better.tokens, worse.tokens]), marks.astype(np.uint8)
     elif format == "labels":
         judged = read_judgement(record)
         one = _answered(template, Chat(judged.chat.messages[:-1], judged.chat.tools), judged.chat.messages[-1:])
-        yield MarkedTokens(one.tokens, (one.said * ANSWER + (0 if judged.good else WORSE)).astype(np.uint8))
+        yield one.tokens, (one.said * ANSWER + (0 if judged.good else WORSE)).astype(np.uint8)
     else:
         for chat in read_chats(record, format):
             encoded = _encoded(template, chat)
-            yield MarkedTokens(encoded.tokens, encoded.said.astype(np.uint8))
+            yield encoded.tokens, encoded.said.astype(np.uint8)
 
 
 def _encoded(template: ChatTemplate, chat: Chat) -> Encoded:

@@ -10,9 +10,10 @@ import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int64, Integer, UInt8
@@ -20,7 +21,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from mixtral_jax.config import SourceConfig, UserError
 from mixtral_jax.console import make_console
-from mixtral_jax.data.answers import ANSWER, Kind, format_of
+from mixtral_jax.data.answers import Kind, Piece, format_of
 from mixtral_jax.data.cache_files import altered_file, building, locked
 from mixtral_jax.data.sources import iter_documents, source_fingerprint, total_bytes
 from mixtral_jax.data.tokenizer import Tokenizer
@@ -101,8 +102,8 @@ def open_or_build(source: SourceConfig, tokenizer: Tokenizer, cache_dir: Path, k
         if problem:
             log.warning("the token cache %s is damaged (%s): building it again", target, problem)
         if index is None:
-            with building(target) as partial:
-                _build(source, tokenizer, partial, key, kind, format)
+            with building(target) as directory:
+                _build(source, tokenizer, directory, key, format)
             if _key(source, tokenizer, format) != key:
                 raise UserError(f"the files of source '{source.name}' changed while they were read: start again")
             index, problem = _read_index(target, key, cache_dir)
@@ -169,15 +170,6 @@ def _agrees(index: dict[str, Any]) -> bool:
     return bool(sizes == expected and index["content"] == _content(index["dtype"], index["sha256"]))
 
 
-class Piece(NamedTuple):
-    """Some documents, one after the other."""
-
-    tokens: Integer[np.ndarray, " tokens"]
-    lengths: list[int]  # tokens of each
-    sizes: list[int]  # bytes of each
-    marks: UInt8[np.ndarray, " tokens"] | None = None
-
-
 def encode_documents(tokenizer: Tokenizer, texts: list[str], threads: int = 0) -> Piece:
     """Encodes texts, each between BOS and EOS; see `Tokenizer.encode_batch`."""
     encoded = tokenizer.encode_batch(texts, threads)
@@ -186,7 +178,7 @@ def encode_documents(tokenizer: Tokenizer, texts: list[str], threads: int = 0) -
     return Piece(np.concatenate(parts).astype(token_dtype(tokenizer)), lengths, sizes)
 
 
-def _build(source: SourceConfig, tokenizer: Tokenizer, directory: Path, key: str, kind: Kind, format: str) -> None:
+def _build(source: SourceConfig, tokenizer: Tokenizer, directory: Path, key: str, format: str) -> None:
     dtype = token_dtype(tokenizer)
     names = ("tokens", "document_starts", "document_bytes", *(() if format == "text" else ("marks",)))
     digests = {name: hashlib.sha256() for name in names}
@@ -201,8 +193,7 @@ def _build(source: SourceConfig, tokenizer: Tokenizer, directory: Path, key: str
             files[name].write(data)
 
         write("document_starts", np.zeros(1, "<i8"))
-        texts = format == "text"
-        for piece in _texts(source, tokenizer, progress) if texts else _chats(source, format, tokenizer, progress):
+        for piece in _pieces(source, format, tokenizer, partial(progress.advance, progress.task_ids[0])):
             ends = num_tokens + np.cumsum(piece.lengths)
             write("tokens", piece.tokens.astype(dtype))
             write("document_starts", ends.astype("<i8"))
@@ -215,19 +206,26 @@ def _build(source: SourceConfig, tokenizer: Tokenizer, directory: Path, key: str
     write_index(directory, key, source.name, dtype, digests, format)
 
 
-def _texts(source: SourceConfig, tokenizer: Tokenizer, progress: Progress) -> Iterator[Piece]:
-    for batch in _batches(source, progress):
+def _pieces(
+    source: SourceConfig, format: str, tokenizer: Tokenizer, on_bytes: Callable[[int], None]
+) -> Iterator[Piece]:
+    """Documents by the batch, so that neither the corpus is held in memory nor a core waits; records one by one."""
+    if format != "text":
+        # Here, as mistral-common takes a second to import, which text does not need.
+        from mixtral_jax.data.marked_records import marked_records
+
+        yield from marked_records(source, format, tokenizer, on_bytes)
+        return
+    batch: list[str] = []
+    characters = 0
+    for text in iter_documents(source, on_bytes):
+        batch.append(text)
+        characters += len(text)
+        if characters >= BATCH:
+            yield encode_documents(tokenizer, batch)
+            batch, characters = [], 0
+    if batch:
         yield encode_documents(tokenizer, batch)
-
-
-def _chats(source: SourceConfig, format: str, tokenizer: Tokenizer, progress: Progress) -> Iterator[Piece]:
-    # Here, as mistral-common takes a second to import, which text does not need.
-    from mixtral_jax.data.marked_records import marked_records
-
-    task = progress.task_ids[0]
-    for record in marked_records(source, format, tokenizer, lambda count: progress.advance(task, count)):
-        said = record.tokens[record.marks & ANSWER > 0]
-        yield Piece(record.tokens, [len(record.tokens)], [int(tokenizer.token_bytes[said].sum())], record.marks)
 
 
 def write_index(
@@ -262,21 +260,6 @@ def write_index(
 def _content(dtype: str, sha256: dict[str, str]) -> str:
     """Digests the tokens and boundaries themselves."""
     return hashlib.sha256(json.dumps([dtype, sha256]).encode()).hexdigest()
-
-
-def _batches(source: SourceConfig, progress: Progress) -> Iterator[list[str]]:
-    """Documents by the batch, so that neither the corpus is held in memory nor a core waits."""
-    task = progress.task_ids[0]
-    batch: list[str] = []
-    characters = 0
-    for text in iter_documents(source, lambda count: progress.advance(task, count)):
-        batch.append(text)
-        characters += len(text)
-        if characters >= BATCH:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
 
 
 def _progress(source: SourceConfig) -> Progress:
