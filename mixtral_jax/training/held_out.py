@@ -1,7 +1,6 @@
 """What training measures on a bounded part of the held-out text, and the sentence about it."""
 
 import dataclasses
-from typing import NamedTuple
 
 from mixtral_jax.config import Config
 from mixtral_jax.data.pipeline import held_out_batches
@@ -11,13 +10,6 @@ from mixtral_jax.evaluation.perplexity import measure
 from mixtral_jax.evaluation.scoring import make_scorer
 from mixtral_jax.model.mixtral import Arrays
 from mixtral_jax.training.step import Trainable
-
-
-class HeldOutLoss(NamedTuple):
-    """What was measured, for the log and for people."""
-
-    scalars: dict[str, float]
-    sentence: str
 
 
 class HeldOut:
@@ -32,12 +24,15 @@ class HeldOut:
         self._trainable = trainable
         self._score = make_scorer(trainable.architecture)
 
-    def measure(self, documents: list[Documents], arrays: Arrays) -> HeldOutLoss | None:
-        """Measures, packed as in training; None where nothing is held out.
+    def measure(self, documents: list[Documents], arrays: Arrays) -> tuple[dict[str, float], str]:
+        """Measures, packed as in training.
 
         Args:
             documents: those held out of each source.
             arrays: the model's.
+
+        Returns:
+            What was measured, by name, and a sentence about it; nothing where nothing is held out.
         """
         config = self._trainable.config
         if config.objective.name == "preference":
@@ -46,26 +41,23 @@ class HeldOut:
         settings = dataclasses.replace(config.eval, mode="packed", context=0, stride=0, max_tokens=tokens)
         texts = [text for text in documents if text.num_documents]
         if not texts:
-            return None
+            return {}, ""
         progress = lambda *_: processes.progress()  # noqa: E731
         evaluation = measure(self._score(arrays), texts, settings, config.data.seq_len, progress)
         named = {**evaluation.sources, "total": evaluation.total}
         nats = {f"heldout/{name}": result.nats_per_token for name, result in named.items()}
         bits = {f"bits_per_byte/{name}": result.bits_per_byte for name, result in named.items()}
-        return HeldOutLoss(
-            nats | bits,
-            f"held-out perplexity {evaluation.total.perplexity:,.2f}, "
-            f"{evaluation.total.bits_per_byte:.4f} bits per byte",
-        )
+        total = evaluation.total
+        return nats | bits, f"held-out perplexity {total.perplexity:,.2f}, {total.bits_per_byte:.4f} bits per byte"
 
-    def _judge(self, config: Config, documents: list[Documents], arrays: Arrays) -> HeldOutLoss | None:
+    def _judge(self, config: Config, documents: list[Documents], arrays: Arrays) -> tuple[dict[str, float], str]:
         """Measures answers that were judged."""
         batches = held_out_batches(config, documents)
         if not batches:
-            return None
+            return {}, ""
         found = self._trainable.judge(arrays, batches)
-        return HeldOutLoss(
-            {f"heldout/{name}": value for name, value in found.items()},
+        sentence = (
             f"held-out loss {found['loss']:.4f}, reward accuracy {found['rewards/accuracies']:.1%}, "
-            f"margin {found['rewards/margins']:.4f}",
+            f"margin {found['rewards/margins']:.4f}"
         )
+        return {f"heldout/{name}": value for name, value in found.items()}, sentence

@@ -26,7 +26,7 @@ def summarize(config: Config, outcome: Outcome, console: Console) -> None:
             f"stopped at step {outcome.step} of {config.train.steps}; the same command goes on", soft_wrap=True
         )
         return
-    if any(documents.num_documents for documents in outcome.heldout):
+    if any(documents.num_documents for documents in outcome.text.held_out):
         arrays = outcome.architecture.merge(outcome.state.arrays)
         if config.objective.name != "preference":
             _show_perplexity(config, outcome, arrays, console)
@@ -45,7 +45,7 @@ def summarize(config: Config, outcome: Outcome, console: Console) -> None:
 
 
 def _show_perplexity(config: Config, outcome: Outcome, arrays: Arrays, console: Console) -> None:
-    pairs = [pair for pair in zip(outcome.training, outcome.heldout, strict=True) if pair[1].num_documents]
+    pairs = [pair for pair in zip(outcome.text.training, outcome.text.held_out, strict=True) if pair[1].num_documents]
     texts = [heldout for _, heldout in pairs]
     score = make_scorer(outcome.architecture)(arrays)
     evaluation = measure_with_progress(score, texts, config.eval, config.data.seq_len)
@@ -62,8 +62,8 @@ def _show_sample(config: Config, outcome: Outcome, arrays: Arrays, console: Cons
     if problem := obstacle(outcome.architecture):
         console.print(f"no sample: {problem}", soft_wrap=True)
         return
-    tokenizer = outcome.tokenizer
-    documents = next(documents for documents in outcome.heldout if documents.num_documents)
+    tokenizer = outcome.text.tokenizer
+    documents = next(documents for documents in outcome.text.held_out if documents.num_documents)
     prompt_tokens = PROMPT_TOKENS if documents.format == "text" else int(documents.counts(0).argmax())
     tokens = [int(token) for token in documents.tokens(0)[:prompt_tokens]]
     prompt = Prompt(tokens, Sampling(temperature=TEMPERATURE, seed=config.seed), NEW_TOKENS)

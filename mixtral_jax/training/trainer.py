@@ -14,11 +14,9 @@ from mixtral_jax.compiled import keep_compiled
 from mixtral_jax.config import Config, DistributedConfig, UserError
 from mixtral_jax.config_loading import to_yaml
 from mixtral_jax.data.batch import Batch
-from mixtral_jax.data.pipeline import TrainingData
+from mixtral_jax.data.pipeline import RunText, TrainingData
 from mixtral_jax.data.prefetch import prefetch
 from mixtral_jax.data.record import FILE as RECORD
-from mixtral_jax.data.splits import Documents
-from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.distributed import processes
 from mixtral_jax.hardware import memory_in_use
 from mixtral_jax.model.mixtral import Architecture
@@ -51,9 +49,7 @@ class Outcome:
     finished: bool  # False: a signal or train.stop_at_step came before train.steps
     architecture: Architecture
     state: TrainState
-    tokenizer: Tokenizer
-    training: list[Documents]
-    heldout: list[Documents]
+    text: RunText
 
 
 class Trainer:
@@ -103,15 +99,7 @@ class Trainer:
                 self.start.end("parameters")
                 if step < self.config.train.steps:
                     state, step = self._train(run_dir.path, state, step)
-            return Outcome(
-                step=step,
-                finished=step >= self.config.train.steps,
-                architecture=self.trainable.architecture,
-                state=state,
-                tokenizer=self.text.tokenizer,
-                training=self.text.training,
-                heldout=self.text.held_out,
-            )
+            return Outcome(step, step >= self.config.train.steps, self.trainable.architecture, state, self.text)
 
     def _open_text(self, start: StartingPoint) -> None:
         """Opens the text, and the order of its batches past what was left out."""
@@ -272,7 +260,7 @@ class Trainer:
         self.checkpoints.save(step, state.parts, meta, files)
 
     def _evaluate(self, step: int, state: TrainState) -> None:
-        found = self.held_out.measure(self.text.held_out, state.arrays)
-        if found is not None:
-            self.logger.log(step, found.scalars)
-            self.logger.say(f"step {step}: {found.sentence}")
+        scalars, sentence = self.held_out.measure(self.text.held_out, state.arrays)
+        if scalars:
+            self.logger.log(step, scalars)
+            self.logger.say(f"step {step}: {sentence}")

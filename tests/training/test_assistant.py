@@ -137,7 +137,7 @@ def test_what_the_reference_says_of_others_answers_is_kept_too(tuned, place):
     routers = 0.02 * steps[0]["load_balance_loss"] + 1e-3 * steps[0]["router_z_loss"]
     assert steps[0]["loss"] - routers == pytest.approx(0.5, abs=1e-5)  # the model is the reference
     assert steps[0]["kl"] == pytest.approx(0, abs=1e-5)
-    batch = TrainingData(load_config(place / "kto.yaml", options), outcome.training).batch(0)
+    batch = TrainingData(load_config(place / "kto.yaml", options), outcome.text.training).batch(0)
     score = make_scorer(tuned[0].architecture)(tuned[0].state.arrays)
     for part in (dataclasses.replace(batch, mismatched=None), batch.mismatched):
         np.testing.assert_allclose(-score(part).nats[part.loss_mask], part.reference[part.loss_mask], atol=1e-5)

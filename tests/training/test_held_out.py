@@ -80,11 +80,11 @@ def finished(tmp_path_factory):
         outcome = trainer(place).run()
         loaded = load_model("run", [])
     run = Run(place, loaded, make_scorer(loaded.architecture)(loaded.arrays), [], [])
-    run.known, run.held_out = run.texts(outcome.training[0]), run.texts(outcome.heldout[0])
+    run.known, run.held_out = run.texts(outcome.text.training[0]), run.texts(outcome.text.held_out[0])
     assert sorted(run.known + run.held_out) == sorted(OWN)
     assert 3 <= len(run.held_out) <= 6
-    assert run.nats(outcome.training[0]) < KNOWN
-    assert run.nats(outcome.heldout[0]) > NEW
+    assert run.nats(outcome.text.training[0]) < KNOWN
+    assert run.nats(outcome.text.held_out[0]) > NEW
     return run
 
 
@@ -169,10 +169,12 @@ def test_a_run_that_begins_from_it_holds_out_nothing_that_it_knew(run):
     )  # fmt: skip
     outcome = child.run()
     assert "parameters from step 100 of run" in said
-    assert set(run.texts(outcome.heldout[0])) <= set(run.held_out)
+    assert set(run.texts(outcome.text.held_out[0])) <= set(run.held_out)
     logged = [json.loads(line) for line in Path("child/metrics.jsonl").read_text().splitlines()]
     (entry,) = (entry for entry in logged if "heldout/notes" in entry)
-    assert entry["heldout/notes"] == pytest.approx(run.nats(outcome.heldout[0]), rel=1e-4) == entry["heldout/total"]
+    assert (
+        entry["heldout/notes"] == pytest.approx(run.nats(outcome.text.held_out[0]), rel=1e-4) == entry["heldout/total"]
+    )
     assert entry["heldout/notes"] > NEW
     # The child's checkpoint goes on knowing what its parent was trained on.
     write(run.place / "mixed.jsonl", [*run.known[:10], *OTHER[:10]])
