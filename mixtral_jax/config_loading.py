@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import re
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +23,16 @@ RENAMED = {"kernels.products": "kernels.matmul"}  # keys of earlier versions, an
 RENAMED_BACKENDS = {"blocked": "grouped_blocks"}
 T = TypeVar("T")
 Text = TypeVar("Text", str, str | None)
+LISTS = {"sources": "[{name: mine, path: mine.txt}]", "losses": "[{name: sigmoid}]"}
+NO_LIST = r"Invalid value assigned: \w+ is not a ListConfig|Invalid type assigned: \w+ is not a subclass"
+PLAIN = {  # what OmegaConf says of a value, and how a user would say it
+    r"Value '(.*)' could not be converted to Integer": r"'\1' is not a whole number",
+    r"Value '(.*)' could not be converted to Float": r"'\1' is not a number",
+    r"Value '(.*)' is not a valid bool.*": r"'\1' is neither true nor false",
+    r"Cannot convert '\w+' to string: '(.*)'": r"a single text is needed, not \1",
+    r"Incompatible value 'None'.*|.* is not Optional": "null is not a value of this key",
+    r".*missing mandatory value.*": "a value is needed",
+}
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -158,7 +169,9 @@ def parse_structured(
     try:
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise UserError(f"{where}: {_sentence(error, schema)}; add it to the file or the command line") from None
+        sentence = _sentence(error, schema)
+        inherit = ", or name a checkpoint in init_from" if below and sentence.startswith("model.") else ""
+        raise UserError(f"{where}: {sentence}; add it to the file or the command line{inherit}") from None
     assert isinstance(config, schema)
     return config
 
@@ -240,28 +253,50 @@ def _merged(schema: type, trees: list[tuple[str, dict[str, Any]]]) -> Any:
         try:
             merged = OmegaConf.merge(merged, OmegaConf.create(tree))
         except (OmegaConfBaseException, TypeError, ValueError) as error:
-            raise UserError(f"{where}: {_sentence(error, schema, where)}") from None
+            sentence = _sentence(error, schema, where)
+            raise UserError(sentence if sentence.startswith(where) else f"{where}: {sentence}") from None
     return merged
 
 
 def _sentence(error: Exception, schema: type, where: str = "") -> str:
-    """One line out of OmegaConf's report: the problem and the whole key."""
+    """One line out of OmegaConf's report, in the words of a configuration: the whole key and the problem."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    full_key = next((line.split(":", 1)[1].strip() for line in lines if line.strip().startswith("full_key")), "")
-    head = lines[0].rstrip(".").replace(" of type 'str'", "")  # all are, as they were written
+    key = next((line.split(":", 1)[1].strip() for line in lines if line.strip().startswith("full_key")), "")
+    head = re.sub(r" of type '\w+'", "", lines[0].rstrip("."))
+    unknown = re.match(r"Key '(.*)' not in '(\w+)'", head)
     section = re.match(r"Merge error: \w+ is not a subclass of (\w+)Config", head)
-    if section:
-        head = f"{section[1].lower()} is a section: give it keys with values"
-    elif isinstance(error, TypeError):
-        head = "a list is given as a whole, such as data.sources=[{name: mine, path: mine.txt}]"
-    elif "missing mandatory value" in head:
-        head = "a value is needed"
-    if full_key in RENAMED:
-        head = f"this key is {RENAMED[full_key]} now: rename it"
-    elif "not in" in head and "Did you mean" not in head and full_key:
-        close = difflib.get_close_matches(full_key, all_keys(schema), n=1, cutoff=0.5)
-        head += f". Did you mean: '{close[0]}'?" if close else ". The keys are listed in docs/config.md"
-    return head if not full_key or full_key == where else f"{full_key}: {head}"
+    if key in RENAMED:
+        head = f"this key is {RENAMED[key]} now: rename it"
+    elif isinstance(error, TypeError) or re.match(NO_LIST, head) or (unknown and "[" in unknown[1]):
+        name = re.match(rf".*?\b({'|'.join(LISTS)})\b|.*", key or where)
+        assert name is not None
+        head = f"a list is given as a whole, such as {name[0]}={LISTS.get(name[1], '[first, second]')}"
+    elif section:
+        name = re.sub(r"(?<!^)(?=[A-Z])", "_", section[1]).lower()
+        head = f"{name} is a section: give it keys with values"
+    elif unknown:
+        head = f"there is no key '{unknown[1]}'{head[unknown.end() :] or _remedy(unknown[1], unknown[2], schema)}"
+    else:
+        head = next((re.sub(said, plain, head) for said, plain in PLAIN.items() if re.match(said, head)), head)
+    return head if not key or f"{where}.".startswith(f"{key}.") else f"{key}: {head}"
+
+
+def _remedy(name: str, section: str, schema: type) -> str:
+    """What to write in the place of a key that a section does not have."""
+    keys = all_keys(schema)
+    last = {key.rpartition(".")[2]: key for key in reversed(keys)}
+    if close := difflib.get_close_matches(name, last, n=1):
+        return f". Did you mean: '{last[close[0]]}'?"
+    return f"; the keys are {', '.join(entry.name for entry in dataclasses.fields(_sections(schema)[section]))}"
+
+
+def _sections(schema: type) -> dict[str, type]:
+    """All dataclasses of a schema by their names, those that are entries of lists among them."""
+    found = {schema.__name__: schema}
+    for entry in dataclasses.fields(schema):
+        for kind in (entry.type, *typing.get_args(entry.type)):
+            found |= _sections(kind) if isinstance(kind, type) and dataclasses.is_dataclass(kind) else {}
+    return found
 
 
 def all_keys(cls: type = Config, prefix: str = "") -> list[str]:

@@ -153,22 +153,34 @@ def test_the_last_override_counts():
     ("override", "sentence"),
     [
         ("optimizer.learning_rat=1",
-         "optimizer.learning_rat: Key 'learning_rat' not in 'OptimizerConfig'. "
+         "optimizer.learning_rat: there is no key 'learning_rat'. "
          "Did you mean one of: 'learning_rate', 'final_learning_rate_ratio'?"),
-        ("optimzer.learning_rate=1", "Key 'optimzer' not in 'Config'. Did you mean: 'optimizer'?"),
-        ("learning_rate=1", "learning_rate: Key 'learning_rate' not in 'Config'. Did you mean: "
-         "'optimizer.learning_rate'?"),
-        ("zzz=1", "zzz: Key 'zzz' not in 'Config'. The keys are listed in docs/config.md"),
-        ("data.sources=[{name: a, pth: b}]", "Key 'pth' not in 'SourceConfig'. Did you mean: 'path'?"),
-        ("train.steps=many", "train.steps: Value 'many' could not be converted to Integer"),
-        ("train.steps=1.5", "train.steps: Value '1.5' could not be converted to Integer"),
-        ("optimizer.learning_rate=fast", "optimizer.learning_rate: Value 'fast' could not be converted"),
-        ("train.steps=", "train.steps: Value '' could not be converted to Integer"),
-        ("model.d_ff=null", "model.d_ff: Incompatible value 'None' for field of type 'int'"),
+        ("optimzer.learning_rate=1", "optimzer.learning_rate: there is no key 'optimzer'. Did you mean: 'optimizer'?"),
+        ("learning_rate=1", "learning_rate: there is no key 'learning_rate'. Did you mean: 'optimizer.learning_rate'?"),
+        ("train.learning_rate=1", "there is no key 'learning_rate'. Did you mean: 'optimizer.learning_rate'?"),
+        ("zzz=1", "zzz: there is no key 'zzz'; the keys are run_dir, init_from, seed, model, data, train, "),
+        ("data.sources=[{name: a, pth: b}]", "there is no key 'pth'. Did you mean: 'path'?"),
+        ("data.sources=[{name: a, zzz: b}]", "there is no key 'zzz'; the keys are name, path, hub, builtin, "),
+        ("model.rope_scaling={type: yarn}", "rope_scaling.type: there is no key 'type'; the keys are kind, factor, "),
+        ("train.steps=many", "train.steps: 'many' is not a whole number"),
+        ("train.steps=1.5", "train.steps: '1.5' is not a whole number"),
+        ("optimizer.learning_rate=fast", "optimizer.learning_rate: 'fast' is not a number"),
+        ("train.steps=", "train.steps: '' is not a whole number"),
+        ("train.steps={a: 1}", "train.steps: '{'a': '1'}' is not a whole number"),
+        ("train.steps=[1]", "train.steps: '['1']' is not a whole number"),
+        ("train.deterministic=maybe", "train.deterministic: 'maybe' is neither true nor false"),
+        ("run_dir=[a]", "run_dir: a single text is needed, not ['a']"),
+        ("data.sources=null", "data.sources: null is not a value of this key"),
+        ("model.d_ff=null", "model.d_ff: null is not a value of this key"),
         ("kernels.attention=flash",
          "kernels.attention: Invalid value 'flash', expected one of ['auto', 'amx', 'cudnn', 'splash', 'blockwise']"),
         ("kernels.products=xla", "kernels.products: this key is kernels.matmul now: rename it"),
-        ("optimizer=3", "optimizer: optimizer is a section: give it keys with values"),
+        ("optimizer=3", "optimizer is a section: give it keys with values"),
+        ("model.rope_scaling=yarn", "model.rope_scaling: rope_scaling is a section: give it keys with values"),
+        *[(override, "a list is given as a whole, such as data.sources=[{name: mine, path: mine.txt}]")
+          for override in ("data.sources=mine.txt", "data.sources=[mine.txt]", "data.sources[0].weight=2",
+                           "data.sources=", "data.sources={name: mine}")],
+        ("objective.losses=[simpo]", "a list is given as a whole, such as objective.losses=[{name: sigmoid}]"),
         ("data.sources.0.weight=2",
          "data.sources.0.weight: a list is given as a whole, such as data.sources=[{name: mine, path: mine.txt}]"),
         ("train.steps", "'train.steps' is not an override: write key=value, such as train.steps=100"),
@@ -191,13 +203,18 @@ def test_mistyped_overrides_are_named(override, sentence):
         ("a: 1\na: b: c", "mine.yaml is not valid YAML in line 2: "),
         ("seed: 1\nseed: 2", "mine.yaml is not valid YAML in line 2: found duplicate key seed; fix the syntax"),
         ("model: 3", "mine.yaml: model is a section: give it keys with values"),
-        ("model:\n  d_modl: 3", "mine.yaml: model.d_modl: Key 'd_modl' not in 'ModelConfig'. Did you mean: 'd_model'?"),
+        ("model:\n  d_modl: 3", "mine.yaml: model.d_modl: there is no key 'd_modl'. Did you mean: 'd_model'?"),
         *[(text, "mine.yaml holds no sections: write lines such as 'train:' and below it, indented, 'steps: 100'")
           for text in ("3", "[1, 2]")],
     ],
 )  # fmt: skip
 def test_broken_files_are_named(text, sentence):
     assert refusal(text=text).startswith(sentence)
+
+
+def test_a_config_without_a_model_is_told_of_init_from():
+    with pytest.raises(UserError, match=r"model.d_model: a value is needed; add it to .*, or name a checkpoint in init_f"):
+        load_config(Path(__file__).parent.parent / "configs" / "sft.yaml")
 
 
 def test_yaml_makes_no_objects(tmp_path):

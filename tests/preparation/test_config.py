@@ -9,7 +9,7 @@ from mixtral_jax.preparation.report_numbers import balanced_weights
 from tests.preparation.inputs import config_for, run
 
 MISTAKES = {
-    "no.such_key=1": "Did you mean|not in",
+    "no.such_key=1": "there is no key 'no'; the keys are output, sources, ",
     "words=magic": "expected one of",
     "gopher_repetition.duplicate_lines=30": "duplicate_lines is 30.0: it is a share from 0 to 1",
     "gopher_repetition.top_ngrams={2: 3}": "top_ngrams is .* a share from 0 to 1",

@@ -194,6 +194,7 @@ def test_runs_come_seed_by_seed_and_one_can_be_chosen(file):
         ("seeds: [0, 7]", "", "seeds: a value is needed"),
         ("seeds: [0, 7]", "seeds: [a]", "seeds"),
         ("dense:", "../dense:", r"variant '../dense' of .* names a directory"),
+        ("variants:", "model: {}\nvariants:", "there is no key 'model'; the keys are base, variants, seeds, overrides"),
         ("variants:", "variantz:", r"Did you mean: 'variants'"),
         ("eval_every=2", "eval_every=3", r"every train.eval_every=3 of 4 steps, and not at the end"),
         ("mixture: []", "mixture: [seed=3]", r"seed=3 is decided by the experiment"),
