@@ -16,7 +16,7 @@ MODES = ("perplexity", "context", "passkey", "routing", "ablation", "saturation"
 
 def main(arguments: list[str]) -> None:
     """Prints tables of what was measured and, if asked, writes the numbers as JSON and the pictures."""
-    parser = argparse.ArgumentParser(prog="eval.py", description=__doc__)
+    parser = cli.Arguments(prog="python eval.py", description=__doc__)
     parser.add_argument(
         "checkpoint", metavar="RUN_OR_CHECKPOINT", type=home_expanded, help="a run directory or one of its checkpoints"
     )

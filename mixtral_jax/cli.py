@@ -1,5 +1,6 @@
 """What the entry scripts share: one sentence and exit code 2 for a user's mistake."""
 
+import argparse
 import glob
 import os
 import sys
@@ -8,7 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from mixtral_jax.config import DistributedConfig, NoCheckpointError, UserError
 from mixtral_jax.distributed.cluster import may_be_several
@@ -54,6 +55,20 @@ def _end(code: int) -> None:
     except RuntimeError:  # there is no memory for another thread, which is what those that wait may lack too
         os._exit(code)
     sys.exit(code)
+
+
+class Arguments(argparse.ArgumentParser):
+    """Reads a command line whose mistakes are one sentence each, as all others are."""
+
+    def add_argument(self, *names: Any, **about: Any) -> argparse.Action:
+        """Adds an argument; of words that may be none, Python 3.11 otherwise says that they are required."""
+        if about.get("nargs") == "*":
+            about.setdefault("default", [])
+        return super().add_argument(*names, **about)
+
+    def error(self, message: str) -> NoReturn:
+        """Raises `UserError` where argparse would print the usage and exit."""
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def check_checkpoint(path: Path) -> None:

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from mixtral_jax.cli import cache_dir_of, check_checkpoint
+from mixtral_jax.cli import Arguments, cache_dir_of, check_checkpoint
 from mixtral_jax.cli import prepare as prepare_cpu
 from mixtral_jax.config import Config, DistributedConfig, UserError
 from mixtral_jax.config_loading import home_expanded, load_config, user_path
@@ -23,7 +23,7 @@ API_KEY = "MIXTRAL_JAX_API_KEY"  # environment variable
 
 def import_(arguments: list[str]) -> None:
     """Released weights to a checkpoint: import SOURCE DIR [--upcycle-experts N] [key=value ...]."""
-    parser = argparse.ArgumentParser(prog="mixtral_jax import", description=import_.__doc__)
+    parser = Arguments(prog="python -m mixtral_jax import", description=import_.__doc__)
     parser.add_argument("source", metavar="SOURCE", type=user_path, help="directory with the release's files")
     parser.add_argument("directory", metavar="DIR", type=user_path, help="new directory for the checkpoint")
     parser.add_argument("--upcycle-experts", metavar="N", type=int, help="make N experts of a dense model's layers")
@@ -46,7 +46,7 @@ def import_(arguments: list[str]) -> None:
 
 def export(arguments: list[str]) -> None:
     """A checkpoint to a released format: export RUN_OR_CHECKPOINT DIR_OR_FILE --format FORMAT."""
-    parser = argparse.ArgumentParser(prog="mixtral_jax export", description=export.__doc__)
+    parser = Arguments(prog="python -m mixtral_jax export", description=export.__doc__)
     parser.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT", type=user_path)
     parser.add_argument("directory", metavar="DIR_OR_FILE", type=user_path, help="new directory, for gguf a new file")
     formats = ("hf", "hf-fused", "mistral", "mistral-fused", "gguf", "checkpoint", "peft")
@@ -87,7 +87,7 @@ def _joining(verb: str, overrides: list[str]) -> DistributedConfig:
 
 def prepare(arguments: list[str]) -> None:
     """Web pages and documents to a clean token cache: prepare CONFIG [key=value ...]."""
-    parser = argparse.ArgumentParser(prog="mixtral_jax prepare", description=prepare.__doc__)
+    parser = Arguments(prog="python -m mixtral_jax prepare", description=prepare.__doc__)
     parser.add_argument(
         "config", metavar="CONFIG", type=user_path, help="a YAML file, such as configs/prepare_local.yaml"
     )
@@ -106,7 +106,7 @@ def prepare(arguments: list[str]) -> None:
 
 def verify(arguments: list[str]) -> None:
     """Whether checkpoints are good, every byte of them: verify RUN_OR_CHECKPOINT [distributed.KEY=value ...]."""
-    parser = argparse.ArgumentParser(prog="mixtral_jax verify", description=verify.__doc__)
+    parser = Arguments(prog="python -m mixtral_jax verify", description=verify.__doc__)
     parser.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT", type=user_path, help="all of a run, or one")
     _add_joining(parser)
     options = parser.parse_intermixed_args(arguments)
@@ -127,7 +127,7 @@ def plan(arguments: list[str]) -> None:
 
 def check_mesh(arguments: list[str]) -> None:
     """Whether a mesh trains as one device does, on simulated ones: check-mesh CONFIG [--devices N] [key=value ...]."""
-    parser = argparse.ArgumentParser(prog="mixtral_jax check-mesh", description=check_mesh.__doc__)
+    parser = Arguments(prog="python -m mixtral_jax check-mesh", description=check_mesh.__doc__)
     parser.add_argument("config", metavar="CONFIG", type=user_path, help="a YAML file, such as configs/small.yaml")
     parser.add_argument("--devices", metavar="N", type=int, help="of which the axis of size -1 takes the rest (8)")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="such as mesh.expert=4")
@@ -140,7 +140,7 @@ def check_mesh(arguments: list[str]) -> None:
 
 def compare(arguments: list[str]) -> None:
     """Two runs or checkpoints side by side: compare A B [--json FILE] [--plots DIR] [key=value ...]."""
-    parser = argparse.ArgumentParser(prog="mixtral_jax compare", description=compare.__doc__)
+    parser = Arguments(prog="python -m mixtral_jax compare", description=compare.__doc__)
     parser.add_argument("runs", metavar="RUN_OR_CHECKPOINT", nargs=2, type=home_expanded, help="twice")
     parser.add_argument("--json", metavar="FILE", type=user_path, help="also write the numbers to this file")
     parser.add_argument("--plots", metavar="DIR", type=user_path, help="also draw pictures into this directory")
@@ -159,7 +159,7 @@ def compare(arguments: list[str]) -> None:
 
 def experiment(arguments: list[str]) -> None:
     """Variants of a configuration, several seeds each, trained and compared: experiment FILE [key=value ...]."""
-    parser = argparse.ArgumentParser(prog="mixtral_jax experiment", description=experiment.__doc__)
+    parser = Arguments(prog="python -m mixtral_jax experiment", description=experiment.__doc__)
     parser.add_argument(
         "file", metavar="FILE", type=user_path, help="such as configs/experiments/mixture_or_dense.yaml"
     )
@@ -202,7 +202,7 @@ def lm_eval(arguments: list[str]) -> None:
 
 def generate(arguments: list[str]) -> None:
     """Text from a model: generate CHECKPOINT [PROMPT ...] [--max-new-tokens N] [--temperature T] [key=value ...]."""
-    parser = argparse.ArgumentParser(prog="mixtral_jax generate", description=generate.__doc__)
+    parser = Arguments(prog="python -m mixtral_jax generate", description=generate.__doc__)
     parser.add_argument(
         "checkpoint",
         metavar="CHECKPOINT",
@@ -250,7 +250,7 @@ def generate(arguments: list[str]) -> None:
 
 def serve(arguments: list[str]) -> None:
     """A model behind OpenAI's API: serve CHECKPOINT [--port N] [--api-key-file FILE] [key=value ...]."""
-    parser = argparse.ArgumentParser(prog="mixtral_jax serve", description=serve.__doc__)
+    parser = Arguments(prog="python -m mixtral_jax serve", description=serve.__doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=home_expanded,
                         help="a run, a checkpoint, an import, or released weights")  # fmt: skip
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="such as eval.context=4096")
@@ -288,7 +288,9 @@ def _read(path: Path, what: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {what} in {path}: {error}; give a text file in UTF-8") from None
+        raise UserError(
+            f"cannot read {what} in {path}: {getattr(error, 'strerror', error)}; give a text file in UTF-8"
+        ) from None
 
 
 VERBS = {"import": import_, "export": export, "prepare": prepare, "plan": plan,

@@ -15,6 +15,7 @@ from mixtral_jax import cli
 from mixtral_jax.config import DistributedConfig, UserError
 from mixtral_jax.console import ProgressLine, make_console, two_lines
 from mixtral_jax.kernels.cpu import intrinsics
+from mixtral_jax.verbs import VERBS
 from tests.processes import fork
 from tests.small_run import ROOT, environment, run, write_config
 
@@ -249,3 +250,21 @@ def test_a_failed_program_ends_whatever_its_libraries_wait_for(tmp_path: Path) -
         process.join(60)
         assert process.exitcode == code
         assert (tmp_path / str(code)).read_text() == "before\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["export", "run", "there"],
+         "the following arguments are required: --format; see python -m mixtral_jax export --help"),
+        (["compare", "run"], "the following arguments are required: RUN_OR_CHECKPOINT; see"),
+        (["plan"], "the following arguments are required: --topology; see"),
+        (["generate", "run", "--top-k", "x"], "argument --top-k: invalid int value: 'x'; see"),
+        (["serve", "run", "--prot", "1"], "unrecognized arguments: --prot 1; see"),
+    ],
+)  # fmt: skip
+def test_a_mistaken_command_line_is_one_sentence(words: list[str], sentence: str) -> None:
+    with pytest.raises(UserError) as error:
+        VERBS[words[0]](words[1:])
+    assert str(error.value).startswith(sentence)
+    assert "\n" not in str(error.value)

@@ -213,7 +213,9 @@ def test_broken_files_are_named(text, sentence):
 
 
 def test_a_config_without_a_model_is_told_of_init_from():
-    with pytest.raises(UserError, match=r"model.d_model: a value is needed; add it to .*, or name a checkpoint in init_f"):
+    with pytest.raises(
+        UserError, match=r"model.d_model: a value is needed; add it to .*, or name a checkpoint in init_f"
+    ):
         load_config(Path(__file__).parent.parent / "configs" / "sft.yaml")
 
 

@@ -1,10 +1,10 @@
 """`python -m mixtral_jax plan`: parse, compile, print; with --search, try and choose."""
 
-import argparse
 import os
 import sys
 from pathlib import Path
 
+from mixtral_jax.cli import Arguments
 from mixtral_jax.config import Config, UserError
 from mixtral_jax.config_loading import load_config, replace
 
@@ -14,7 +14,7 @@ DESCRIPTION = "Memory, collectives and speed of a run on devices that are not th
 
 def main(arguments: list[str]) -> None:
     """Plans what the arguments describe."""
-    parser = argparse.ArgumentParser(prog="mixtral_jax plan", description=DESCRIPTION)
+    parser = Arguments(prog="python -m mixtral_jax plan", description=DESCRIPTION)
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/mixtral_8x7b.yaml")
     parser.add_argument(
         "--topology", required=True, metavar="NAME", help="v5p:4x4x4, v6e:16x16, h100:8x8 (nodes x GPUs)"
