@@ -66,7 +66,7 @@ def _alpaca(record: Record) -> Iterator[Chat]:
 
 
 def _prompt_completion(record: Record) -> Iterator[Chat]:
-    yield Chat(_prompt(record["prompt"]) + _answer(record["completion"]), _tools(record.get("tools")))
+    yield Chat(_prompt(record) + _answer(record, "completion"), _tools(record.get("tools")))
 
 
 # Name of a format -> the keys that a record of it has, and what reads it; the first that fits is taken.
@@ -96,7 +96,7 @@ def read_chats(record: Record, format: str) -> list[Chat]:
     try:
         return list(CHAT_FORMATS[format][1](record))
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise RecordError(f"it is not a record of the format {format} ({type(error).__name__}: {error})") from None
+        raise RecordError(f"it is not a record of the format {format}: {_reason(error)}") from None
 
 
 def read_preference(record: Record) -> Preference:
@@ -106,17 +106,17 @@ def read_preference(record: Record) -> Preference:
         RecordError: there are no two answers, or they are equal.
     """
     try:
-        chosen, rejected = _answer(record["chosen"]), _answer(record["rejected"])
+        chosen, rejected = _answer(record, "chosen"), _answer(record, "rejected")
         if "conversations" in record:
             prompt = _system(record) + _turns(_list(record, "conversations"))
         elif "prompt" in record:
-            prompt = _prompt(record["prompt"])
+            prompt = _prompt(record)
         else:  # what both begin with
             shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), 0)
             prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
         chat = Chat(prompt, _tools(record.get("tools")))
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise RecordError(f"it has no chosen and rejected answer ({type(error).__name__}: {error})") from None
+        raise RecordError(f"it has no chosen and rejected answer: {_reason(error)}") from None
     if chosen == rejected:
         raise RecordError("the chosen answer is the rejected one")
     return Preference(chat, chosen, rejected)
@@ -132,6 +132,13 @@ def read_judgement(record: Record) -> Judgement:
     if format is None or not isinstance(label, bool):
         raise RecordError("it has no conversation with a label that is true or false")
     return Judgement(read_chats(record, format)[0], label)
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with a record whose reading ended in an error, in words of records."""
+    if isinstance(error, KeyError):
+        return f"'{error.args[0]}' is missing"
+    return str(error) if isinstance(error, ValueError) else "a value is not of the kind that this key has"
 
 
 def _user(content: str) -> Message:
@@ -164,14 +171,16 @@ def _list(record: Record, key: str) -> Sequence[Record]:
     return record[key]
 
 
-def _prompt(prompt: str | Sequence[Record]) -> list[Message]:
-    return [_user(prompt)] if isinstance(prompt, str) else [_message(message) for message in prompt]
+def _prompt(record: Record) -> list[Message]:
+    prompt = record["prompt"]
+    return [_user(prompt)] if isinstance(prompt, str) else [_message(message) for message in _list(record, "prompt")]
 
 
-def _answer(answer: str | Record | Sequence[Record]) -> list[Message]:
+def _answer(record: Record, key: str) -> list[Message]:
+    answer = record[key]
     if isinstance(answer, str):
         return [_assistant(answer)]
-    turns = [answer] if isinstance(answer, Mapping) else list(answer)
+    turns = [answer] if isinstance(answer, Mapping) else _list(record, key)
     return _turns(turns) if all("from" in turn for turn in turns) else [_message(turn) for turn in turns]
 
 
