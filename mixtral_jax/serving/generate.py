@@ -69,7 +69,8 @@ def generate(
         for start in range(0, len(wanted), rows):
             batch = wanted[start : start + rows]
             steps = continue_texts(draw, loaded.tokenizer, batch, rows=rows, context=context)
-            done += _show(steps, prompts[start : start + rows], alone=len(prompts) == 1)
+            shown = [text + "\n" * options.chat for text in prompts[start : start + rows]]
+            done += _show(steps, shown, alone=len(prompts) == 1)
     if json_file:
         found = [_describe(prompt, text) for prompt, text in zip(prompts, done, strict=True)]
         write_json(json_file, {"texts": found})
@@ -94,7 +95,7 @@ def _encoder(tokenizer: Tokenizer, options: GenerateOptions) -> Any:
 def _show(
     steps: Iterator[list[tuple[Continuation, str]]], prompts: Sequence[str], *, alone: bool
 ) -> list[Continuation]:
-    """Prints one text as it comes, several of them when they are done."""
+    """Prints one text as it comes, several of them when they are done, each behind what stands before it."""
     texts: list[Continuation] = []
     if alone:
         sys.stdout.write(f"\033[2m{prompts[0]}\033[0m" if sys.stdout.isatty() else prompts[0])
@@ -107,7 +108,7 @@ def _show(
         sys.stdout.write("\n")
     else:
         for prompt, text in zip(prompts, texts, strict=True):
-            sys.stdout.write(f"{prompt}{'' if text.prompt.continues else chr(10)}{text.text}\n\n")
+            sys.stdout.write(f"{prompt}{text.text}\n\n")
     return texts
 
 
