@@ -38,7 +38,7 @@ def summarize(config: Config, outcome: Outcome, console: Console) -> None:
             ("the run lies in ", ""), (config.run_dir, "bold"), "\n",
             {"pretrain": measure, "sft": measure + talk, "preference": talk}[config.objective.name],
             f"  look at it      tensorboard --logdir {config.run_dir}/tensorboard\n",
-            f"  train longer    the same command with train.steps={2 * config.train.steps}",
+            f"  train longer    the same command with train.steps={2 * max(config.train.steps, outcome.step)}",
         ),
         soft_wrap=True,
     )  # fmt: skip
