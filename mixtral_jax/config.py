@@ -89,7 +89,7 @@ class SourceConfig:
     text_field: str = "text"  # field of a record that holds the text
     # Share of the training tokens, relative to the other sources; padding is none. A text shorter than a row fills it.
     weight: float = 1.0
-    # Of records of chats (objective.name=sft: messages, sharegpt, alpaca, prompt_completion) or of judged answers
+    # Of records of chats (objective.name=sft: messages, sharegpt, alpaca, prompt_completion) or of preferences
     # (objective.name=preference: pairs, labels); `auto` goes by the keys of the first record and says what it found.
     format: str = "auto"
     too_long: Literal["drop", "cut"] = "drop"  # what becomes of a record of these that is longer than data.seq_len

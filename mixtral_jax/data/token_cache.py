@@ -202,7 +202,7 @@ def _build(source: SourceConfig, tokenizer: Tokenizer, directory: Path, key: str
                 write("marks", piece.marks)
             num_tokens = int(ends[-1])
             num_documents += len(piece.lengths)
-            progress.update(progress.task_ids[0], documents=num_documents, tokens=num_tokens / 1e6)
+            progress.update(progress.task_ids[0], documents=num_documents, tokens=num_tokens)
     write_index(directory, key, source.name, dtype, digests, format)
 
 
@@ -267,9 +267,9 @@ def _progress(source: SourceConfig) -> Progress:
         TextColumn("tokenizing {task.description}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
-        TextColumn("{task.fields[documents]:,} documents, {task.fields[tokens]:.1f}M tokens", markup=False),
+        TextColumn("{task.fields[documents]:,} documents, {task.fields[tokens]:,} tokens", markup=False),
         TimeRemainingColumn(),
         console=make_console(),
     )
-    progress.add_task(source.name, total=total_bytes(source), documents=0, tokens=0.0)
+    progress.add_task(source.name, total=total_bytes(source), documents=0, tokens=0)
     return progress

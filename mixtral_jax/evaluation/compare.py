@@ -118,7 +118,15 @@ def _facts_table(sides: Sequence[Side]) -> Table:
         cells = []
         for side in sides:
             value = side.facts[name]
-            cells.append("" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:,.4f}")
+            cells.append(
+                ""
+                if value is None
+                else f"{value:,}"
+                if isinstance(value, int)
+                else f"{value:,.4f}"
+                if abs(value) < 1000
+                else f"{value:,.0f}"
+            )
         table.add_row(name, *cells)
     return table
 
@@ -132,7 +140,7 @@ def _perplexity_table(sides: Sequence[Side], differences: dict[str, Difference])
         no_wrap=True,
     )
     named = [{**side.evaluation.sources, "total": side.evaluation.total} for side in sides]
-    for name in dict.fromkeys([*named[0], *named[1]]):
+    for name in sorted(dict.fromkeys([*named[0], *named[1]]), key="total".__eq__):
         results = [side.get(name) for side in named]
         cells = [f"{result.perplexity:,.2f}" if result else "" for result in results]
         cells += [f"{result.bits_per_byte:.4f}" if result else "" for result in results]

@@ -70,7 +70,7 @@ def load_experiment(path: Path, overrides: Sequence[str]) -> list[Run]:
                 )
             if config.objective.name == "preference":
                 raise UserError(
-                    f"variant '{variant}' learns from judged answers, and no loss by token is measured: leave it out"
+                    f"variant '{variant}' learns preferences, and no loss by token is measured: leave it out"
                 )
             config = dataclasses.replace(config, seed=seed, run_dir=str(root / variant / str(seed)))
             runs.append(Run(variant, seed, config))

@@ -33,7 +33,7 @@ def _open_texts(loaded: LoadedModel) -> list[MeasuredText]:
     config, record = loaded.config, loaded.record
     if config.objective.name == "preference":
         raise UserError(
-            "the run learnt from judged answers, which are neither texts nor chats: name chats with "
+            "the run learnt preferences, which are neither texts nor chats: name chats with "
             "objective={name: sft, losses: []} and data.sources, or texts with objective={name: pretrain, losses: []}"
         )
     check_sources(config.data.sources)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from mixtral_jax.console import ProgressLine
 from mixtral_jax.distributed.processes import count as processes
 
-_MIB = 1 << 20
+_MB = 10**6
 
 
 @contextmanager
@@ -18,16 +18,16 @@ def byte_progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
     The others are taken to be as far as this one.
     """
     begin, done = time.monotonic(), 0
-    whole = -(-total // _MIB)
+    whole = -(-total // _MB)
     adding = threading.Lock()
-    with ProgressLine(label, whole, plain_line_seconds=10.0) as line:
+    with ProgressLine(f"{label}, MB", whole, plain_line_seconds=10.0) as line:
 
         def advance(count: int) -> None:
             nonlocal done
             with adding:
                 done = min(total, done + count * processes())
                 rate = done / max(time.monotonic() - begin, 1e-3) / 1e6
-                line.update(whole if done == total else done // _MIB, f"MiB, {rate:.0f} MB/s")
+                line.update(whole if done == total else done // _MB, f"{rate:.0f} MB/s")
 
         yield advance
         if done < total:

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import matplotlib.image
 import numpy as np
@@ -14,8 +15,8 @@ from mixtral_jax.config import UserError
 from mixtral_jax.config_loading import parse_config
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.data.tokenizer_training import train_model
-from mixtral_jax.evaluation import modes
-from mixtral_jax.evaluation.perplexity import Result, difference
+from mixtral_jax.evaluation import compare, modes
+from mixtral_jax.evaluation.perplexity import Evaluation, Result, difference
 from tests.evaluation.checkpoint import make_run
 
 ROOT = Path(__file__).parents[2]
@@ -224,3 +225,12 @@ def test_another_tokenizer_of_the_same_size_is_refused(run, tmp_path):
 def test_a_model_that_diverged_is_named_never_averaged(broken, mode):
     with pytest.raises(UserError, match=r"is nan in .*: its parameters have diverged, so evaluate an earlier"):
         eval_script(broken, *mode)
+
+
+def test_compare_ends_with_the_total_also_where_sources_differ():
+    sides = [
+        Mock(compare.Side, evaluation=Evaluation({name: Result(5, 9, 7.0)}, "packed", 8, 8), texts=[])
+        for name in ("a", "b")
+    ]
+    table = compare._perplexity_table(sides, {})
+    assert list(table.columns[0].cells) == ["a", "b", "total"]

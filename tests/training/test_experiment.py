@@ -200,7 +200,7 @@ def test_runs_come_seed_by_seed_and_one_can_be_chosen(file):
         ("mixture: []", "mixture: [seed=3]", r"seed=3 is decided by the experiment"),
         ("mixture: []", "mixture: [train.stepz=3]", r"train.stepz: .* Did you mean"),
         ("config.yaml", "none.yaml", r"cannot read the config .*none.yaml"),
-        ("mixture: []", "mixture: ['objective={name: preference, losses: [{name: sigmoid}]}']", "judged answers"),
+        ("mixture: []", "mixture: ['objective={name: preference, losses: [{name: sigmoid}]}']", "learns preferences"),
     ],
 )
 def test_mistakes_in_a_file_are_one_sentence(file, tmp_path, old, new, sentence):
