@@ -272,8 +272,8 @@ def _sentence(error: Exception, schema: type, where: str = "") -> str:
         assert name is not None
         head = f"a list is given as a whole, such as {name[0]}={LISTS.get(name[1], '[first, second]')}"
     elif section:
-        name = re.sub(r"(?<!^)(?=[A-Z])", "_", section[1]).lower()
-        head = f"{name} is a section: give it keys with values"
+        words = re.sub(r"(?<!^)(?=[A-Z])", "_", section[1]).lower()
+        head = f"{words} is a section: give it keys with values"
     elif unknown:
         head = f"there is no key '{unknown[1]}'{head[unknown.end() :] or _remedy(unknown[1], unknown[2], schema)}"
     else:
