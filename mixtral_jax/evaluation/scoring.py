@@ -50,13 +50,7 @@ def make_scorer(architecture: Architecture) -> Callable[[Arrays], Score]:
         settings: dict[str, Any] = {"mesh": runtime.mesh, "backend": runtime.matmul, "chunk": runtime.loss_chunk}
         return token_losses(x, model.head(), batch.targets, **settings)
 
-    compiled = _compile(architecture, scores)
-
-    def with_arrays(arrays: Arrays) -> Score:
-        call = compiled(arrays)
-        return lambda batch: TokenScores(*call(batch))
-
-    return with_arrays
+    return _compile(architecture, scores, TokenScores)
 
 
 def make_router(architecture: Architecture) -> Callable[[Arrays], Route]:
@@ -68,23 +62,18 @@ def make_router(architecture: Architecture) -> Callable[[Arrays], Route]:
         entropy = jnp.sum(jax.scipy.special.entr(jax.nn.softmax(router.router_logits, axis=-1)), axis=-1)
         return jnp.moveaxis(router.expert_indices, 0, 2).astype(small), jnp.moveaxis(entropy, 0, 2)
 
-    compiled = _compile(architecture, routes)
-
-    def with_arrays(arrays: Arrays) -> Route:
-        call = compiled(arrays)
-        return lambda batch: Routes(*call(batch))
-
-    return with_arrays
+    return _compile(architecture, routes, Routes)
 
 
 def _compile(
-    architecture: Architecture, outputs: Callable[[Mixtral, Batch], Any]
+    architecture: Architecture, outputs: Callable[[Mixtral, Batch], tuple[Any, Any]], names: Callable[..., Any]
 ) -> Callable[[Arrays], Callable[[HostBatch], Any]]:
     """Makes a function of a model's arrays and of host batches out of one on the device.
 
     Args:
         architecture: the model's shapes, on its mesh.
-        outputs: a tree of arrays [rows, context, ...] of a batch.
+        outputs: two arrays [rows, context, ...] of a batch.
+        names: gives them their names.
     """
     mesh = architecture.runtime.mesh
     sharding = named_sharding(mesh, ("batch", "sequence"))
@@ -98,9 +87,8 @@ def _compile(
             pad = ((0, -rows % devices), (0, 0))  # every device gets a row; empty rows count nothing
             padded = jax.tree.map(lambda x: np.pad(x, pad), batch)
             column_of = np.argsort(column_order(batch.tokens.shape[1], mesh.shape["context"]))
-            return jax.tree.map(
-                lambda x: np.asarray(x)[:rows, column_of], compiled(arrays, put_batch(padded, sharding))
-            )
+            results = compiled(arrays, put_batch(padded, sharding))
+            return names(*(np.asarray(x)[:rows, column_of] for x in results))
 
         return call
 

@@ -193,7 +193,7 @@ def test_compare_says_what_its_texts_are_to_each_model(run, monkeypatch):
         return dataclasses.replace(run.loaded if path == "run" else without, config=config)
 
     monkeypatch.setattr(compare, "load_model", load)
-    monkeypatch.setattr(compare, "make_scorer", lambda architecture: lambda arrays: run.score)
+    monkeypatch.setattr(LoadedModel, "score", property(lambda loaded: run.score))
     report = compare.compare_runs("run", "unknown", [SOURCE.format("mixed.jsonl")])
     first, second = (side["sources"]["notes"] for side in report.numbers["runs"])
     assert (first["text"], first["documents"], second["text"], second["documents"]) == ("other text", 10, "unknown", 20)
@@ -202,4 +202,4 @@ def test_compare_says_what_its_texts_are_to_each_model(run, monkeypatch):
     assert first["nats_per_token"] > NEW > second["nats_per_token"]
     assert [note[:30] for note in report.notes] == ["A: notes: other text; " + report.notes[0][22:30],
                                                     "B: this checkpoint keeps no re"]  # fmt: skip
-    assert report.numbers["differences"]["notes"]["interval"] is None  # other documents
+    assert report.numbers["differences"]["notes"].interval is None  # other documents
