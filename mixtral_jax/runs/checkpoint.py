@@ -186,7 +186,7 @@ class Checkpoints:
 
     def _find_damage(self, step: int, digests: Digests) -> str | None:
         damage = find_damage(self.directory / str(step), digests)
-        if damage is None and (written := self.read_meta(step)["bundle"]) != step:
+        if damage is None and (written := self.read_meta(step).get("bundle", step)) != step:
             return f"it is the checkpoint of step {written} under another name"
         return damage
 

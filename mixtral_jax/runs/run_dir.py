@@ -91,12 +91,15 @@ class RunDirectory:
         if not file.exists() or not any((self.path / "checkpoints").glob("*/manifest.json")):
             return  # nothing learnt yet that another configuration could spoil
         old = parse_config(file.read_text(encoding="utf-8"), where=str(file), saved=True)
-        for key in changed_keys(old, self.config):
-            if not any(key == free or key.startswith(free + ".") for free in RESUMABLE_KEYS):
-                before, now = (attrgetter(key)(config) for config in (old, self.config))
-                raise UserError(
-                    f"{self.path} holds a run with {key}={before}, not {now}: choose another run_dir or the old value"
-                )
+        differences = [
+            f"{key}={attrgetter(key)(old)}, not {attrgetter(key)(self.config)}"
+            for key in changed_keys(old, self.config)
+            if not any(key == free or key.startswith(free + ".") for free in RESUMABLE_KEYS)
+        ]
+        if differences:
+            raise UserError(
+                f"{self.path} holds a run with {'; '.join(differences)}: choose another run_dir or the old values"
+            )
 
     def _unwritable(self, error: OSError) -> UserError:
         return UserError(f"cannot write run_dir {self.path}: {error.strerror}; make room or name another run_dir")

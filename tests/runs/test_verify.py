@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from mixtral_jax.config import CheckpointConfig, UserError
+from mixtral_jax.data.record import FILE as RECORD
+from mixtral_jax.evaluation.loading import load_model
 from mixtral_jax.runs import streaming, verify
 from mixtral_jax.runs.checkpoint import META, Checkpoints
 from mixtral_jax.runs.manifest import write_manifest
@@ -80,6 +82,27 @@ def test_what_is_wrong_is_named_and_the_good_one_too(run, capsys, spoil, sentenc
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith(f"{run / 'checkpoints' / '1'}: good")
     assert re.search(sentence, second)
+
+
+@pytest.mark.drills
+def test_checkpoints_as_the_first_versions_wrote_them_are_read(run, capsys):
+    """Without their step, without a record of the documents, and with a key of another name."""
+    newer = load_model(str(run), []).arrays
+    for step in (1, 2):
+        bundle = run / "checkpoints" / str(step)
+        meta = json.loads((bundle / META).read_text())
+        for key in ("bundle", "documents", "training_tokens"):
+            del meta[key]
+        assert "  matmul:" in meta["config"]
+        meta["config"] = meta["config"].replace("  matmul:", "  products:")
+        (bundle / META).write_text(json.dumps(meta))
+        (bundle / RECORD).unlink()
+        write_manifest(bundle)
+    VERBS["verify"]([str(run)])
+    assert capsys.readouterr().out.count(": good, ") == 2
+    older = load_model(str(run), [])
+    assert (older.step, older.record) == (2, None)
+    jax.tree.map(np.testing.assert_array_equal, older.arrays, newer)
 
 
 @pytest.mark.drills

@@ -166,10 +166,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(interrupted):
 @pytest.mark.drills
 def test_another_config_in_the_same_directory_is_refused(uninterrupted):
     run_dir, _ = uninterrupted
-    result = run("train.py", run_dir.parent / "config.yaml", *LONGER, "optimizer.learning_rate=0.5")
+    before = parameters(run_dir, STEPS), (run_dir / "config.yaml").read_text()
+    changes = ("optimizer.learning_rate=0.5", "data.seq_len=16", "train.log_every=2")  # the last one may change
+    result = run("train.py", run_dir.parent / "config.yaml", *LONGER, *changes)
     assert result.returncode == 2
-    assert "optimizer.learning_rate=0.01, not 0.5" in result.stderr
-    assert result.stderr.count("\n") == 1
+    differences = "data.seq_len=32, not 16; optimizer.learning_rate=0.01, not 0.5"
+    remedy = "choose another run_dir or the old values"
+    assert result.stderr == f"error: {run_dir} holds a run with {differences}: {remedy}\n"
+    assert (parameters(run_dir, STEPS), (run_dir / "config.yaml").read_text()) == before
 
 
 def measured(file: Path, *arguments: object) -> dict:
