@@ -224,7 +224,7 @@ TABLE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("kept = set(finished[-self.config.keep :])", "kept = set(finished[: self.config.keep])"),
         ("if step % self.config.keep_every == 0}", "if step % self.config.keep_every == 1}"),
         ("for step in reversed(self.steps()):", "for step in self.steps():"),
-        ("[\"bundle\"]) != step:", "[\"bundle\"]) == -1:"),
+        (".get(\"bundle\", step)) != step:", ".get(\"bundle\", step)) == -1:"),
     ],
     ("runs/checkpoint.py", "runs/test_checkpoint.py runs/test_nfs.py"): [
         ("if removed and (damage := ", "if False and (damage := "),

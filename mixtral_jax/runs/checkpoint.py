@@ -186,6 +186,7 @@ class Checkpoints:
 
     def _find_damage(self, step: int, digests: Digests) -> str | None:
         damage = find_damage(self.directory / str(step), digests)
+        # The first versions did not write it.
         if damage is None and (written := self.read_meta(step).get("bundle", step)) != step:
             return f"it is the checkpoint of step {written} under another name"
         return damage
