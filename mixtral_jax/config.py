@@ -29,7 +29,10 @@ class NoCheckpointError(UserError):
                 "another one"
             )
         else:
-            super().__init__(f"there is no checkpoint in {where}: name a run directory or one of its checkpoints")
+            super().__init__(
+                f"there is no checkpoint in {where}: name a run directory or one of its checkpoints; released weights "
+                "become one by python -m mixtral_jax import"
+            )
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ def import_(arguments: list[str]) -> None:
     overrides = [override for override in options.overrides if not override.startswith("distributed.")]
     with joined(distributed_config(options.overrides)):
         import_checkpoint(options.source, options.directory, overrides, upcycling)
+        print(f"{options.directory}: a checkpoint for eval.py, or for train.py with init_from={options.directory}")
 
 
 def export(arguments: list[str]) -> None:

@@ -128,7 +128,8 @@ def run_tasks(model: Any, names: Sequence[str], known: Known | None = None) -> d
         UserError: a file or a task that cannot be had.
     """
     check_harness()
-    import lm_eval
+    os.environ.setdefault("TQDM_DISABLE", "1")  # progress is shown by the model, in lines that a file can hold
+    import lm_eval.evaluator
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about keys that we set on purpose
@@ -142,6 +143,7 @@ def run_tasks(model: Any, names: Sequence[str], known: Known | None = None) -> d
     if unknown:
         raise UserError(f"'{unknown[0]}' is no task of the harness and no .jsonl or .yaml file: see lm_eval ls tasks")
     wanted = [jsonl_task(Path(name)) if name.endswith(".jsonl") else name for name in names]
+    lm_eval.evaluator.get_git_commit_hash = lambda: None  # git complains at the terminal outside of a repository
     results = lm_eval.simple_evaluate(model=model, tasks=wanted, task_manager=manager)
     found = {}
     for task, numbers in results["results"].items():

@@ -32,7 +32,8 @@ def open_model(checkpoint: str, overrides: list[str], weights: str = "") -> Iter
         return
     imported, remove = make_place(Path(tempfile.gettempdir()) / "mixtral_jax_import")
     try:
-        import_checkpoint(path, imported, overrides)
+        with contextlib.redirect_stdout(sys.stderr):  # standard output is for texts
+            import_checkpoint(path, imported, overrides)
         yield _held(load_model(str(imported), overrides, packed=False), weights)
     finally:
         remove()

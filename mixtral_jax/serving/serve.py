@@ -32,10 +32,15 @@ class Serving:
 
     def __post_init__(self) -> None:
         """Raises `UserError` for a value out of range."""
-        for name, least, most in (("port", 0, 65535), ("concurrency", 1, 4096), ("queue", 0, 1 << 20),
-                                  ("body", 1, 1 << 30), ("drain_seconds", 0, 86400)):  # fmt: skip
-            if not least <= (value := getattr(self, name)) <= most:
-                raise UserError(f"{name} is {value}: it must be from {least} to {most}")
+        for option, value, least, most in (
+            ("--port", self.port, 0, 65535),
+            ("--max-concurrency", self.concurrency, 1, 4096),
+            ("--max-queue", self.queue, 0, 1 << 20),
+            ("--max-body", self.body, 1, 1 << 30),
+            ("--drain-seconds", self.drain_seconds, 0, 86400),
+        ):
+            if not least <= value <= most:
+                raise UserError(f"{option} is {value}: it must be from {least} to {most}")
 
 
 def serve(checkpoint: str, serving: Serving, overrides: list[str]) -> None:
@@ -71,8 +76,9 @@ def bind(serving: Serving) -> socket.socket:
         family = socket.AF_INET6 if ":" in serving.host else socket.AF_INET
         return socket.create_server((serving.host, serving.port), family=family, backlog=1024)
     except (OSError, UnicodeError) as error:
+        problem = str(getattr(error, "strerror", None) or error).partition(" (")[0]
         raise UserError(
-            f"cannot listen at {serving.host}:{serving.port}: {error}; choose others with --host and --port"
+            f"cannot listen at {serving.host}:{serving.port}: {problem}; choose others with --host and --port"
         ) from None
 
 

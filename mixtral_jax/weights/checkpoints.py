@@ -70,7 +70,6 @@ def import_checkpoint(
         values = ReleasedArrays(released, arrays, upcycling)
         with byte_progress(f"import {released.layout.name}", _size(arrays)) as advance:
             checkpoints.save_streamed(0, values, meta, files, advance)
-    say(f"{directory}: a checkpoint for eval.py, or for train.py with init_from={directory}")
 
 
 def _without_devices(config: Config) -> Architecture:

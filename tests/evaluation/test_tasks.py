@@ -36,7 +36,7 @@ class Speller(LM):
         return ["yes" for _ in requests]
 
 
-def test_each_form_is_the_task_it_says(tmp_path):
+def test_each_form_is_the_task_it_says(tmp_path, monkeypatch, capfd):
     names = [
         write(tmp_path / "choice.jsonl", [
             {"query": "q", "choices": ["aaa", "b", "cc"], "gold": 1},
@@ -51,7 +51,9 @@ def test_each_form_is_the_task_it_says(tmp_path):
         write(tmp_path / "answers.jsonl", [{"query": "q", "answer": "Yes"}, {"query": "q", "answer": "no"}]),
         write(tmp_path / "texts.jsonl", [{"text": "one two three"}, {"text": "one"}]),
     ]  # fmt: skip
+    monkeypatch.chdir(tmp_path)
     results = run_tasks(Speller(), names)
+    assert "fatal" not in capfd.readouterr().err  # git, outside of a repository
     value = lambda task, metric: results[task]["metrics"][metric]["value"]  # noqa: E731
     assert value("choice", "acc") == pytest.approx(2 / 3)
     assert value("schema", "acc") == 0.5

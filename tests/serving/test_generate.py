@@ -93,11 +93,15 @@ def test_nothing_is_written_where_one_of_several_prompts_is_too_long(trained, tm
     assert (capsys.readouterr().out, list(tmp_path.iterdir())) == ("", [])
 
 
-def test_released_weights_are_imported_for_the_occasion(trained, tmp_path):
+def test_released_weights_are_imported_for_the_occasion(trained, tmp_path, capsys):
     verbs.export([trained, str(tmp_path / "release"), "--format", "hf"])
     found = []
     for source in (trained, str(tmp_path / "release")):
+        capsys.readouterr()
         verbs.generate([source, "old trees", "--max-new-tokens", "9", "--json", str(tmp_path / "g.json")])
+        said = capsys.readouterr()
+        assert said.out.startswith("old trees")
+        assert "init_from" not in said.err  # the import is gone by then
         found += json.loads((tmp_path / "g.json").read_text())["texts"]
     assert found[0]["tokens"] == found[1]["tokens"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["g.json", "release"]
