@@ -105,11 +105,11 @@ class ProgressLine(AbstractContextManager["ProgressLine"]):
 
     def update(self, done: int, text: str) -> None:
         """Moves to `done` steps and shows `text` beside them; prints a permanent line when one is due."""
+        first_or_last = self._last_line is None or self._done < self._total <= done
         self.advance(done)
         if self._live:
             self._progress.update(self._task, text=text)
         now = time.monotonic()
-        first_or_last = self._last_line is None or done >= self._total
         if (first_or_last and self._line_seconds < float("inf")) or (
             self._last_line is not None and now - self._last_line >= self._line_seconds
         ):

@@ -140,6 +140,13 @@ print(os.getenv('JAX_PLATFORMS'))
 STARTS = ("cli.run(lambda _: None)", "import benchmarks")
 
 
+def test_a_log_gets_one_last_line_however_often_the_end_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressLine("pages", 8, plain_line_seconds=60.0) as line:
+        for done in (1, 4, 8, 8, 8):
+            line.update(done, "")
+    assert [text.split("  ")[0] for text in capsys.readouterr().out.splitlines()] == ["pages 1/8", "pages 8/8"]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux shows its devices as files")
 @pytest.mark.parametrize(
     ("devices", "given", "platform"),
