@@ -96,21 +96,17 @@ def _open_programs(path: str) -> tuple[Programs, str]:
 
 def trim(directory: Path, limit: int) -> None:
     """Deletes the programs that were not used for longest, down to so many bytes; JAX's own limit locks every look."""
-    files = [(max(status.st_atime, status.st_mtime), status.st_size, path) for path, status in _files(directory)]
+    files = []
+    for path in [*directory.glob(f"*{END}*"), *directory.glob(f"*{WITHOUT_CHECKSUM}*")]:
+        with contextlib.suppress(FileNotFoundError):  # another process trims, too
+            status = path.stat()
+            files.append((max(status.st_atime, status.st_mtime), status.st_size, path))
     total = sum(size for _, size, _ in files)
     for _, size, path in sorted(files):
         if total <= limit:
             return
         path.unlink(missing_ok=True)
         total -= size
-
-
-def _files(directory: Path) -> list[tuple[Path, os.stat_result]]:
-    found = []
-    for path in [*directory.glob(f"*{END}*"), *directory.glob(f"*{WITHOUT_CHECKSUM}*")]:
-        with contextlib.suppress(FileNotFoundError):  # another process trims, too
-            found.append((path, path.stat()))
-    return found
 
 
 def _processor() -> str:

@@ -21,7 +21,6 @@ class TextRows:
         self._documents = documents.repeated(self.copies)
         self._seq_len = seq_len
         self.count = num_rows(self._documents, seq_len)
-        self.targets = documents.num_tokens - documents.num_documents  # of an epoch: all but the first of each document
         self.empty = max(0, self.count * seq_len - self._documents.num_tokens)  # places of the last row without a token
 
     def pack(self, rows: Int64[np.ndarray, "rows"]) -> HostBatch:

@@ -120,8 +120,6 @@ class TrainingData:
         self._rows = rows_of(config, documents)
         self._checks = [view.check_unchanged for view in documents]
         self.source_names = [view.name for view in documents]
-        # Targets of an epoch, by source.
-        self.tokens_per_epoch = {view.name: rows.targets for view, rows in zip(documents, self._rows, strict=True)}
         for view, rows in zip(documents, self._rows, strict=True):
             if not rows.count:
                 why = "add text or lower data.holdout" if view.format == "text" or not view.num_documents else (

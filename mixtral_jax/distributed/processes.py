@@ -13,7 +13,6 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from mixtral_jax.config import DistributedConfig, UserError
@@ -28,18 +27,8 @@ CRASH = 1  # exit code of a program's own error
 FOREVER = 7 * 24 * 3600 * 1000  # milliseconds; the watchdog ends what waits in vain
 
 
-@dataclass
-class _Joined:
-    """This process among the others."""
-
-    client: Any
-    process: int
-    count: int
-    watchdog: Watchdog
-    calls: Iterator[int] = field(default_factory=itertools.count)
-
-
-_joined: _Joined | None = None
+_joined: Watchdog | None = None  # of this process among the others
+_calls = itertools.count()  # of the functions below, which all processes make in the same order
 _watch: StepWatch | None = None  # of this process, inside of `joined`
 _speaks: bool | None = None  # whether this process tells of its mistakes; None: as its number says
 
@@ -93,21 +82,20 @@ def joined(config: DistributedConfig, restart: str = ANEW) -> Iterator[None]:
             lone.stop()
             _watch = None
         return
-    _joined = mine = _connect(cluster, config, restart)
-    _watch = mine.watchdog
+    _joined = _watch = mine = _connect(cluster, config, restart)
     try:
         yield
         barrier()  # what one still does, the others must wait for
     except BaseException as error:
         _end_all(mine, error)
-    mine.watchdog.stop()
+    mine.stop()
     _joined = _watch = None
     import jax
 
     jax.distributed.shutdown()
 
 
-def _connect(cluster: Cluster, config: DistributedConfig, restart: str) -> _Joined:
+def _connect(cluster: Cluster, config: DistributedConfig, restart: str) -> Watchdog:
     import jax
     from jax._src.distributed import global_state  # the one way to its key-value store
 
@@ -139,25 +127,25 @@ def _connect(cluster: Cluster, config: DistributedConfig, restart: str) -> _Join
         heartbeat_timeout=config.heartbeat_timeout, step_timeout=config.step_timeout, restart=restart,
     )  # fmt: skip
     watchdog.start()
-    return _Joined(global_state.client, cluster.process_id, cluster.num_processes, watchdog)
+    return watchdog
 
 
-def _end_all(mine: _Joined, error: BaseException) -> None:
+def _end_all(mine: Watchdog, error: BaseException) -> None:
     """Ends every process for an error in this one; does not return."""
     if isinstance(error, UserError):
-        mine.watchdog.end_all(USER_ERROR, str(error))
+        mine.end_all(USER_ERROR, str(error))
     if isinstance(error, KeyboardInterrupt):
-        mine.watchdog.end_all(130, "interrupted")
+        mine.end_all(130, "interrupted")
     code = CRASH
     if _is_of_communication(error):
-        mine.watchdog.await_verdict()
+        mine.await_verdict()
         code = GIVEN_UP
     traceback.print_exception(error)
     who = f"process {mine.process} on {socket.gethostname()}"
     first_line = (str(error).strip() or "no message").splitlines()[0]
-    remedy = f"its log has the traceback; fix it and {mine.watchdog.restart}"
+    remedy = f"its log has the traceback; fix it and {mine.restart}"
     text = f"{who} failed with {type(error).__name__}: {first_line}; {remedy}"
-    mine.watchdog.end_all(code, text)
+    mine.end_all(code, text)
 
 
 def _is_of_communication(error: BaseException) -> bool:
@@ -170,7 +158,7 @@ def _is_of_communication(error: BaseException) -> bool:
 @contextlib.contextmanager
 def undone(undo: Callable[[], None]) -> Iterator[None]:
     """Undoes something also where this process is ended, in here, because another one failed or was lost."""
-    farewells = _joined.watchdog.farewells if _joined else []
+    farewells = _joined.farewells if _joined else []
     farewells.append(undo)
     try:
         yield
@@ -182,14 +170,14 @@ def undone(undo: Callable[[], None]) -> Iterator[None]:
 def barrier() -> None:
     """Waits until every process is here."""
     if _joined:
-        _joined.client.wait_at_barrier(f"{ROOT}{next(_joined.calls)}", FOREVER)
+        _joined.client.wait_at_barrier(f"{ROOT}{next(_calls)}", FOREVER)
 
 
 def from_main(compute: Callable[[], T]) -> T:
     """Lets process 0 compute a JSON value and returns it in every process."""
     if _joined is None:
         return compute()
-    key = f"{ROOT}value/{next(_joined.calls)}"
+    key = f"{ROOT}value/{next(_calls)}"
     if _joined.process == 0:
         value = compute()
         _joined.client.key_value_set(key, json.dumps(value))
@@ -199,7 +187,7 @@ def from_main(compute: Callable[[], T]) -> T:
 
 def take_turn() -> int:
     """Takes a number that this module's other calls do not take, in every process the same; in the main thread."""
-    return next(_joined.calls) if _joined else 0
+    return next(_calls) if _joined else 0
 
 
 def with_all(

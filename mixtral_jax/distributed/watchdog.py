@@ -60,7 +60,7 @@ class Watchdog(StepWatch):
             restart: what to do then.
         """
         super().__init__(step_timeout, restart)
-        self._client, self._process, self._count = client, process, count
+        self.client, self.process, self.count = client, process, count
         self._heartbeat_timeout, self._period = heartbeat_timeout, min(5.0, heartbeat_timeout / 6)
         self._looks = 0
         self._signs: dict[int, tuple[str, float]] = {}  # the last of each process, and when it was first seen
@@ -75,7 +75,7 @@ class Watchdog(StepWatch):
 
     def _give_sign(self) -> None:
         sign = f"{self._looks} {self._begun} {socket.gethostname()}"
-        self._client.key_value_set(f"{ROOT}alive/{self._process}", sign, allow_overwrite=True)
+        self.client.key_value_set(f"{ROOT}alive/{self.process}", sign, allow_overwrite=True)
 
     def end_all(self, code: int, text: str) -> None:
         """Ends all processes for a reason that this one has; does not return.
@@ -84,9 +84,9 @@ class Watchdog(StepWatch):
             code: exit code; 2 is said by process 0 alone, for the others have made the same mistake.
             text: the reason, a sentence.
         """
-        if self._process and code == USER_ERROR:
+        if self.process and code == USER_ERROR:
             self._await_verdict(3 * self._period + 1)  # process 0 is about to say the same
-        self._leave(self._announce(Verdict(code, text, self._process)))
+        self._leave(self._announce(Verdict(code, text, self.process)))
 
     def await_verdict(self) -> None:
         """Gives the others, after an error of communication, the time to find out who is lost; may not return."""
@@ -102,7 +102,7 @@ class Watchdog(StepWatch):
         try:
             self._give_sign()
             verdict = self._read_verdict()
-            if verdict is None and self._process == 0:
+            if verdict is None and self.process == 0:
                 verdict = self._find_lost()
             if verdict is None and late:
                 verdict = self._find_hang()
@@ -126,7 +126,7 @@ class Watchdog(StepWatch):
             f"{who} gave no sign of life for {self._heartbeat_timeout:g} seconds: killed, out of memory, frozen or cut "
             f"off; look at its log, then {self.restart}"
         )
-        return self._announce(Verdict(GIVEN_UP, text, self._process, lost=len(lost)))
+        return self._announce(Verdict(GIVEN_UP, text, self.process, lost=len(lost)))
 
     def _find_hang(self) -> Verdict:
         signs = self._read_signs()
@@ -136,20 +136,20 @@ class Watchdog(StepWatch):
         if len(behind) < len(begun):
             step = max(1, min(begun.values()))
             text += f"; {_names(behind)} hangs in or before step {step}, the others wait for it"
-        return self._announce(Verdict(GIVEN_UP, f"{text}; {self.restart}", self._process))
+        return self._announce(Verdict(GIVEN_UP, f"{text}; {self.restart}", self.process))
 
     def _read_signs(self) -> dict[int, str]:
-        entries = self._client.key_value_dir_get(f"{ROOT}alive/")
+        entries = self.client.key_value_dir_get(f"{ROOT}alive/")
         return {int(key.rpartition("/")[2]): sign for key, sign in entries}
 
     def _read_verdict(self) -> Verdict | None:
-        entries = self._client.key_value_dir_get(f"{ROOT}verdict/")
+        entries = self.client.key_value_dir_get(f"{ROOT}verdict/")
         return Verdict(**json.loads(entries[0][1])) if entries else None
 
     def _announce(self, verdict: Verdict) -> Verdict:
         """Writes a verdict down, unless there is one; returns the one that holds."""
         with contextlib.suppress(Exception):  # there is one, or no coordinator any more
-            self._client.key_value_set(f"{ROOT}verdict/first", json.dumps(asdict(verdict)))
+            self.client.key_value_set(f"{ROOT}verdict/first", json.dumps(asdict(verdict)))
         with contextlib.suppress(Exception):
             return self._read_verdict() or verdict
         return verdict
@@ -157,7 +157,7 @@ class Watchdog(StepWatch):
     def _leave(self, verdict: Verdict) -> None:
         """Says the verdict and ends the process; the interpreter's own farewells would wait for the others."""
         self._leaving.acquire()  # for ever: only one thread says it
-        if self._process == 0 or verdict.code != USER_ERROR:
+        if self.process == 0 or verdict.code != USER_ERROR:
             text = (
                 verdict.text
                 if verdict.by == 0 or verdict.code != USER_ERROR
@@ -167,10 +167,10 @@ class Watchdog(StepWatch):
         sys.stdout.flush()
         sys.stderr.flush()
         with contextlib.suppress(Exception):
-            self._client.key_value_set(f"{ROOT}gone/{self._process}", "")
-            if self._process == 0:  # with it goes the coordinator, and who has not read the verdict by then is aborted
+            self.client.key_value_set(f"{ROOT}gone/{self.process}", "")
+            if self.process == 0:  # with it goes the coordinator, and who has not read the verdict by then is aborted
                 deadline = time.monotonic() + 3 * self._period + 2
-                while time.monotonic() < deadline and self._gone() < self._count - verdict.lost:
+                while time.monotonic() < deadline and self._gone() < self.count - verdict.lost:
                     time.sleep(0.05)
         for farewell in self.farewells:
             with contextlib.suppress(Exception):
@@ -178,7 +178,7 @@ class Watchdog(StepWatch):
         os._exit(verdict.code)
 
     def _gone(self) -> int:
-        return len(self._client.key_value_dir_get(f"{ROOT}gone/"))
+        return len(self.client.key_value_dir_get(f"{ROOT}gone/"))
 
     def _by(self, verdict: Verdict) -> str:
         with contextlib.suppress(Exception):

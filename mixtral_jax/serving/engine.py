@@ -7,6 +7,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 from mixtral_jax.data.tokenizer import Tokenizer
@@ -99,12 +100,8 @@ class Engine:
             BusyError: so many wait already.
             StoppedError: the engine does not run.
         """
-
-        def teller(number: int) -> Callable[[Progress], None]:
-            return lambda progress: deliver(number, progress)
-
         jobs = [
-            Job(Continuation(prompt, self.tokenizer), alternatives, teller(number))
+            Job(Continuation(prompt, self.tokenizer), alternatives, partial(deliver, number))
             for number, prompt in enumerate(prompts)
         ]
         with self._changed:

@@ -25,14 +25,15 @@ class Spike(NamedTuple):
 class Rollbacks:
     """Holds the loss of every step against those before it, and counts how often the run went back."""
 
-    def __init__(self, meta: dict[str, Any] | None):
+    def __init__(self, meta: dict[str, Any] | None, count: int | None = None):
         """Goes on as a checkpoint says.
 
         Args:
             meta: of the checkpoint from which the run goes on; one of an earlier version knows of no spikes.
+            count: how often the run went back, where it has just done so; None: as often as the checkpoint says.
         """
         kept = (meta or {}).get(KEPT, {"count": 0, "losses": [], "skipped": []})
-        self.count: int = kept["count"]
+        self.count: int = kept["count"] if count is None else count
         self.skipped: list[tuple[int, int]] = [(begin, end) for begin, end in kept["skipped"]]
         self._losses = deque[float](kept["losses"], WINDOW)
         self.spike: Spike | None = None  # for which the run is to go back now
@@ -70,9 +71,3 @@ class Rollbacks:
                     )
                 return
         self._losses.append(loss)
-
-    def go_back(self, meta: dict[str, Any] | None) -> "Rollbacks":
-        """Returns what holds after the run has gone back once more, to the checkpoint of this meta file."""
-        back = Rollbacks(meta)
-        back.count = self.count + 1
-        return back

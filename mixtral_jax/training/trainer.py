@@ -196,7 +196,7 @@ class Trainer:
             own = start.own or 0
             begin, end = self.data.number_of(own), self.data.number_of(spike.step)
             self.data.skip(begin, end)
-            self.rollbacks = self.rollbacks.go_back(start.meta)
+            self.rollbacks = Rollbacks(start.meta, self.rollbacks.count + 1)
             self.watch = RouterWatch(self.config.model)
             self.say(
                 f"step {spike.step}: the loss of {spike.loss:.4g} is a spike, above {spike.bound:.4g}; back to step "

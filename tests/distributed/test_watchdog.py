@@ -150,6 +150,6 @@ def test_the_first_reason_holds(group, capfd):
 def test_what_cannot_reach_the_store_is_lost(group, capfd):
     cut_off = Frozen()
     dogs, left = group(2, stores={1: cut_off})
-    dogs[0]._client.values["mixtral_jax/alive/1"] = "1 0 elsewhere"
+    dogs[0].client.values["mixtral_jax/alive/1"] = "1 0 elsewhere"
     wait_until_left(left, 0)
     assert "process 1 on elsewhere" in capfd.readouterr().err
