@@ -61,7 +61,8 @@ def document_parts(source: SourceConfig, on_bytes: Callable[[int], None] = _igno
     if source.builtin:
         yield python_documents(on_bytes)
     elif source.hub:
-        yield _hub_documents(source)
+        remedy = f"set text_field of source '{source.name}'"
+        yield _texts(_hub_records(source), source.text_field, f"'{source.hub}'", remedy)
     else:
         for file in source_files(source):
             yield _file_documents(file, source.text_field, on_bytes)
@@ -200,20 +201,21 @@ def _kind(name: str) -> str | None:
 
 def _file_documents(file: Path, field: str, on_bytes: Callable[[int], None]) -> Iterator[str]:
     kind = _kind(file.name)
-    if kind in TABLES:
-        for where, record in _table_records(file, field, on_bytes):
-            yield _checked(record[field], field, where)
-    elif kind in RECORDS:
-        for where, record in _json_records(file, on_bytes):
-            if field not in record:
-                raise UserError(
-                    f"{where} has no field '{field}' (it has {', '.join(record) or 'none'}): set text_field"
-                )
-            yield _checked(record[field], field, where)
+    if kind in TABLES + RECORDS:
+        records = _table_records(file, field, on_bytes) if kind in TABLES else _json_records(file, on_bytes)
+        yield from _texts(records, field)
     else:
         with _opened(file) as (raw, stream):
             yield _decode(stream.read(), str(file))
             on_bytes(raw.tell())
+
+
+def _texts(records: Records, field: str, place: str = "", remedy: str = "set text_field") -> Iterator[str]:
+    """What a field of records holds; an error without a `place` names that of the record."""
+    for where, record in records:
+        if field not in record:
+            raise UserError(f"{place or where} has no field '{field}' (it has {', '.join(record) or 'none'}): {remedy}")
+        yield _checked(record[field], field, where)
 
 
 @contextlib.contextmanager
@@ -332,16 +334,6 @@ def _check_hub(source: SourceConfig) -> None:
         HfApi().dataset_info(repository, timeout=HUB_TIMEOUT)
     except Exception as error:  # every cause, from no network to no such name, leaves the user the same choice
         raise _hub_trouble(source, error) from None
-
-
-def _hub_documents(source: SourceConfig) -> Iterator[str]:
-    for where, record in _hub_records(source):
-        if source.text_field not in record:
-            raise UserError(
-                f"'{source.hub}' has no field '{source.text_field}' (it has {', '.join(record)}): "
-                f"set text_field of source '{source.name}'"
-            )
-        yield _checked(record[source.text_field], source.text_field, where)
 
 
 def _hub_records(source: SourceConfig) -> Records:
