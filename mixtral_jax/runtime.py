@@ -18,6 +18,9 @@ CompilerOptions = dict[str, bool | int | float | str]
 ON_CPU: CompilerOptions = {"xla_cpu_copy_insertion_use_region_analysis": True}
 # Operations and products that give the same bits every time, chosen without timing them; cuDNN's backward pass, too.
 DETERMINISTIC: CompilerOptions = {"xla_gpu_exclude_nondeterministic_ops": True}
+# Logical axes, and what the configuration calls their sizes.
+SIZES = {"d_model": "d_model", "d_ff": "d_ff", "heads": "num_heads", "kv_heads": "num_kv_heads", "vocab": "vocab_size",
+         "experts": "num_experts"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -141,12 +144,8 @@ def make_runtime(config: Config, mesh: Mesh | None = None) -> Runtime:
     sizes = {axis: mesh.shape[axis] for axis in ("expert", "tensor", "fsdp")}
     place = target_of(config, mesh.devices.flat[0], mesh.size, **sizes)
     place = replace(place, matmul=choose("matmul", kernels.matmul, place))
-    check_divides(mesh, "d_model", "model.d_model", model.d_model)
-    check_divides(mesh, "d_ff", "model.d_ff", model.d_ff)
-    check_divides(mesh, "heads", "model.num_heads", model.num_heads)
-    check_divides(mesh, "kv_heads", "model.num_kv_heads", model.num_kv_heads)
-    check_divides(mesh, "vocab", "model.vocab_size", model.vocab_size)
-    check_divides(mesh, "experts", "model.num_experts", model.num_experts)
+    for axis, size in SIZES.items():
+        check_divides(mesh, axis, f"model.{size}", getattr(model, size))
     experts = choose("experts", kernels.experts, place)
     saves_named = config.train.remat == "none" and experts in ("amx", "mkl")
     return Runtime(

@@ -20,13 +20,9 @@ class ApiError(HTTPException):
 
     def body(self) -> dict[str, Any]:
         """Writes it as the API does."""
-        return describe(self.status_code, self.detail, self.param, self.code)
-
-
-def describe(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """Writes an error as the API does."""
-    kind = "server_error" if status >= 500 else TYPES.get(status, "invalid_request_error")
-    return {"error": {"message": _whole(message), "type": kind, "param": param and _whole(param), "code": code}}
+        kind = "server_error" if self.status_code >= 500 else TYPES.get(self.status_code, "invalid_request_error")
+        param = self.param and _whole(self.param)
+        return {"error": {"message": _whole(self.detail), "type": kind, "param": param, "code": self.code}}
 
 
 def _whole(text: str) -> str:
@@ -36,8 +32,8 @@ def _whole(text: str) -> str:
 
 def respond(error: HTTPException) -> JSONResponse:
     """Makes a response of an error."""
-    body = error.body() if isinstance(error, ApiError) else describe(error.status_code, str(error.detail))
-    return JSONResponse(body, error.status_code, error.headers)
+    told = error if isinstance(error, ApiError) else ApiError(error.status_code, str(error.detail))
+    return JSONResponse(told.body(), error.status_code, error.headers)
 
 
 def _names(error: dict[str, Any]) -> list[str | int]:

@@ -10,11 +10,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
-from rich.table import Table
 
 from mixtral_jax.config import Config, KernelsConfig, MeshConfig, ObjectiveConfig, PrecisionConfig
 from mixtral_jax.config_loading import replace
-from mixtral_jax.console import make_console
+from mixtral_jax.console import make_console, make_table
 from mixtral_jax.data.batch import Batch, HostBatch
 from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.runtime import Runtime, make_runtime
@@ -72,9 +71,8 @@ def run(config: Config, count: int | None) -> bool:
     began = time.monotonic()
     mesh = make_mesh(config.mesh, jax.devices()[:count])
     small, found = check_mesh(config, mesh)
-    table = Table("", caption=f"norms; differences relative to them, at most {LIMIT:g}")
-    table.add_column("one device", justify="right")
-    table.add_column("difference", justify="right")
+    caption = f"norms; differences relative to them, at most {LIMIT:g}"
+    table = make_table([""], ["one device", "difference"], caption)
     for name, alone, relative in found:
         table.add_row(name, f"{alone:.6g}", f"{relative:.1e}", style=None if relative <= LIMIT else "bold red")
     console = make_console()
