@@ -11,7 +11,6 @@ from mixtral_jax.data.chat_records import Chat, RecordError
 from mixtral_jax.data.chat_template import ChatTemplate
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.evaluation.outputs import write_json
-from mixtral_jax.evaluation.windows import window_sizes
 from mixtral_jax.inference.decoding import make_generator
 from mixtral_jax.inference.sampling import Sampling
 from mixtral_jax.inference.text import Continuation, Prompt, begin_text, check_room, continue_texts
@@ -62,13 +61,12 @@ def generate(
             for text in prompts
         ]
         rows = min(loaded.config.eval.batch_size, 1 << (len(wanted) - 1).bit_length())
-        context, _ = window_sizes(loaded.config.eval, loaded.config.data.seq_len)
         draw = make_generator(loaded.architecture)(loaded.arrays)
-        check_room(wanted, context)  # of all, before anything is written
+        check_room(wanted, loaded.context)  # of all, before anything is written
         done: list[Continuation] = []
         for start in range(0, len(wanted), rows):
             batch = wanted[start : start + rows]
-            steps = continue_texts(draw, loaded.tokenizer, batch, rows=rows, context=context)
+            steps = continue_texts(draw, loaded.tokenizer, batch, rows=rows, context=loaded.context)
             shown = [text + "\n" * options.chat for text in prompts[start : start + rows]]
             done += _show(steps, shown, alone=len(prompts) == 1)
     if json_file:

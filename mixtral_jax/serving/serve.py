@@ -8,7 +8,6 @@ from pathlib import Path
 import uvicorn
 
 from mixtral_jax.config import UserError
-from mixtral_jax.evaluation.windows import window_sizes
 from mixtral_jax.inference.batching import RunningBatch
 from mixtral_jax.serving.app import Service, make_app
 from mixtral_jax.serving.engine import Engine
@@ -55,16 +54,14 @@ def serve(checkpoint: str, serving: Serving, overrides: list[str]) -> None:
         UserError: a bad value or checkpoint, or an address that is not to be had.
     """
     with bind(serving) as listener, open_model(checkpoint, overrides, serving.weights) as loaded:
-        context, _ = window_sizes(loaded.config.eval, loaded.config.data.seq_len)
-        batch = RunningBatch(loaded.architecture, loaded.arrays, rows=serving.concurrency, context=context)
+        batch = RunningBatch(loaded.architecture, loaded.arrays, rows=serving.concurrency, context=loaded.context)
         engine = Engine(batch, loaded.tokenizer, queue=serving.queue)
-        reader = Reader(loaded.tokenizer, loaded.config.model.vocab_size, context, batch.rows)
-        name = serving.name or Path(checkpoint).resolve().name
-        model = loaded.config.model
+        model, name = loaded.config.model, serving.name or Path(checkpoint).resolve().name
+        reader = Reader(loaded.tokenizer, model.vocab_size, batch.context, batch.rows)
         service = Service(name, model.num_layers, model.num_experts, reader, engine, serving.api_key, serving.body)
         host, port = listener.getsockname()[:2]
         print(f"{name} at http://{f'[{host}]' if ':' in host else host}:{port}: {batch.rows} texts at once, "
-              f"context {context:,}", flush=True)  # fmt: skip
+              f"context {batch.context:,}", flush=True)  # fmt: skip
         run(service, listener, serving.drain_seconds)
     if engine.failed:
         raise SystemExit(1)
