@@ -51,14 +51,6 @@ def fill(batch: HostBatch, rows: Any, part: HostBatch) -> None:
     jax.tree.map(lambda whole, own: operator.setitem(whole, rows, own), batch, part)
 
 
-def abstract_batch(
-    rows: int, seq_len: int, sharding: NamedSharding, objective: ObjectiveConfig | None = None
-) -> Batch[Any]:
-    """Describes a batch by shape, type and sharding."""
-    batch = padding(rows, seq_len, objective)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch)
-
-
 def put_batch(batch: HostBatch, sharding: NamedSharding, total: int | None = None, first: int = 0) -> Batch[jax.Array]:
     """Spreads a global batch over the devices, columns in the order of `zigzag`.
 

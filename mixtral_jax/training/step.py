@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PyTree
 
 from mixtral_jax.config import Config
-from mixtral_jax.data.batch import Batch, HostBatch, abstract_batch, put_batch
+from mixtral_jax.data.batch import Batch, HostBatch, padding, put_batch
 from mixtral_jax.kernels.adamw import global_norm
 from mixtral_jax.model.mixtral import Architecture, Arrays
 from mixtral_jax.precision import FULL
@@ -94,8 +94,8 @@ class Trainable:
 
     def abstract_batch(self) -> Batch[Any]:
         """Describes a global batch by shape, type and sharding."""
-        shape = self.config.train.batch_size, self.config.data.seq_len
-        return abstract_batch(*shape, self.batch_sharding, self.config.objective)
+        batch = padding(self.config.train.batch_size, self.config.data.seq_len, self.config.objective)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.batch_sharding), batch)
 
     def host_rows(self) -> slice:
         """Returns the part of a global batch, from the first row to the last, that this host's devices need."""
