@@ -1,5 +1,7 @@
 """Sentences that say what to change: when a step does not fit, and where its time is wasted."""
 
+from typing import Any
+
 from mixtral_jax.config import Config
 from mixtral_jax.config_loading import replace
 from mixtral_jax.hardware import GIB
@@ -7,6 +9,7 @@ from mixtral_jax.planning.estimate import estimate
 from mixtral_jax.planning.roofline import Plan
 from mixtral_jax.planning.topology import Topology
 
+REMATS = ("none", "dots", "full")  # the less is kept, the later
 WASTE = 2.0  # compiled FLOPs over useful ones from which a plan says why; full remat alone makes 1.33
 
 
@@ -49,31 +52,24 @@ def remedies(config: Config, topology: Topology, needed: float) -> list[str]:
     scale = needed / estimate(config, topology).memory
     room = topology.chip.memory
 
-    def gib(changed: Config, where: Topology = topology) -> float:
-        return scale * estimate(changed, where).memory / GIB
-
-    said = []
     train, mesh = config.train, config.mesh
-    for remat in ("dots", "full"):
-        if train.remat == "none" or (train.remat == "dots" and remat == "full"):
-            said.append((f"train.remat={remat}", gib(replace(config, train={"remat": remat}))))
     rows = mesh.data * mesh.fsdp * mesh.expert
     parts = [n for n in (2**p * train.microbatches for p in range(1, 8)) if train.batch_size % (n * rows) == 0]
-    said += [(f"train.microbatches={n}", gib(replace(config, train={"microbatches": n}))) for n in parts]
-    sizes = [train.batch_size // 2**p for p in range(1, 8)]
-    said += [
-        (f"train.batch_size={n}", gib(replace(config, train={"batch_size": n})))
-        for n in sizes
-        if n >= rows * train.microbatches and n % (rows * train.microbatches) == 0
+    sizes = [n for n in (train.batch_size // 2**p for p in range(1, 8)) if n and n % (rows * train.microbatches) == 0]
+    changes: list[dict[str, dict[str, Any]]] = [
+        *({"train": {"remat": remat}} for remat in REMATS[REMATS.index(train.remat) + 1 :]),
+        *({"train": {"microbatches": n}} for n in parts),
+        *({"train": {"batch_size": n}} for n in sizes),
+        *([{"mesh": {"data": 1, "fsdp": mesh.fsdp * mesh.data}}] if mesh.data > 1 else []),
     ]
-    if mesh.data > 1:
-        wide = replace(config, mesh={"data": 1, "fsdp": mesh.fsdp * mesh.data})
-        said.append((f"mesh.data=1 mesh.fsdp={mesh.fsdp * mesh.data}", gib(wide)))
+    said = []
     fitting: dict[str, str] = {}
-    for change, memory in said:
-        kind = change.split("=")[0]
-        if memory * GIB <= room and kind not in fitting:
-            fitting[kind] = f"{change} should bring it to about {memory:.0f} GiB"
+    for change in changes:
+        words = [f"{section}.{key}={value}" for section, keys in change.items() for key, value in keys.items()]
+        memory = scale * estimate(replace(config, **change), topology).memory
+        said.append((" ".join(words), memory / GIB))
+        if memory <= room:
+            fitting.setdefault(words[0].split("=")[0], f"{said[-1][0]} should bring it to about {memory / GIB:.0f} GiB")
     if fitting:
         return [f"What would do, each alone: {'; '.join(fitting.values())}."]
     best = min(said, key=lambda entry: entry[1], default=None)

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from mixtral_jax.config import Config, UserError
 from mixtral_jax.hardware import GIB
@@ -43,7 +42,6 @@ class Memory:
     optimizer: float  # moments, counters and selection bias
     batch: float
     temporaries: float  # gradients, activations and buffers, at their highest
-    aliased: float  # results that take the place of arguments
     output: float  # results that do not
     program: float
 
@@ -59,7 +57,6 @@ class Program:
 
     config: Config
     runtime: Runtime
-    mesh: Mesh
     memory: Memory
     text: str
     seconds: float  # lowering and compilation
@@ -73,9 +70,8 @@ def compile_step(config: Config, topology: Topology) -> Program:
         UserError: the mesh does not fit the devices, or the compiler lacks a library.
     """
     start = time.monotonic()
-    mesh = make_mesh(config.mesh, topology.devices)
     # XLA finds its deterministic products on a device alone; the others are as large.
-    runtime = dataclasses.replace(make_runtime(config, mesh), deterministic=False)
+    runtime = dataclasses.replace(make_runtime(config, make_mesh(config.mesh, topology.devices)), deterministic=False)
     trainable = Trainable(Architecture(config.model, runtime, config.objective), config)
     state = trainable.abstract()
     try:
@@ -86,7 +82,6 @@ def compile_step(config: Config, topology: Topology) -> Program:
     return Program(
         config=config,
         runtime=runtime,
-        mesh=mesh,
         memory=_memory(compiled.memory_analysis(), state),
         text=compiled.as_text() or "",
         seconds=time.monotonic() - start,
@@ -111,7 +106,6 @@ def _memory(stats: Any, state: TrainState) -> Memory:
         optimizer=rest,
         batch=arguments - parameters - rest,
         temporaries=max(0.0, peak - arguments),
-        aliased=aliased,
         output=float(stats.output_size_in_bytes) - aliased,
         program=float(stats.generated_code_size_in_bytes),
     )

@@ -69,7 +69,7 @@ def _memory_table(plan: Plan) -> Table:
         "program": "program",
     }
     table = _table("Memory of a device", "", "GiB", f"of {chip.memory / GIB:.1f}")
-    assert set(names) | {"aliased"} == {field.name for field in dataclasses.fields(Memory)}
+    assert set(names) == {field.name for field in dataclasses.fields(Memory)}
     for key, name in names.items():
         value = getattr(memory, key)
         table.add_row(name, f"{value / GIB:.2f}", f"{value / chip.memory:.1%}")

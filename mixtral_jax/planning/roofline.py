@@ -71,7 +71,7 @@ class Plan:
 
 def make_plan(program: Program, topology: Topology) -> Plan:
     """Reads a compiled step."""
-    config, mesh = program.config, program.mesh
+    config, mesh = program.config, program.runtime.mesh
     tokens = config.train.batch_size * config.data.seq_len / mesh.size
     part = tokens / config.train.microbatches
     model = config.model

@@ -15,6 +15,7 @@ from mixtral_jax.config import Config, UserError
 from mixtral_jax.config_loading import replace, to_yaml
 from mixtral_jax.console import ProgressLine
 from mixtral_jax.hardware import GIB
+from mixtral_jax.planning.advice import REMATS
 from mixtral_jax.planning.compile import DoesNotFitError, compile_step
 from mixtral_jax.planning.estimate import Estimate, estimate
 from mixtral_jax.planning.plan_text import print_plan
@@ -23,7 +24,6 @@ from mixtral_jax.planning.topology import Topology
 from mixtral_jax.sharding import MESH_AXES
 
 SHOWN = 12  # candidates in the first table
-REMATS = ("none", "dots", "full")
 HEADROOM = 0.92  # of the chip's memory that an estimate may fill: it is a model, not a promise
 
 
