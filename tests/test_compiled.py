@@ -239,6 +239,6 @@ def test_a_second_start_compiles_nothing(tmp_path):
     assert "held-out" in second.stdout
     assert MISS in first.stderr
     assert MISS not in second.stderr
-    measured = run("eval.py", tmp_path / "a", **explained)
+    measured = run("eval.py", tmp_path / "a", f"data.cache_dir={tmp_path / 'cache'}", **explained)
     assert measured.returncode == 0, measured.stderr
     assert MISS not in measured.stderr

@@ -10,7 +10,10 @@ import pytest
 from mixtral_jax.config import SourceConfig, UserError
 from mixtral_jax.config_loading import load_config, parse_config
 from mixtral_jax.data.sources import check_sources, iter_documents
+from mixtral_jax.evaluation import loading
+from mixtral_jax.runs.checkpoint import find_checkpoint
 from mixtral_jax.verbs import VERBS
+from tests.evaluation.checkpoint import make_run
 from tests.imports import modules
 from tests.small_run import write_config
 from tests.weights.models import small
@@ -129,6 +132,16 @@ def test_code_in_a_release_is_not_run(tmp_path):
     assert not mark.exists()
     assert not list((tmp_path / "export").glob("*.py"))
     assert not any("auto_map" in file.read_text() for file in (tmp_path / "export").glob("*.json"))
+
+
+def test_no_program_is_run_that_a_checkpoint_points_to(tmp_path, monkeypatch):
+    """Compiled programs lie in directories of caches; that of a checkpoint's configuration may come with it."""
+    run, places = make_run(tmp_path), []
+    assert f"cache_dir: {tmp_path}/cache" in find_checkpoint(run)[0].read_meta(2)["config"]
+    monkeypatch.setattr(loading, "keep_compiled", places.append)
+    loading.load_model(str(run), [])
+    loading.load_model(str(run), ["data.cache_dir=mine"])
+    assert places == ["", "mine"]
 
 
 def test_a_configuration_of_a_checkpoint_cannot_ask_for_the_environment(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from mixtral_jax.cli import cache_dir_of
 from mixtral_jax.compiled import keep_compiled
 from mixtral_jax.config import Config, UserError
 from mixtral_jax.config_loading import parse_config, replace
@@ -80,7 +81,7 @@ def load_model(path: str, overrides: list[str], *, packed: bool = True) -> Loade
     if not packed or config.eval.mode != "packed":  # windows that share a row must not see each other
         config = replace(config, model={"attend_across_documents": False})
     runtime = make_runtime(config)
-    keep_compiled(config.data.cache_dir)
+    keep_compiled(cache_dir_of(overrides))  # what lies there is run, and others may have written the checkpoint
     context, _ = window_sizes(config.eval, config.data.seq_len)
     check_sequence(runtime.mesh, "eval.context", context)
     architecture = Architecture(config.model, runtime)
