@@ -1,5 +1,6 @@
 """What the entry scripts share: one sentence and exit code 2 for a user's mistake."""
 
+import _thread
 import argparse
 import glob
 import os
@@ -31,6 +32,7 @@ def run(main: Callable[[list[str]], None], *, several: bool = False) -> None:
     # Nothing here uses a hub unless a source names one; libraries must not wait for a network at start.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     choose_platform()
+    sys.unraisablehook = _interrupt_again
     try:
         main(sys.argv[1:])
     except UserError as error:
@@ -43,6 +45,16 @@ def run(main: Callable[[list[str]], None], *, several: bool = False) -> None:
     except Exception:
         traceback.print_exc()
         _end(1)
+
+
+def _interrupt_again(lost: Any) -> None:
+    """Lets Ctrl-C come once more if it came where Python ignores errors, as in JAX's callback of garbage collection."""
+    if lost.exc_type is not KeyboardInterrupt:
+        sys.__unraisablehook__(lost)
+        return
+    later = threading.Timer(0.05, _thread.interrupt_main)  # not now, when this function would be what it ends
+    later.daemon = True
+    later.start()
 
 
 def _end(code: int) -> None:

@@ -237,6 +237,32 @@ def test_a_config_with_an_equals_sign_in_its_name(tmp_path: Path) -> None:
     assert result.stderr == "error: train.steps is 0: it must be greater than 0\n"
 
 
+LOSES = """
+import gc, os, signal, time
+from mixtral_jax import cli
+
+def lose(phase, info):
+    if not lost:
+        lost.append(phase)
+        os.kill(os.getpid(), signal.SIGINT)
+        [None for _ in range(9)]
+
+def main(arguments):
+    gc.callbacks.append(lose)
+    gc.collect()
+    time.sleep(20)
+
+lost = []
+signal.signal(signal.SIGINT, signal.default_int_handler)
+cli.run(main)
+"""
+
+
+def test_ctrl_c_is_not_lost_in_a_callback() -> None:
+    result = subprocess.run([sys.executable, "-c", LOSES], env=environment(), capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (130, "interrupted\n")
+
+
 def fail_with_a_thread_that_waits(error: BaseException, out: Path) -> None:
     def main(arguments: list[str]) -> None:
         threading.Thread(target=threading.Event().wait).start()
