@@ -17,6 +17,7 @@ from mixtral_jax.data.python_corpus import python_documents, python_files
 PLAIN, RECORDS, TABLES = (".txt", ".md"), (".jsonl", ".json"), (".parquet",)
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 SUFFIXES = TABLES + tuple(base + end for base in PLAIN + RECORDS for end in ("", *COMPRESSIONS))
+LONGEST = 1 << 31  # bytes of one document, and of a line that holds one: a small file may unpack to any number
 HUB_TIMEOUT = 10.0  # seconds that the hub may take to say whether it knows a name
 
 log = logging.getLogger(__name__)
@@ -206,7 +207,7 @@ def _file_documents(file: Path, field: str, on_bytes: Callable[[int], None]) -> 
         yield from _texts(records, field)
     else:
         with _opened(file) as (raw, stream):
-            yield _decode(stream.read(), str(file))
+            yield _decode(stream.read(LONGEST + 1), str(file))
             on_bytes(raw.tell())
 
 
@@ -243,12 +244,12 @@ def _json_records(file: Path, on_bytes: Callable[[int], None], *, lists: bool = 
     with _opened(file) as (raw, stream):
         told = 0
         if lists and stream.peek(1 << 10).lstrip()[:1] == b"[":  # type: ignore[attr-defined]  # both kinds have it
-            items = _parsed(stream.read(), f"{file}", "write a whole list of objects")
+            items = _parsed(stream.read(LONGEST + 1), f"{file}", "write a whole list of objects")
             lines = ((f"{file}, record {number}", item) for number, item in enumerate(items, start=1))
         else:
             lines = (
                 (where, _parsed(line, where, "write one whole object a line"))
-                for number, line in enumerate(stream, start=1)
+                for number, line in enumerate(iter(lambda: stream.readline(LONGEST + 1), b""), start=1)
                 if not line.isspace()
                 for where in (f"{file}, line {number}",)
             )
@@ -290,6 +291,8 @@ def _table_records(file: Path, field: str | None, on_bytes: Callable[[int], None
 
 
 def _decode(data: bytes, where: str) -> str:
+    if len(data) > LONGEST:
+        raise UserError(f"{where} holds more than {LONGEST >> 20:,} MiB in one piece: split it")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

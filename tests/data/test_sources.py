@@ -4,6 +4,7 @@ import gzip
 import json
 import logging
 import os
+import tracemalloc
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,7 +12,15 @@ import pytest
 import zstandard
 
 from mixtral_jax.config import SourceConfig, UserError
-from mixtral_jax.data.sources import SUFFIXES, check_sources, iter_documents, source_fingerprint, total_bytes
+from mixtral_jax.data import sources
+from mixtral_jax.data.sources import (
+    SUFFIXES,
+    check_sources,
+    iter_documents,
+    iter_records,
+    source_fingerprint,
+    total_bytes,
+)
 
 TEXTS = ["One.\nTwo lines.", "  größer 😀\r\n", "third\ttext"]
 COMPRESS = {".gz": gzip.compress, ".zst": zstandard.compress}
@@ -177,6 +186,22 @@ def test_a_hubs_records_are_streamed_and_their_trouble_told(monkeypatch):
     with pytest.raises(UserError, match=r"'a/b' has no field 'body' \(it has text\): set text_field of source 'far'"):
         list(iter_documents(SourceConfig(name="far", hub="a/b", text_field="body")))
     assert asked[:2] == [("a/b", None, "train", True), ("a/b", "c", "test", True)]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "list.jsonl"])
+@pytest.mark.parametrize("end", COMPRESS)
+def test_a_small_file_that_unpacks_to_a_large_one_takes_no_memory(tmp_path, monkeypatch, name, end):
+    monkeypatch.setattr(sources, "LONGEST", 1 << 20)
+    path = tmp_path / (name + end)
+    path.write_bytes(COMPRESS[end]({"list.jsonl": b"["}.get(name, b"x") + b"x" * (64 << 20)))
+    read_all = iter_records if name == "list.jsonl" else iter_documents  # a list may hold chats alone
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=r"more than 1 MiB in one piece: split it"):
+            list(read_all(source(path)))
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_the_fingerprint_follows_files_and_field_but_not_the_name(tmp_path):
