@@ -160,6 +160,26 @@ def test_a_small_file_system_that_fills_up_refuses_a_save_and_takes_the_next(sma
     assert_good(checkpoints, 3)
 
 
+def test_a_file_system_that_becomes_read_only_refuses_a_save_and_a_run_and_takes_the_next(small_disk, said):
+    checkpoints = Checkpoints(small_disk / "checkpoints", CheckpointConfig(keep=2), said.append)
+    save(checkpoints, 1)
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    try:
+        with pytest.raises(UserError, match=r"checkpoint 2 could not be written .*: Read-only file system; .* intact"):
+            save(checkpoints, 2)
+        with pytest.raises(UserError, match=r"cannot write run_dir .*: Read-only file system; make room or name"):
+            RunDirectory(small_disk / "run", tiny_config())
+        with pytest.raises(UserError, match=r"cannot write .*metrics.jsonl: Read-only file system; fix that"):
+            MetricsFile(small_disk / "metrics.jsonl", 0)
+        with pytest.raises(UserError, match=r"cannot write the data cache .*: Read-only file system"):
+            cache_directory(str(small_disk / "cache"))
+        assert_good(checkpoints, 1)
+    finally:
+        subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
+    save(checkpoints, 3)
+    assert_good(checkpoints, 3)
+
+
 def test_a_disk_that_fills_up_in_the_log_loses_no_line_before(tmp_path):
     path = tmp_path / "metrics.jsonl"
     file, written = MetricsFile(path, 0), 0
