@@ -60,7 +60,7 @@ def keep_compiled(configured: str) -> None:
         return
     if is_main():
         trim(directory, LIMIT)
-    compilation_cache.get_file_cache = _open_programs  # type: ignore[assignment]
+    compilation_cache.get_file_cache = lambda path: (Programs(path), path)  # type: ignore[assignment,return-value]
     settings.update("jax_compilation_cache_dir", str(directory))
     # A start compiles dozens of small programs, which take longer together than they do on disk.
     settings.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -88,10 +88,6 @@ class Programs:
     def put(self, key: str, value: bytes) -> None:
         """Keeps a program."""
         write_whole(self._path / f"{key}{END}", sealed(value), durable=False)
-
-
-def _open_programs(path: str) -> tuple[Programs, str]:
-    return Programs(path), path
 
 
 def trim(directory: Path, limit: int) -> None:

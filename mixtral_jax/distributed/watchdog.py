@@ -170,15 +170,13 @@ class Watchdog(StepWatch):
             self.client.key_value_set(f"{ROOT}gone/{self.process}", "")
             if self.process == 0:  # with it goes the coordinator, and who has not read the verdict by then is aborted
                 deadline = time.monotonic() + 3 * self._period + 2
-                while time.monotonic() < deadline and self._gone() < self.count - verdict.lost:
+                left = self.count - verdict.lost
+                while time.monotonic() < deadline and len(self.client.key_value_dir_get(f"{ROOT}gone/")) < left:
                     time.sleep(0.05)
         for farewell in self.farewells:
             with contextlib.suppress(Exception):
                 farewell()
         os._exit(verdict.code)
-
-    def _gone(self) -> int:
-        return len(self.client.key_value_dir_get(f"{ROOT}gone/"))
 
     def _by(self, verdict: Verdict) -> str:
         with contextlib.suppress(Exception):

@@ -27,21 +27,16 @@ class Sampling:
     def __post_init__(self) -> None:
         """Raises `UserError` for a value out of range."""
         warm = self.temperature == 0 or 1e-6 <= self.temperature <= 1e6  # beyond, float32 has no logits
-        for name, value, fits, range_ in (
-            ("temperature", self.temperature, warm, "0 or from 1e-6 to 1e6"),
-            ("top_k", self.top_k, 0 <= self.top_k < 1 << 31, "from 0 (all) to 2^31 - 1"),
-            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1"),
-            (
-                "repetition_penalty",
-                self.repetition_penalty,
-                1e-3 <= self.repetition_penalty <= 1e3,
-                "from 0.001 to 1000",
-            ),
-            ("seed", self.seed, 0 <= self.seed < 1 << 32, "from 0 to 2^32 - 1"),
+        for name, fits, range_ in (
+            ("temperature", warm, "0 or from 1e-6 to 1e6"),
+            ("top_k", 0 <= self.top_k < 1 << 31, "from 0 (all) to 2^31 - 1"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
+            ("repetition_penalty", 1e-3 <= self.repetition_penalty <= 1e3, "from 0.001 to 1000"),
+            ("seed", 0 <= self.seed < 1 << 32, "from 0 to 2^32 - 1"),
         ):
             if not fits:
-                raise UserError(f"{name} is {value}: it must be {range_}")
+                raise UserError(f"{name} is {getattr(self, name)}: it must be {range_}")
 
 
 class SamplingArrays(NamedTuple):

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from mixtral_jax.config import OptimizerConfig, UserError
@@ -127,21 +126,3 @@ def update(
     one = jax.tree.structure(Moments(learning_rate, learning_rate, learning_rate))
     new: Any = jax.tree.transpose(jax.tree.structure(params), one, results)
     return new.params, (*state[:place], adam._replace(count=count, mu=new.mean, nu=new.square), *state[place + 1 :])
-
-
-def optimizer_shardings(optimizer: optax.GradientTransformation, params: PyTree, replicated: NamedSharding) -> PyTree:
-    """Gives every moment its parameter's sharding.
-
-    Args:
-        optimizer: as made above.
-        params: abstract parameters with shardings.
-        replicated: sharding of the rest (counters).
-    """
-    abstract = jax.eval_shape(optimizer.init, params)
-    return optax.tree_map_params(
-        optimizer,
-        lambda _, param: param.sharding,
-        abstract,
-        params,
-        transform_non_params=lambda _: replicated,
-    )

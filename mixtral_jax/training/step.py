@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PyTree
 
@@ -17,23 +18,8 @@ from mixtral_jax.precision import FULL
 from mixtral_jax.pytree import build
 from mixtral_jax.runtime import check_divides, check_sequence
 from mixtral_jax.sharding import named_sharding
-from mixtral_jax.training.losses import (
-    Counts,
-    Losses,
-    RouterSums,
-    compute_losses,
-    count,
-    expert_load,
-    router_sums,
-)
-from mixtral_jax.training.optimizer import (
-    Gradients,
-    make_optimizer,
-    make_schedule,
-    optimizer_shardings,
-    update,
-    widen,
-)
+from mixtral_jax.training.losses import Counts, Losses, RouterSums, compute_losses, count, expert_load, router_sums
+from mixtral_jax.training.optimizer import Gradients, make_optimizer, make_schedule, update, widen
 from mixtral_jax.training.state import TrainState
 
 Metrics = dict[str, Array]
@@ -67,8 +53,11 @@ class Trainable:
     def shardings(self) -> TrainState:
         """Returns the state's tree of shardings."""
         counters = dict.fromkeys(("step", "skipped", "skipped_in_a_row"), self.replicated)
-        abstract: Any = self.architecture.abstract()
-        opt_state = optimizer_shardings(self.optimizer, abstract[self.trained], self.replicated)
+        params = cast(Any, self.architecture.abstract())[self.trained]
+        opt_state = optax.tree_map_params(  # every moment has its parameter's
+            self.optimizer, lambda _, param: param.sharding, jax.eval_shape(self.optimizer.init, params), params,
+            transform_non_params=lambda _: self.replicated,
+        )  # fmt: skip
         return build(TrainState, **self._fields(self.architecture.shardings()), opt_state=opt_state, **counters)
 
     def _fields(self, arrays: Any) -> dict[str, PyTree]:
