@@ -18,6 +18,7 @@ from mixtral_jax.data.pipeline import RunText, TrainingData
 from mixtral_jax.data.prefetch import prefetch
 from mixtral_jax.data.record import FILE as RECORD
 from mixtral_jax.distributed import processes
+from mixtral_jax.evaluation.scoring import make_scorer
 from mixtral_jax.hardware import memory_in_use
 from mixtral_jax.model.mixtral import Architecture
 from mixtral_jax.runs.checkpoint import Checkpoints
@@ -28,7 +29,7 @@ from mixtral_jax.runs.run_dir import RunDirectory
 from mixtral_jax.runtime import make_runtime
 from mixtral_jax.training.admission import admit_kernels
 from mixtral_jax.training.collapse import RouterWatch, name_not_finite
-from mixtral_jax.training.held_out import HeldOut
+from mixtral_jax.training.held_out import measure_held_out
 from mixtral_jax.training.rates import Rates
 from mixtral_jax.training.signals import StopRequest
 from mixtral_jax.training.spikes import KEPT, Rollbacks, Spike
@@ -73,7 +74,7 @@ class Trainer:
         self.runtime = make_runtime(config)
         keep_compiled(config.data.cache_dir)
         self.trainable = Trainable(Architecture(config.model, self.runtime, config.objective), config)
-        self.held_out = HeldOut(self.trainable)
+        self.score_of = make_scorer(self.trainable.architecture)  # compiled at the first measurement
         self.start.end("devices")
 
     def run(self) -> Outcome:
@@ -260,7 +261,7 @@ class Trainer:
         self.checkpoints.save(step, state.parts, meta, files)
 
     def _evaluate(self, step: int, state: TrainState) -> None:
-        scalars, sentence = self.held_out.measure(self.text.held_out, state.arrays)
+        scalars, sentence = measure_held_out(self.trainable, self.score_of, self.text.held_out, state.arrays)
         if scalars:
             self.logger.log(step, scalars)
             self.logger.say(f"step {step}: {sentence}")
