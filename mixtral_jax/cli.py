@@ -39,10 +39,13 @@ def run(main: Callable[[list[str]], None], *, several: bool = False) -> None:
         if not several or speaks():
             print(f"error: {error}", file=sys.stderr)
         _end(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        _end(130)
-    except Exception:
+    except (KeyboardInterrupt, Exception) as error:
+        cause: BaseException | None = error
+        while cause and not isinstance(cause, KeyboardInterrupt):  # imports in C++ make another error of it
+            cause = cause.__cause__ or cause.__context__
+        if cause:
+            print("interrupted", file=sys.stderr)
+            _end(130)
         traceback.print_exc()
         _end(1)
 

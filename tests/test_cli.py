@@ -263,6 +263,22 @@ def test_ctrl_c_is_not_lost_in_a_callback() -> None:
     assert (result.returncode, result.stderr) == (130, "interrupted\n")
 
 
+def test_ctrl_c_of_which_a_library_made_another_error(capsys: pytest.CaptureFixture[str]) -> None:
+    def main(arguments: list[str]) -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise SystemError("initialization failed") from error
+
+    hook, streams = sys.unraisablehook, (sys.stdout, sys.stderr)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.run(main)
+    finally:
+        sys.unraisablehook, (sys.stdout, sys.stderr) = hook, streams
+    assert (ended.value.code, capsys.readouterr().err) == (130, "interrupted\n")
+
+
 def fail_with_a_thread_that_waits(error: BaseException, out: Path) -> None:
     def main(arguments: list[str]) -> None:
         threading.Thread(target=threading.Event().wait).start()

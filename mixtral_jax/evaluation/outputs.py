@@ -29,7 +29,7 @@ def check_outputs(json_file: Path | None, plots: Path | None) -> None:
             raise UserError(f"cannot draw into {plots}: it is a file; give another directory to --plots")
 
 
-def check_writable(path: Path) -> None:
+def check_writable(path: Path, option: str = "--json") -> None:
     """Finds out whether `write_json` will be able to write, without a trace.
 
     Raises:
@@ -49,7 +49,7 @@ def check_writable(path: Path) -> None:
     except (OSError, RuntimeError) as error:  # a circle of links raises either
         problem = getattr(error, "strerror", None) or str(error)
     if problem:
-        raise UserError(f"cannot write {path}: {problem}; give another file to --json")
+        raise UserError(f"cannot write {path}: {problem}; give another file to {option}")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -68,7 +68,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     try:
         (target.write_bytes if direct else partial(write_whole, target))(text.encode())
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; give another file to --json") from None
+        raise UserError(f"cannot write {path}: {error.strerror}; give another file to {option}") from None
 
 
 def as_json(value: Any) -> Any:

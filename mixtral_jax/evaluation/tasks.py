@@ -203,10 +203,19 @@ def measure_tasks(loaded: LoadedModel, names: Sequence[str]) -> dict[str, Any]:
 
 
 def run_harness(arguments: Sequence[str]) -> None:
-    """Calls lm-evaluation-harness's own command line, to which `--model mixtral_jax` is known."""
+    """Calls lm-evaluation-harness's own command line, to which `--model mixtral_jax` is known.
+
+    Raises:
+        UserError: a task that it does not know.
+    """
     check_harness()
     from lm_eval.__main__ import cli_evaluate
 
     importlib.import_module("mixtral_jax.evaluation.harness")
     sys.argv = ["lm_eval", *arguments]
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except ValueError as error:
+        if not str(error).startswith("Tasks not found"):
+            raise
+        raise UserError(f"{str(error)[0].lower()}{str(error)[1:]}; see lm_eval ls tasks") from None

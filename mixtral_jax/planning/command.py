@@ -2,11 +2,11 @@
 
 import os
 import sys
-from pathlib import Path
 
 from mixtral_jax.cli import Arguments
 from mixtral_jax.config import Config, UserError
-from mixtral_jax.config_loading import load_config, replace
+from mixtral_jax.config_loading import load_config, replace, user_path
+from mixtral_jax.evaluation.outputs import check_writable
 
 PIPE_WIDTH = 110  # columns of what does not go to a terminal
 DESCRIPTION = "Memory, collectives and speed of a run on devices that are not there: plan CONFIG --topology NAME."
@@ -15,7 +15,9 @@ DESCRIPTION = "Memory, collectives and speed of a run on devices that are not th
 def main(arguments: list[str]) -> None:
     """Plans what the arguments describe."""
     parser = Arguments(prog="python -m mixtral_jax plan", description=DESCRIPTION)
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/mixtral_8x7b.yaml")
+    parser.add_argument(
+        "config", metavar="CONFIG", type=user_path, help="a YAML file, such as configs/mixtral_8x7b.yaml"
+    )
     parser.add_argument(
         "--topology", required=True, metavar="NAME", help="v5p:4x4x4, v6e:16x16, h100:8x8 (nodes x GPUs)"
     )
@@ -23,13 +25,15 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--search", action="store_true", help="try meshes, batch sizes, microbatches and remat")
     parser.add_argument("--batch-sizes", type=int, nargs="+", metavar="B", help="with --search; default: the config's")
     parser.add_argument("--check", type=int, default=3, metavar="N", help="with --search: candidates to compile (3)")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="with --search: write the best config there")
+    parser.add_argument("--write", type=user_path, metavar="FILE", help="with --search: write the best config there")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="such as train.batch_size=512")
     options = parser.parse_intermixed_args(arguments)
     if not options.search and (options.write or options.batch_sizes):
         raise UserError("--write and --batch-sizes belong to --search: add it")
     if options.write and options.write.exists():
         raise UserError(f"{options.write} exists: name another file")
+    if options.write:
+        check_writable(options.write, "--write")
     config = load_config(options.config, options.overrides)
     # Devices that are there, if any, have no part in this.
     os.environ["JAX_PLATFORMS"] = "cpu"

@@ -24,8 +24,10 @@ CONFIG = str(CONFIGS / "8x7b_v5p_128.yaml")
         ([CONFIG, "--topology", "h100:8x8", "--slices", "2"], "--slices is for TPU: say h100:16x8"),
         ([CONFIG, "--topology", "v5p:4x4x4", "--write", "x.yaml"], "--write and --batch-sizes belong to --search"),
         ([CONFIG, "--topology", "v5p:4x4x4", "--search", "--write", CONFIG], "exists: name another file"),
+        ([CONFIG, "--topology", "v5p:4x4x4", "--search", "--write", "no/x.yaml"],
+         "cannot write no/x.yaml: there is no such directory; give another file to --write"),
     ],
-)
+)  # fmt: skip
 def test_mistakes_are_named(arguments, sentence):
     with pytest.raises(UserError, match=re.escape(sentence)):
         main(arguments)
