@@ -35,7 +35,6 @@ class Side:
     """What is known of one of the two."""
 
     path: str
-    step: int
     facts: dict[str, float | int | None]  # by name in the table
     tokenizer: str  # fingerprint
     step_tokens: float  # of a training step; of all its places where it is not known how many were padding
@@ -84,7 +83,7 @@ def _look_at(path: str, overrides: list[str]) -> Side:
     known = loaded.training_tokens
     step_tokens = known / loaded.step if known else config.train.batch_size * config.data.seq_len
     return Side(
-        path, loaded.step, _facts(loaded, history), loaded.tokenizer.fingerprint, step_tokens, history, evaluation,
+        path, _facts(loaded, history), loaded.tokenizer.fingerprint, step_tokens, history, evaluation,
         texts, notes(texts, loaded.record),
     )  # fmt: skip
 

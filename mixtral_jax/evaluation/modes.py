@@ -20,7 +20,7 @@ from mixtral_jax.evaluation.passkey import PasskeyPlan, measure_passkey, passkey
 from mixtral_jax.evaluation.requests import answer
 from mixtral_jax.evaluation.results import measure_with_progress, results_json, results_table
 from mixtral_jax.evaluation.routing import all_sources, measure_routing
-from mixtral_jax.evaluation.routing_page import route_sample, write_page
+from mixtral_jax.evaluation.routing_page import route_sample, routing_page
 from mixtral_jax.evaluation.routing_tables import (
     ablation_json,
     ablation_table,
@@ -51,7 +51,7 @@ class Report:
     numbers: dict[str, Any]  # JSON
     notes: Sequence[str] = ()  # lines below the tables
     # By file name: what writes it.
-    pictures: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)
+    pictures: Mapping[str, Callable[[Path], object]] = field(default_factory=dict)
 
 
 def perplexity(loaded: LoadedModel) -> Report:
@@ -124,7 +124,7 @@ def routing(loaded: LoadedModel) -> Report:
             "routing_sources.png": lambda path: routing_pictures.draw_sources(counts, path),
             "routing_vocabulary.png": lambda path: routing_pictures.draw_vocabulary(total, piece, path),
             "routing_paths.png": lambda path: routing_pictures.draw_paths(total, path),
-            "routing.html": lambda path: write_page(samples, experts, path),
+            "routing.html": lambda path: path.write_text(routing_page(samples, experts), encoding="utf-8"),
         },
     )  # fmt: skip
 

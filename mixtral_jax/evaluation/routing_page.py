@@ -8,7 +8,6 @@ import html
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Integer
@@ -100,11 +99,6 @@ def expert_colour(expert: int, num_experts: int) -> str:
     lightness = 0.72 if expert % 2 else 0.8
     red, green, blue = colorsys.hls_to_rgb(hue, lightness, 0.75)
     return f"#{round(red * 255):02x}{round(green * 255):02x}{round(blue * 255):02x}"
-
-
-def write_page(texts: Sequence[RoutedText], num_experts: int, path: Path) -> None:
-    """Writes `routing_page` to a file."""
-    path.write_text(routing_page(texts, num_experts), encoding="utf-8")
 
 
 def routing_page(texts: Sequence[RoutedText], num_experts: int) -> str:

@@ -91,7 +91,8 @@ def evaluation_batches(documents: Documents, eval: EvalConfig, seq_len: int) -> 
 
 def batch_of(rows: Sequence[Sequence[Window]], batch_size: int, context: int) -> EvaluationBatch:
     """Makes a batch [batch_size, context] of the windows of its first rows, each window a segment of its own."""
-    batch = empty_batch(batch_size, context)
+    empty = padding(batch_size, context)
+    batch = EvaluationBatch(**vars(empty), documents=np.zeros((batch_size, context), np.int32))
     for row, windows in enumerate(rows):
         start = 0
         for segment, window in enumerate(windows, 1):
@@ -105,11 +106,6 @@ def batch_of(rows: Sequence[Sequence[Window]], batch_size: int, context: int) ->
             batch.loss_mask[row, predicted] = window.counts[1:]
             start += window.size
     return batch
-
-
-def empty_batch(rows: int, length: int) -> EvaluationBatch:
-    """Makes a batch of nothing but padding; see `evaluation_batches`."""
-    return EvaluationBatch(**vars(padding(rows, length)), documents=np.zeros((rows, length), np.int32))
 
 
 def num_batches(documents: Documents, eval: EvalConfig, seq_len: int) -> int:

@@ -79,11 +79,13 @@ def estimate(config: Config, topology: Topology) -> Estimate:
     )
     d, f, layers, vocab = model.d_model, model.d_ff, model.num_layers, model.vocab_size
     tensor, expert_devices = mesh["tensor"], mesh["expert"]
+    platform, devices = PLATFORMS[topology.platform], len(topology.devices)
+    place = target_of(config, topology.devices[0], devices, expert=expert_devices, tensor=tensor)
     shared_devices = mesh["fsdp"] * expert_devices * tensor  # of what is not an expert's
     expert_weights = 3 * d * f * model.num_experts
     attention_weights = 2 * d * model.head_dim * (model.num_heads + model.num_kv_heads)
     own = (layers * (expert_weights + attention_weights) + 2 * vocab * d) / shared_devices
-    tokens = train.batch_size * config.data.seq_len / (len(topology.devices) / tensor) / train.microbatches
+    tokens = train.batch_size * config.data.seq_len / (devices / tensor) / train.microbatches
 
     # Memory.
     state = own * (master + moment + WIDE)
@@ -102,17 +104,18 @@ def estimate(config: Config, topology: Topology) -> Estimate:
     gathered = experts + attention
     expert_layer = rows * (WIDE_BUFFERS * f / tensor + NARROW_BUFFERS * d) * compute + 2 * gathered
     tables = vocab * d / tensor
-    loss = (
-        tables * (2 * WIDE + compute)
-        + loss_chunk(config.kernels, PLATFORMS[topology.platform]) * vocab / tensor * 3 * WIDE
-    )
+    loss = tables * (2 * WIDE + compute) + loss_chunk(config.kernels, platform) * vocab / tensor * 3 * WIDE
     working = max(expert_layer, loss)
 
     # Time.
-    useful = (
-        flops_per_token(model, config.data.seq_len) * train.batch_size * config.data.seq_len / len(topology.devices)
-    )
-    waste = _rows_computed(config, topology, rows / (tokens * k) * local_experts)
+    useful = flops_per_token(model, config.data.seq_len) * train.batch_size * config.data.seq_len / devices
+    # Rows that the expert products compute for each that a token asked for. XLA's grouped product computes the whole
+    # buffer with every local expert on CUDA, and on TPU for the gradient of the weights, a third of the work; the other
+    # kernels skip padding rows.
+    waste = 1.0
+    if choose("experts", config.kernels.experts, place) == "ragged_dot":
+        dense = rows / (tokens * k) * local_experts
+        waste = dense if platform == "gpu" else (2 + dense) / 3
     expert_flops = 6 * layers * k * 3 * d * f * tokens * train.microbatches / tensor
     # Balancing over a batch in parts costs a forward pass more, see `losses.balance_over`.
     extra = train.microbatches > 1 and config.losses.balance_over == "batch" and config.losses.load_balance > 0
@@ -128,7 +131,7 @@ def estimate(config: Config, topology: Topology) -> Estimate:
         *_weights(mesh, ("fsdp",), experts, each, weight_passes),
         *_weights(mesh, ("fsdp", "expert"), attention, each, weight_passes),
         *_weights(mesh, ("fsdp", "expert"), tables * (WIDE + compute), train.microbatches, 1),
-        *_exchange(config, topology, tokens * d * compute, rows * d * compute, each * (token_passes + 1)),
+        *_exchange(config, place, tokens * d * compute, rows * d * compute, each * (token_passes + 1)),
         ("all-reduce", ("tensor",), tokens * d * compute, each * 2 * (token_passes + 1)),
     ]
     for kind, axes, payload, runs in moves:
@@ -136,22 +139,6 @@ def estimate(config: Config, topology: Topology) -> Estimate:
         near, far = near + runs * payload * rate.near, far + runs * payload * rate.far
     seconds = (flops / chip.flops, traffic / chip.bandwidth, near, far)
     return Estimate(state, gradients, kept, working, *seconds, ideal=useful / chip.flops)
-
-
-def _rows_computed(config: Config, topology: Topology, dense: float) -> float:
-    """Rows that the expert products compute for every row that a token asked for.
-
-    Args:
-        config: names the kernel.
-        topology: says which one `auto` is.
-        dense: what the whole buffer with every local expert comes to. XLA's grouped product computes that on CUDA, and
-            on TPU for the gradient of the weights, a third of the work; the other kernels skip padding rows.
-    """
-    platform = PLATFORMS[topology.platform]
-    place = _target(config, topology)
-    if choose("experts", config.kernels.experts, place) != "ragged_dot":
-        return 1.0
-    return dense if platform == "gpu" else (2 + dense) / 3
 
 
 def _weights(mesh: dict[str, int], axes: tuple[str, ...], payload: float, runs: int, passes: int) -> list[Move]:
@@ -164,20 +151,14 @@ def _weights(mesh: dict[str, int], axes: tuple[str, ...], payload: float, runs: 
     ]
 
 
-def _exchange(config: Config, topology: Topology, tokens: float, buffer: float, runs: int) -> list[Move]:
+def _exchange(config: Config, place: Target, tokens: float, buffer: float, runs: int) -> list[Move]:
     """Rows to their experts and back, in bytes of this device's tokens and of its buffer."""
-    place = _target(config, topology)
     exchange = choose("exchange", config.kernels.exchange, place)
     if exchange == "gather":
         whole = tokens * config.mesh.expert
         return [("all-gather", ("expert",), whole, runs), ("reduce-scatter", ("expert",), whole, runs)]
     rows = tokens * config.model.num_experts_per_tok if exchange == "ragged" else buffer
     return [("all-to-all", ("expert",), rows, 2 * runs)]
-
-
-def _target(config: Config, topology: Topology) -> Target:
-    sizes = {"expert": config.mesh.expert, "tensor": config.mesh.tensor}
-    return target_of(config, topology.devices[0], len(topology.devices), **sizes)
 
 
 @functools.cache

@@ -45,7 +45,9 @@ def prepare(config: PrepareConfig, console: Console) -> None:
     layout = Layout(config)
     with _alone(layout.output):
         settle_plan(config, shards, left_out)
-        _build_contamination_index(config, layout)
+        contamination = layout.contamination / "counts.json"
+        if config.decontamination.files and not contamination.exists():
+            contamination.write_text(json.dumps(build_index(config.decontamination, layout.contamination)))
         stages = make_stages(config, len(shards))
         total = sum(file.size or 0 for shard in shards for file in shard.files)
         files = sum(len(shard.files) for shard in shards)
@@ -79,13 +81,6 @@ def _alone(output: Path) -> Iterator[None]:
         except BlockingIOError:
             raise UserError(f"another process prepares {output}: wait for it or name another output") from None
         yield
-
-
-def _build_contamination_index(config: PrepareConfig, layout: Layout) -> None:
-    done = layout.contamination / "counts.json"
-    if config.decontamination.files and not done.exists():
-        counts = build_index(config.decontamination, layout.contamination)
-        done.write_text(json.dumps(counts))
 
 
 def _run(config: PrepareConfig, stage: Stage, layout: Layout, shards: list[Shard]) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 
 from mixtral_jax.evaluation.routing import RoutingCounts
 from mixtral_jax.evaluation.scoring import Routes
-from mixtral_jax.evaluation.windows import empty_batch
+from mixtral_jax.evaluation.windows import batch_of as batch_of_windows
 from tests.tiny import tiny_config
 
 
@@ -15,7 +15,7 @@ def model_of(layers: int, k: int, experts: int):
 
 def batch_of(tokens, segment_ids=None):
     """Rows of tokens, each one document if not said else."""
-    batch = empty_batch(*np.shape(tokens))
+    batch = batch_of_windows([], *np.shape(tokens))
     batch.tokens[:] = tokens
     batch.segment_ids[:] = 1 if segment_ids is None else segment_ids
     return batch
