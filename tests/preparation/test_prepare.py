@@ -61,8 +61,8 @@ def test_keeps_what_is_good_and_drops_what_is_not(prepared):
     # crawl 4 each; wet 3 fr; html 4 de; records: 1 of 3 copies, 1 private, 5 it; table 4 es; lines 5 en
     assert counts == {"en": 4 + 2 + 5, "fr": 4 + 3, "de": 4 + 4, "es": 4 + 4, "it": 4 + 5}
     dropped = {step["step"]: step["dropped"] for step in report["steps"]}
-    assert dropped["exact_dedup"] == 1
-    assert dropped["minhash"] == 1
+    assert (dropped["exact_dedup"], dropped["minhash"]) == (1, 1)
+    assert all(step["seconds"] > 0 for step in report["steps"] if step["dropped"])
     assert not any("buy buy" in doc["text"] or "too short" in doc["text"] for doc in found)
     assert len({doc["id"] for doc in found if doc["source"] != "crawl"}) == sum(
         doc["source"] != "crawl" for doc in found
