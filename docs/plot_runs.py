@@ -8,7 +8,6 @@
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from mixtral_jax import cli
+from mixtral_jax.config import UserError
 from mixtral_jax.runs.metrics_file import read_metrics
 
 Entries = list[dict[str, Any]]
@@ -25,7 +26,10 @@ Entries = list[dict[str, Any]]
 
 def split(run: str) -> tuple[Entries, Entries]:
     """Reads a run's training lines and its evaluation lines."""
-    entries = list(read_metrics(Path(run) / "metrics.jsonl"))
+    log = Path(run) / "metrics.jsonl"
+    if not log.is_file():
+        raise UserError(f"there is no {log}: name a run directory")
+    entries = list(read_metrics(log))
     return [e for e in entries if "loss" in e], [e for e in entries if "heldout/total" in e]
 
 
@@ -81,12 +85,12 @@ def draw_runs(*runs_and_picture: str) -> None:
     """Draws held-out nats per token of several runs, and how far each is from the first."""
     *runs, picture = runs_and_picture
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
-    first = np.array([e["heldout/total"] for e in split(runs[0])[1]])
+    first = {e["step"]: e["heldout/total"] for e in split(runs[0])[1]}
     for run in runs:
-        heldout = split(run)[1]
-        steps, nats = ([e[name] for e in heldout] for name in ("step", "heldout/total"))
-        left.plot(steps, nats, "o-", ms=3, lw=1, label=Path(run).name)
-        right.plot(steps, np.array(nats) - first, "o-", ms=3, lw=1, label=Path(run).name)
+        nats = {e["step"]: e["heldout/total"] for e in split(run)[1]}
+        both = [step for step in nats if step in first]
+        left.plot(list(nats), list(nats.values()), "o-", ms=3, lw=1, label=Path(run).name)
+        right.plot(both, [nats[step] - first[step] for step in both], "o-", ms=3, lw=1, label=Path(run).name)
     left.set(xlabel="step", ylabel="nats per token", title="held-out text")
     right.set(xlabel="step", title=f"difference from {Path(runs[0]).name}")
     for axes in (left, right):
@@ -126,6 +130,15 @@ def draw_gain(results: str, picture: str) -> None:
     figure.savefig(picture, dpi=120)
 
 
-if __name__ == "__main__":
+def main(arguments: list[str]) -> None:
+    """Draws the picture that the first argument names."""
     draw = {"curve": draw_curve, "balance": draw_balance, "sources": draw_sources, "runs": draw_runs, "gain": draw_gain}
-    draw[sys.argv[1]](*sys.argv[2:])
+    kind, *paths = arguments or [""]
+    count = len(paths) if kind == "runs" else 3 if kind == "balance" else 2
+    if kind not in draw or len(paths) != count or count < 2:
+        raise UserError(f"say {', '.join(draw)}, the runs, and the picture's file, such as curve runs/tiny tiny.png")
+    draw[kind](*paths)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,11 +1,10 @@
 """Two runs or checkpoints side by side: how they learnt, and what they know."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.table import Table
 from rich.text import Text
 
@@ -23,7 +22,7 @@ from mixtral_jax.evaluation.history import (
 )
 from mixtral_jax.evaluation.loading import LoadedModel, load_model
 from mixtral_jax.evaluation.modes import Report
-from mixtral_jax.evaluation.perplexity import Difference, Evaluation, difference
+from mixtral_jax.evaluation.perplexity import Difference, Evaluation, Result, difference
 from mixtral_jax.evaluation.pictures import new_figure, save
 from mixtral_jax.evaluation.results import measure_with_progress, numbers_of
 from mixtral_jax.evaluation.texts import add_facts, describe, evaluation_texts, notes
@@ -139,7 +138,7 @@ def _perplexity_table(sides: Sequence[Side], differences: dict[str, Difference])
         no_wrap=True,
     )
     named = [{**side.evaluation.sources, "total": side.evaluation.total} for side in sides]
-    for name in sorted(dict.fromkeys([*named[0], *named[1]]), key="total".__eq__):
+    for name in _names(named):
         results = [side.get(name) for side in named]
         cells = [f"{result.perplexity:,.2f}" if result else "" for result in results]
         cells += [f"{result.bits_per_byte:.4f}" if result else "" for result in results]
@@ -167,9 +166,16 @@ def _side_json(side: Side) -> dict[str, Any]:
     return add_facts(numbers, side.texts)
 
 
+def _names(measured: Sequence[Mapping[str, Result]]) -> list[str]:
+    """The sources that either side has, and the total behind them."""
+    return sorted(dict.fromkeys(name for side in measured for name in side), key="total".__eq__)
+
+
 def _draw(sides: Sequence[Side], path: Path) -> None:
     """Draws losses, load and bits per byte of both."""
     figure, panels = new_figure(11.0, 7.5, 2, 2)
+    measured = [{**side.evaluation.sources, "total": side.evaluation.total} for side in sides]
+    names = _names(measured)
     for number, (letter, side) in enumerate(zip("AB", sides, strict=True)):
         colour, label = f"C{number}", f"{letter}: {Path(side.path).name}"
         for axes, key, name in (
@@ -179,11 +185,12 @@ def _draw(sides: Sequence[Side], path: Path) -> None:
         ):
             draw_curve(axes, side.history, key, side.step_tokens, color=colour, label=label)
             axes.set(xlabel="training tokens", title=name)
+            axes.locator_params(axis="x", nbins=6)
         axes = panels[1, 1]
-        named = {**side.evaluation.sources, "total": side.evaluation.total}
-        places = np.arange(len(named)) + 0.36 * (number - 0.5)
-        axes.bar(places, [result.bits_per_byte for result in named.values()], 0.36, color=colour, label=label)
-        axes.set_xticks(range(len(named)), list(named), rotation=20)
+        places = [names.index(name) + 0.36 * (number - 0.5) for name in measured[number]]
+        heights = [result.bits_per_byte for result in measured[number].values()]
+        axes.bar(places, heights, 0.36, color=colour, label=label)
+        axes.set_xticks(range(len(names)), names, rotation=20)
         axes.set(title="held-out text, bits per byte")
         axes.legend()
     save(figure, path)

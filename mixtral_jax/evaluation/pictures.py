@@ -69,6 +69,7 @@ def draw_context(curves: Mapping[str, ContextCurve], path: Path) -> None:
     right.set(xlabel="tokens seen before the target", title="all targets of these windows, by position")
     for axes in (left, right):
         axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:,g}")  # its own is written for the parser that `new_figure` switches off
         axes.grid(alpha=0.3)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize=8)
     save(figure, path)

@@ -15,7 +15,7 @@ from mixtral_jax.config import UserError
 from mixtral_jax.config_loading import parse_config
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.data.tokenizer_training import train_model
-from mixtral_jax.evaluation import compare, modes
+from mixtral_jax.evaluation import compare, modes, pictures
 from mixtral_jax.evaluation.perplexity import Evaluation, Result, difference
 from tests.evaluation.checkpoint import make_run
 
@@ -227,10 +227,27 @@ def test_a_model_that_diverged_is_named_never_averaged(broken, mode):
         eval_script(broken, *mode)
 
 
-def test_compare_ends_with_the_total_also_where_sources_differ():
+def test_compare_names_what_each_of_two_models_was_measured_on(monkeypatch, tmp_path):
     sides = [
-        Mock(compare.Side, evaluation=Evaluation({name: Result(5, 9, 7.0)}, "packed", 8, 8), texts=[])
-        for name in ("a", "b")
-    ]
+        Mock(compare.Side, path=name, evaluation=Evaluation({name: Result(5, 9, nats)}, "packed", 8, 8), texts=[],
+             history=[], step_tokens=1.0)
+        for name, nats in (("a", 9.0), ("b", 18.0))
+    ]  # fmt: skip
     table = compare._perplexity_table(sides, {})
     assert list(table.columns[0].cells) == ["a", "b", "total"]
+    drawn = []
+    monkeypatch.setattr(compare, "save", lambda figure, path: drawn.append(figure))
+    compare._draw(sides, tmp_path / "compare.png")
+    axes = drawn[0].axes[3]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b", "total"]
+    heights = [[(round(bar.get_x() + 0.18), bar.get_height() * np.log(2)) for bar in bars] for bars in axes.containers]
+    assert heights == [[(0, pytest.approx(1)), (2, pytest.approx(1))], [(1, pytest.approx(2)), (2, pytest.approx(2))]]
+
+
+def test_places_on_an_axis_are_numbers(run, tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(pictures, "save", lambda figure, path: (written.append(figure), figure.savefig(path)))
+    measured(tmp_path, run, "context", "eval.max_tokens=2000")
+    labels = [label.get_text() for axes in written[0].axes for label in axes.get_xticklabels()]
+    assert labels
+    assert all(float(label.replace(",", "")) > 0 for label in labels)

@@ -10,6 +10,7 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import get_model
 from rich.console import Console
 
+from mixtral_jax import verbs
 from mixtral_jax.config import UserError
 from mixtral_jax.evaluation.harness import MixtralJax
 from mixtral_jax.evaluation.loading import load_model
@@ -155,3 +156,12 @@ def test_samples_that_were_trained_on_are_counted(model, tmp_path, monkeypatch):
     assert capture.get().count("3 in training") == 2
     unknown = dataclasses.replace(loaded, record=None)
     assert measure_tasks(unknown, [whole])["whole"]["trained_on"] is None
+
+
+def test_a_task_that_the_harness_does_not_know_is_one_sentence(monkeypatch):
+    def refuse():
+        raise ValueError("Tasks not found: nothere")
+
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", refuse)
+    with pytest.raises(UserError, match=r"^tasks not found: nothere; see lm_eval ls tasks$"):
+        verbs.lm_eval(["--tasks", "nothere"])
