@@ -26,7 +26,8 @@ from tests.small_run import ROOT, environment, write_config
 
 FEWEST = 60  # samples of a process from which growth is told
 PARTS = 6  # of the curve that is shown
-TOLERANCE = 1.03  # of memory; files and threads may not grow at all
+TOLERANCE = 1.03  # of memory; files may not grow at all
+SPARE = 2  # threads of Python's own pools that come and go; one left behind by each save is twenty in 1,000 steps
 
 
 class Sample(NamedTuple):
@@ -89,7 +90,7 @@ def curve(samples: list[Sample], parts: int) -> list[Sample]:
 def grown(samples: list[Sample]) -> list[str]:
     """What is more in the last third of a process than in the middle one, beyond what is allowed."""
     _, before, after = curve(samples, 3)
-    allowed = Sample(after.step, before.memory * TOLERANCE, before.files, before.threads)
+    allowed = Sample(after.step, before.memory * TOLERANCE, before.files, before.threads + SPARE)
     return [
         f"{name}: {had:g} to {has:g}"
         for name, had, has, most in zip(Sample._fields, before, after, allowed, strict=True)

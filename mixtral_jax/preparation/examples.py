@@ -5,8 +5,8 @@ Kinds are problems of the input, reasons to drop a document, and clusters of sim
 
 import json
 from collections import Counter
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 from datatrove.data import Document, DocumentsPipeline
@@ -20,7 +20,7 @@ KEPT = 20  # documents that stand for a cluster
 SHOWN = 600  # characters of a document
 
 
-class FirstCases:
+class FirstCases(AbstractContextManager["FirstCases"]):
     """Counts the cases of one task by their kind; on leaving it as a context, the first of each kind are written."""
 
     def __init__(self, file: Path, each: int):
@@ -40,12 +40,7 @@ class FirstCases:
         line = json.dumps(case, ensure_ascii=False) + "\n"
         self._lines.append(line.encode("utf-8", "replace").decode())
 
-    def __enter__(self) -> "FirstCases":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._lines:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             self.file.write_text("".join(self._lines), encoding="utf-8")

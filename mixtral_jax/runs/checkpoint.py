@@ -10,8 +10,8 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar, cast
 
 import jax
@@ -40,7 +40,7 @@ META = "meta.json"
 Parts = TypeVar("Parts", bound=Mapping[str, PyTree])
 
 
-class Checkpoints:
+class Checkpoints(AbstractContextManager["Checkpoints"]):
     """The checkpoints of one run; one writer at a time (see `RunDirectory`).
 
     A context manager for whoever saves: leaving it, also by an error, first finishes the save that is under way.
@@ -256,12 +256,7 @@ class Checkpoints:
             check_fits(bundle, name, stored.get(name, {}), part)
         return StoredArrays(bundle, {name: stored[name] for name in abstract})
 
-    def __enter__(self) -> "Checkpoints":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, _: object, error: object, __: object) -> None:
         try:
             self.wait()
         except UserError as failure:

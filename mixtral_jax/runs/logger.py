@@ -1,8 +1,8 @@
 """One call a logged step: to `metrics.jsonl`, to TensorBoard and to the person who watches."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import SupportsFloat
 
 from mixtral_jax.console import ProgressLine
@@ -10,7 +10,7 @@ from mixtral_jax.runs.metrics_file import MetricsFile, Vectors
 from mixtral_jax.runs.tensorboard import TensorBoard
 
 
-class MetricsLogger:
+class MetricsLogger(AbstractContextManager["MetricsLogger"]):
     """Writes the metrics of a run; a context manager.
 
     Only the main process of a run writes; the loggers of others take the same calls and do nothing.
@@ -88,12 +88,7 @@ class MetricsLogger:
             self._tensorboard.close()
             self._file.close()
 
-    def __enter__(self) -> "MetricsLogger":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

@@ -4,9 +4,9 @@ import fcntl
 import json
 import os
 import socket
+from contextlib import AbstractContextManager
 from operator import attrgetter
 from pathlib import Path
-from types import TracebackType
 
 from mixtral_jax.config import RESUMABLE_KEYS, Config, UserError
 from mixtral_jax.config_loading import changed_keys, parse_config, to_yaml
@@ -19,7 +19,7 @@ LOCK = "lock"
 MARK = "# Every key of this run, as resolved by train.py.\n"
 
 
-class RunDirectory:
+class RunDirectory(AbstractContextManager["RunDirectory"]):
     """A locked run directory; a context manager that unlocks. The kernel unlocks for a process that is killed.
 
     Of several processes the main one alone locks, compares and writes.
@@ -113,12 +113,7 @@ class RunDirectory:
         if self._created and not any(self.path.iterdir()):
             self.path.rmdir()
 
-    def __enter__(self) -> "RunDirectory":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

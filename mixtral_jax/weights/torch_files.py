@@ -10,8 +10,8 @@ import pickle
 import struct
 import zipfile
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -183,7 +183,7 @@ def _data_start(file: Path, info: zipfile.ZipInfo) -> int:
     return start
 
 
-class TorchWriter:
+class TorchWriter(AbstractContextManager["TorchWriter"]):
     """Writes one zip checkpoint that `torch.load(..., weights_only=True)` takes, tensors in the announced order."""
 
     def __init__(self, file: Path, shapes: dict[str, tuple[int, ...]], dtype: FileType):
@@ -206,12 +206,7 @@ class TorchWriter:
         with self._archive.open(info, "w", force_zip64=True) as stream:
             return sum(map(stream.write, content))
 
-    def __enter__(self) -> "TorchWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         if kind is None:
             assert not self._waiting, self._waiting
             self._member("version", [b"3\n"])
