@@ -167,10 +167,11 @@ def _table(numbers: Mapping[str, dict[str, Any]]) -> Table:
     )
     for number, (variant, found) in enumerate(numbers.items()):
         count = len(found["held_out"])
+        seconds = "no speed" if found["seconds"] is None else f"{found['seconds']:,.0f}"  # no whole interval was logged
         table.add_row(
             two_lines(variant, f"{count} seed{'s' * (count > 1)}"),
             two_lines(f"{found['parameters']:,}", f"{found['active_parameters']:,}"),
-            two_lines(f"{found['tokens']:,}", f"{found['flops']:.3g}\n{_shown(found['seconds'], ',.0f')}"),
+            two_lines(f"{found['tokens']:,}", f"{found['flops']:.3g}\n{seconds}"),
             *(_measure(found[name], number > 0) for name, _, _ in MEASURES),
         )
     return table

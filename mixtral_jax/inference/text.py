@@ -34,7 +34,7 @@ def begin_text(text: str, tokenizer: Tokenizer) -> list[int]:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"prompt: character {error.start + 1} is none of Unicode: give the text in UTF-8") from None
+        raise UserError(f"prompt: character {error.start + 1} is not valid Unicode: give the text in UTF-8") from None
     return [tokenizer.bos_id, *tokenizer.encode(text)]
 
 

@@ -114,7 +114,7 @@ def test_released_weights_are_imported_for_the_occasion(trained, tmp_path, capsy
         (["x", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
         (["x", "--max-new-tokens", "500"], "do not fit the context of 32"),
         (["", "--max-new-tokens", "5"], "nothing to continue"),
-        (["a\udcff"], "prompt: character 2 is none of Unicode"),
+        (["a\udcff"], "prompt: character 2 is not valid Unicode"),
         (["x", "--system", "y"], "add --chat"),
         (["x", "--prompts", "nowhere.txt"], "cannot read the prompts in nowhere.txt"),
         (["x", "model.dispatch=capacity"], "set it to dropless"),

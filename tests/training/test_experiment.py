@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mixtral_jax.config import UserError
+from mixtral_jax.evaluation import experiments
 from mixtral_jax.evaluation.experiment_file import choose, load_experiment
 from mixtral_jax.evaluation.experiments import Seed, outcome
 from mixtral_jax.evaluation.intervals import mean_interval
@@ -132,6 +133,8 @@ def test_numbers_are_those_worked_out_by_hand(file, tmp_path):
     assert found["flops"] == 4 * 2 * 32 * flops_per_token(runs[1].config.model, 32)
     assert found["held_out"][7]["heldout/words"] == 4.7
     assert found["curve"][7] == [(2 * 2 * 32, 9.0), (4 * 2 * 32, 4.7)]
+    table = experiments._table({"short": {**found, "seconds": None}})  # of which no rate was logged
+    assert str(next(iter(table.columns[2].cells))).endswith("no speed")
 
 
 def test_sources_and_routers_have_tables_of_their_own(file, tmp_path):
