@@ -207,7 +207,7 @@ def _file_documents(file: Path, field: str, on_bytes: Callable[[int], None]) -> 
         yield from _texts(records, field)
     else:
         with _opened(file) as (raw, stream):
-            yield _decode(stream.read(LONGEST + 1), str(file))
+            yield _decode(_read(stream), str(file))
             on_bytes(raw.tell())
 
 
@@ -244,7 +244,7 @@ def _json_records(file: Path, on_bytes: Callable[[int], None], *, lists: bool = 
     with _opened(file) as (raw, stream):
         told = 0
         if lists and stream.peek(1 << 10).lstrip()[:1] == b"[":  # type: ignore[attr-defined]  # both kinds have it
-            items = _parsed(stream.read(LONGEST + 1), f"{file}", "write a whole list of objects")
+            items = _parsed(_read(stream), f"{file}", "write a whole list of objects")
             lines = ((f"{file}, record {number}", item) for number, item in enumerate(items, start=1))
         else:
             lines = (
@@ -262,7 +262,7 @@ def _json_records(file: Path, on_bytes: Callable[[int], None], *, lists: bool = 
             told = position
 
 
-def _parsed(data: bytes, where: str, remedy: str) -> Any:
+def _parsed(data: bytes | bytearray, where: str, remedy: str) -> Any:
     try:
         return json.loads(_decode(data, where))
     except (ValueError, RecursionError) as error:
@@ -290,7 +290,15 @@ def _table_records(file: Path, field: str | None, on_bytes: Callable[[int], None
         raise UserError(f"cannot read {file}: {problem}; fix or leave out the file") from None
 
 
-def _decode(data: bytes, where: str) -> str:
+def _read(stream: IO[bytes]) -> bytearray:
+    """Reads a file to its end, or to where it is too long; asked for so much at once, Python takes the memory first."""
+    data = bytearray()
+    while len(data) <= LONGEST and (piece := stream.read(1 << 20)):
+        data += piece
+    return data
+
+
+def _decode(data: bytes | bytearray, where: str) -> str:
     if len(data) > LONGEST:
         raise UserError(f"{where} holds more than {LONGEST >> 20:,} MiB in one piece: split it")
     try:

@@ -21,6 +21,7 @@ from mixtral_jax.data.sources import (
     source_fingerprint,
     total_bytes,
 )
+from tests.limits import mapping_at_most
 
 TEXTS = ["One.\nTwo lines.", "  größer 😀\r\n", "third\ttext"]
 COMPRESS = {".gz": gzip.compress, ".zst": zstandard.compress}
@@ -186,6 +187,18 @@ def test_a_hubs_records_are_streamed_and_their_trouble_told(monkeypatch):
     with pytest.raises(UserError, match=r"'a/b' has no field 'body' \(it has text\): set text_field of source 'far'"):
         list(iter_documents(SourceConfig(name="far", hub="a/b", text_field="body")))
     assert asked[:2] == [("a/b", None, "train", True), ("a/b", "c", "test", True)]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "list.jsonl"])
+@pytest.mark.parametrize("end", COMPRESS)
+def test_a_small_file_needs_little_memory(tmp_path, name, end):
+    text = {"a.txt": b"one", "a.jsonl": b'{"text": "one"}\n', "list.jsonl": b'[{"text": "one"}]'}[name]
+    path = tmp_path / (name + end)
+    path.write_bytes(COMPRESS[end](text))
+    read_all = iter_records if name == "list.jsonl" else iter_documents
+    assert len(list(read_all(SourceConfig(name="x", path=str(path))))) == 1
+    with mapping_at_most(256 << 20):
+        assert len(list(read_all(SourceConfig(name="x", path=str(path))))) == 1
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "list.jsonl"])
