@@ -263,20 +263,22 @@ def test_ctrl_c_is_not_lost_in_a_callback() -> None:
     assert (result.returncode, result.stderr) == (130, "interrupted\n")
 
 
-def test_ctrl_c_of_which_a_library_made_another_error(capsys: pytest.CaptureFixture[str]) -> None:
-    def main(arguments: list[str]) -> None:
-        try:
-            raise KeyboardInterrupt
-        except KeyboardInterrupt as error:
-            raise SystemError("initialization failed") from error
+MAKES_ANOTHER = """
+from mixtral_jax import cli
 
-    hook, streams = sys.unraisablehook, (sys.stdout, sys.stderr)
+def main(arguments):
     try:
-        with pytest.raises(SystemExit) as ended:
-            cli.run(main)
-    finally:
-        sys.unraisablehook, (sys.stdout, sys.stderr) = hook, streams
-    assert (ended.value.code, capsys.readouterr().err) == (130, "interrupted\n")
+        raise KeyboardInterrupt
+    except KeyboardInterrupt as error:
+        raise SystemError("initialization failed") from error
+
+cli.run(main)
+"""
+
+
+def test_ctrl_c_of_which_a_library_made_another_error() -> None:
+    result = subprocess.run([sys.executable, "-c", MAKES_ANOTHER], env=environment(), capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (130, "interrupted\n")
 
 
 def fail_with_a_thread_that_waits(error: BaseException, out: Path) -> None:

@@ -68,7 +68,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     try:
         (target.write_bytes if direct else partial(write_whole, target))(text.encode())
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; give another file to {option}") from None
+        raise UserError(f"cannot write {path}: {error.strerror}; give another file to --json") from None
 
 
 def as_json(value: Any) -> Any:

@@ -206,7 +206,7 @@ def test_eval_of_other_text_takes_all_of_it(uninterrupted, tmp_path):
 
 MISTAKES = {
     "misspelt key": (["optimizer.learning_rat=1"], "Did you mean"),
-    "wrong type": (["train.steps=many"], "train.steps: Value 'many'"),
+    "wrong type": (["train.steps=many"], "train.steps: 'many' is not a whole number"),
     "heads": (["model.num_heads=3"], "not model.d_model=32"),
     "top-k": (["model.num_experts_per_tok=9"], "more than model.num_experts=4"),
     "mesh is not the device count": (["mesh.fsdp=3"], "6 devices but there are 8"),
