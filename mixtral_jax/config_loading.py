@@ -317,7 +317,12 @@ def to_yaml(config: Config) -> str:
 
 def changed_keys(old: Config, new: Config) -> list[str]:
     """Lists the dotted keys in which two configurations differ."""
-    left, right = flatten(dataclasses.asdict(old)), flatten(dataclasses.asdict(new))
+    return differing_keys(dataclasses.asdict(old), dataclasses.asdict(new))
+
+
+def differing_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Lists the dotted keys in which two nested dictionaries differ."""
+    left, right = flatten(old), flatten(new)
     return sorted(key for key in left | right if left.get(key) != right.get(key))
 
 

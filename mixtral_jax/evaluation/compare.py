@@ -113,20 +113,16 @@ def _facts_table(sides: Sequence[Side]) -> Table:
     table = make_table([""], named, f"of training: means of the last {LAST} logged steps", overflow="fold")
     table.add_row("tokenizer", *[side.tokenizer[:12] for side in sides])
     for name in sides[0].facts:
-        cells = []
-        for side in sides:
-            value = side.facts[name]
-            cells.append(
-                ""
-                if value is None
-                else f"{value:,}"
-                if isinstance(value, int)
-                else f"{value:,.4f}"
-                if abs(value) < 1000
-                else f"{value:,.0f}"
-            )
-        table.add_row(name, *cells)
+        table.add_row(name, *(_fact_text(side.facts[name]) for side in sides))
     return table
+
+
+def _fact_text(value: float | int | None) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.4f}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def _perplexity_table(sides: Sequence[Side], differences: dict[str, Difference]) -> Table:

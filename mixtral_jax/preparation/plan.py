@@ -14,7 +14,7 @@ import fsspec
 from fsspec.core import has_magic, url_to_fs
 
 from mixtral_jax.config import UserError
-from mixtral_jax.config_loading import flatten
+from mixtral_jax.config_loading import differing_keys
 from mixtral_jax.data.cache_files import write_file
 from mixtral_jax.data.files import list_files as listed_files
 from mixtral_jax.data.files import other_kind
@@ -158,8 +158,7 @@ def settle_plan(config: PrepareConfig, shards: list[Shard], left_out: dict[str, 
         write_file(file, json.dumps(plan | {"left_out": left_out}, indent=1).encode())
         return
     old = json.loads(file.read_text())
-    before, now = flatten(old["settings"]), flatten(plan["settings"])
-    if changed := sorted(key for key in before | now if before.get(key) != now.get(key)):
+    if changed := differing_keys(old["settings"], plan["settings"]):
         raise UserError(
             f"{config.output} was prepared with another {', '.join(changed)}: name another output or remove that one"
         )

@@ -17,7 +17,7 @@ from mixtral_jax.weights.blocks import all_finite, block_layout, converted, file
 from mixtral_jax.weights.destination import new_directory
 from mixtral_jax.weights.hf_tokenizer import tokenizer_files
 from mixtral_jax.weights.names import FORMATS, ExternalTensor, Format, FormatName, external_tensors
-from mixtral_jax.weights.progress import byte_progress
+from mixtral_jax.weights.progress import byte_progress, counted
 from mixtral_jax.weights.released_config import describe_hf, describe_mistral
 from mixtral_jax.weights.safetensors_files import SafetensorsWriter
 from mixtral_jax.weights.stored import FILE_TYPES, FileType
@@ -157,11 +157,11 @@ def _write_tensors(
     def write(item: str) -> str:
         name, tensors = work[int(item)]
         if name in writers:
-            writers[name].write(tensors[0].key, counted(tensors[0]))
+            writers[name].write(tensors[0].key, read(tensors[0]))
         else:
             with TorchWriter(directory / name, shapes[name], dtype) as writer:
                 for tensor in tensors:
-                    writer.write(tensor.key, counted(tensor))
+                    writer.write(tensor.key, read(tensor))
         return ""
 
     def write_all(ask: Callable[[list[str]], list[str]]) -> None:
@@ -171,10 +171,8 @@ def _write_tensors(
 
     with byte_progress(f"export {layout.name}", total) as advance:
 
-        def counted(tensor: ExternalTensor) -> Iterator[np.ndarray]:
-            for piece in pieces(source, config, tensor, dtype):
-                yield piece
-                advance(piece.nbytes)
+        def read(tensor: ExternalTensor) -> Iterator[np.ndarray]:
+            return counted(pieces(source, config, tensor, dtype), advance)
 
         with_all(take_turn(), write, write_all, THREADS)
     if is_main() and layout.config_file == "config.json" and len(plan) > 1:

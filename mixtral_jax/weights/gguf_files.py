@@ -21,7 +21,7 @@ from mixtral_jax.weights.destination import new_file
 from mixtral_jax.weights.exporting import THREADS, check_exportable, own_type, pieces, source_of
 from mixtral_jax.weights.hf_tokenizer import is_exact
 from mixtral_jax.weights.names import GGUF, ExternalTensor, external_tensors
-from mixtral_jax.weights.progress import byte_progress
+from mixtral_jax.weights.progress import byte_progress, counted
 from mixtral_jax.weights.stored import FileType, write_tensor
 from mixtral_jax.whole_files import flush
 
@@ -81,13 +81,9 @@ def export_gguf(
 
         def write(item: str) -> str:
             tensor, begin, end = tensors[int(item.split()[0])], *map(int, item.split()[1:])
-            write_tensor(partial, begin, end, counted(_pieces(source, config, tensor, _type_of(tensor, kind))))
+            written = _pieces(source, config, tensor, _type_of(tensor, kind))
+            write_tensor(partial, begin, end, counted(written, advance))
             return ""
-
-        def counted(written: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-            for piece in written:
-                yield piece
-                advance(piece.nbytes)
 
         def write_all(ask: Callable[[list[str]], list[str]]) -> None:
             begin = _begin(partial, config, context, kind, tokenizer, tensors)

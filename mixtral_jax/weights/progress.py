@@ -2,8 +2,11 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+
+import numpy as np
+from jaxtyping import Shaped
 
 from mixtral_jax.console import ProgressLine
 from mixtral_jax.distributed.processes import count as processes
@@ -32,3 +35,10 @@ def byte_progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
         yield advance
         if done < total:
             advance(total - done)
+
+
+def counted(pieces: Iterable[Shaped[np.ndarray, "..."]], advance: Callable[[int], None]) -> Iterator[np.ndarray]:
+    """Yields pieces of a tensor, and tells of the bytes of each once it was taken."""
+    for piece in pieces:
+        yield piece
+        advance(piece.nbytes)
